@@ -1,0 +1,316 @@
+//! The one configuration: defaults < file < environment < flags, each value with where it came from.
+//!
+//! Every setting is a row of [`SETTINGS`]; nothing else reads the environment. A bad value or an unknown name stops the
+//! start and names itself.
+
+use crate::error::Error;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// One setting: its name in the file and as a flag (with dashes), its environment variable, default and meaning.
+#[derive(Debug)]
+pub struct Setting {
+    /// In the file; as a flag with dashes for underscores.
+    pub name: &'static str,
+    /// The environment variable.
+    pub env: &'static str,
+    /// As text; empty = none.
+    pub default: &'static str,
+    /// For `--help` and the documentation.
+    pub help: &'static str,
+}
+
+const fn setting(name: &'static str, env: &'static str, default: &'static str, help: &'static str) -> Setting {
+    Setting { name, env, default, help }
+}
+
+/// Every setting there is.
+pub const SETTINGS: &[Setting] = &[
+    setting("port", "PORT_RUST_KISS_VDB", "9917", "port; 0 = any free port, printed"),
+    setting("bind_addr", "BIND_ADDR", "127.0.0.1", "address; one that is not loopback needs api_key or allow_open"),
+    setting("data_dir", "DATA_DIR", "./data", "data directory"),
+    setting("ephemeral", "EPHEMERAL", "false", "keep everything in memory, nothing on disk"),
+    setting("fsync", "FSYNC", "always", "always: on disk before it is acknowledged; interval: synced every second; never: when the system likes"),
+    setting("snapshot_interval", "SNAPSHOT_INTERVAL", "60", "seconds between snapshots; 0 = only on shutdown"),
+    setting("max_log_mb", "MAX_LOG_MB", "1024", "log kept for replay; older sealed segments go once a snapshot covers them"),
+    setting("max_memory_mb", "MAX_MEMORY_MB", "0", "budget for keys and vectors; 0 = none"),
+    setting("max_body_mb", "MAX_BODY_MB", "32", "largest request body"),
+    setting("max_connections", "MAX_CONNECTIONS", "20000", "connections at a time; more are answered 503 and closed"),
+    setting("worker_threads", "WORKER_THREADS", "0", "threads that serve requests; 0 = one for each core"),
+    setting("api_key", "API_KEY", "", "when set, every route but health needs Authorization: Bearer"),
+    setting("allow_open", "ALLOW_OPEN", "false", "allow a foreign bind_addr without api_key"),
+    setting("cors_origins", "CORS_ORIGINS", "", "comma list of origins whose pages may call; * = any"),
+    setting("log_format", "LOG_FORMAT", "text", "text, or json for machines"),
+    setting("log_level", "RUST_LOG", "info", "a tracing filter such as info or kiss_vdb=debug"),
+];
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Built in.
+    Default,
+    /// The configuration file.
+    File(PathBuf),
+    /// The environment variable of that name.
+    Environment(&'static str),
+    /// A flag on the command line.
+    Flag,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Environment(name) => write!(f, "environment {name}"),
+            Self::Flag => f.write_str("flag"),
+        }
+    }
+}
+
+/// When an acknowledged write is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fsync {
+    /// Before it is acknowledged; writes that wait share one sync.
+    Always,
+    /// Within a second.
+    Interval,
+    /// When the operating system writes it back.
+    Never,
+}
+
+impl Fsync {
+    /// The setting's word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::Interval => "interval",
+            Self::Never => "never",
+        }
+    }
+}
+
+/// The settings as the program uses them.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each field is the setting of its name in SETTINGS")]
+pub struct Config {
+    pub port: u16,
+    pub bind_addr: IpAddr,
+    /// `None` = ephemeral.
+    pub data_dir: Option<PathBuf>,
+    pub fsync: Fsync,
+    pub snapshot_interval_s: u64,
+    pub max_log_bytes: u64,
+    pub max_memory_bytes: usize,
+    pub max_body_bytes: usize,
+    pub max_connections: usize,
+    pub worker_threads: usize,
+    pub api_key: Option<String>,
+    pub cors_origins: Vec<String>,
+    pub log_json: bool,
+    pub log_level: String,
+}
+
+/// Every setting's text and where it came from.
+#[derive(Clone, Debug)]
+pub struct Resolved(BTreeMap<&'static str, (String, Source)>);
+
+impl Resolved {
+    /// Collects the settings. `flags` are name and text; `file` is the `--config` path, else `kiss-vdb.toml` if it exists.
+    pub fn collect(
+        file: Option<PathBuf>,
+        environment: impl Fn(&str) -> Option<String>,
+        flags: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Result<Self, Error> {
+        let mut values: BTreeMap<_, _> =
+            SETTINGS.iter().map(|s| (s.name, (s.default.to_owned(), Source::Default))).collect();
+        let named = file.is_some();
+        let path = file.unwrap_or_else(|| PathBuf::from("kiss-vdb.toml"));
+        match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                for (name, value) in parse_file(&path, &text)? {
+                    values.insert(name, (value, Source::File(path.clone())));
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !named => {}
+            Err(e) => return Err(Error::io("cannot read the configuration file", &path)(e)),
+        }
+        for setting in SETTINGS {
+            // An empty variable is what shells and compose files make of an unset one.
+            if let Some(value) = environment(setting.env).filter(|v| !v.is_empty()) {
+                values.insert(setting.name, (value, Source::Environment(setting.env)));
+            }
+        }
+        for (name, value) in flags {
+            values.insert(name, (value, Source::Flag));
+        }
+        Ok(Self(values))
+    }
+
+    /// The settings in order: name, text (a key is not shown), source.
+    pub fn rows(&self) -> impl Iterator<Item = (&'static str, &str, &Source)> {
+        SETTINGS.iter().map(|s| {
+            let (value, source) = &self.0[s.name];
+            let shown = if s.name == "api_key" && !value.is_empty() { "(set)" } else { value.as_str() };
+            (s.name, shown, source)
+        })
+    }
+
+    fn bad(&self, name: &str, takes: &str) -> Error {
+        let (value, source) = &self.0[name];
+        Error::Config(format!("{name} = {value:?} ({source}) is not valid: it takes {takes}"))
+    }
+
+    fn text(&self, name: &str) -> &str {
+        &self.0[name].0
+    }
+
+    fn parse<T: std::str::FromStr>(&self, name: &str, takes: &str) -> Result<T, Error> {
+        self.text(name).trim().parse().map_err(|_| self.bad(name, takes))
+    }
+
+    fn flag(&self, name: &str) -> Result<bool, Error> {
+        match self.text(name).trim() {
+            "true" | "1" | "yes" => Ok(true),
+            "false" | "0" | "no" => Ok(false),
+            _ => Err(self.bad(name, "true or false")),
+        }
+    }
+
+    fn mebibytes(&self, name: &str, range: std::ops::RangeInclusive<u64>) -> Result<u64, Error> {
+        let takes = format!("a whole number of MiB from {} to {}", range.start(), range.end());
+        let n: u64 = self.parse(name, &takes)?;
+        if range.contains(&n) { Ok(n << 20) } else { Err(self.bad(name, &takes)) }
+    }
+
+    /// Checks every value and what must hold between them.
+    pub fn build(&self) -> Result<Config, Error> {
+        let to_usize = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let config = Config {
+            port: self.parse("port", "a port number from 0 to 65535")?,
+            bind_addr: self.parse("bind_addr", "an IP address such as 127.0.0.1 or 0.0.0.0")?,
+            data_dir: if self.flag("ephemeral")? { None } else { Some(self.data_dir()?) },
+            fsync: match self.text("fsync").trim() {
+                "always" => Fsync::Always,
+                "interval" => Fsync::Interval,
+                "never" => Fsync::Never,
+                _ => return Err(self.bad("fsync", "always, interval or never")),
+            },
+            snapshot_interval_s: self.parse("snapshot_interval", "a whole number of seconds; 0 = only on shutdown")?,
+            max_log_bytes: self.mebibytes("max_log_mb", 2..=1 << 24)?,
+            max_memory_bytes: to_usize(self.mebibytes("max_memory_mb", 0..=1 << 24)?),
+            max_body_bytes: to_usize(self.mebibytes("max_body_mb", 1..=1024)?),
+            max_connections: self.parse("max_connections", "a whole number")?,
+            worker_threads: self.parse("worker_threads", "a whole number; 0 = one for each core")?,
+            api_key: Some(self.text("api_key").trim().to_owned()).filter(|k| !k.is_empty()),
+            cors_origins: self.text("cors_origins").split(',').map(|o| o.trim().to_owned()).filter(|o| !o.is_empty()).collect(),
+            log_json: match self.text("log_format").trim() {
+                "text" => false,
+                "json" => true,
+                _ => return Err(self.bad("log_format", "text or json")),
+            },
+            log_level: self.text("log_level").to_owned(),
+        };
+        if config.max_connections == 0 {
+            return Err(self.bad("max_connections", "at least 1"));
+        }
+        if config.worker_threads > 1024 {
+            return Err(self.bad("worker_threads", "at most 1024; 0 = one for each core"));
+        }
+        if config.cors_origins.iter().any(|o| o != "*" && (axum::http::HeaderValue::from_str(o).is_err() || !o.contains("://"))) {
+            return Err(self.bad("cors_origins", "origins such as https://app.example, with commas between, or *"));
+        }
+        if !config.bind_addr.is_loopback() && config.api_key.is_none() && !self.flag("allow_open")? {
+            return Err(Error::Config(format!(
+                "bind_addr = {} can be reached from other machines, and no api_key is set: set API_KEY, or ALLOW_OPEN=true if that is what you want",
+                config.bind_addr
+            )));
+        }
+        self.flag("allow_open")?;
+        Ok(config)
+    }
+
+    fn data_dir(&self) -> Result<PathBuf, Error> {
+        let text = self.text("data_dir");
+        if text.is_empty() { Err(self.bad("data_dir", "a path")) } else { Ok(PathBuf::from(text)) }
+    }
+}
+
+fn parse_file(path: &std::path::Path, text: &str) -> Result<Vec<(&'static str, String)>, Error> {
+    let table: toml::Table = text.parse().map_err(|e| Error::Config(format!("{}: {e}", path.display())))?;
+    let mut values = Vec::new();
+    for (name, value) in table {
+        let setting = SETTINGS.iter().find(|s| s.name == name).ok_or_else(|| {
+            let known: Vec<_> = SETTINGS.iter().map(|s| s.name).collect();
+            Error::Config(format!("{}: unknown setting {name:?}; there are {}", path.display(), known.join(", ")))
+        })?;
+        let value = match value {
+            toml::Value::String(text) => text,
+            toml::Value::Integer(n) => n.to_string(),
+            toml::Value::Boolean(b) => b.to_string(),
+            toml::Value::Array(list) if list.iter().all(toml::Value::is_str) => {
+                list.iter().filter_map(|v| v.as_str()).collect::<Vec<_>>().join(",")
+            }
+            _ => return Err(Error::Config(format!("{}: {name} takes a text, a whole number or true/false", path.display()))),
+        };
+        values.push((setting.name, value));
+    }
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(file: &str, environment: &[(&str, &str)], flags: &[(&'static str, &str)]) -> Result<Resolved, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, file).unwrap();
+        let flags = flags.iter().map(|(n, v)| (*n, (*v).to_owned()));
+        let environment = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+        Resolved::collect(Some(path), environment, flags)
+    }
+
+    #[test]
+    fn flags_beat_the_environment_which_beats_the_file_which_beats_the_default() {
+        let port = |file, environment: &[(&str, &str)], flags: &[(&'static str, &str)]| {
+            resolve(file, environment, flags).unwrap().build().unwrap().port
+        };
+        let env = [("PORT_RUST_KISS_VDB", "2")];
+        assert_eq!(port("", &[], &[]), 9917);
+        assert_eq!(port("port = 1", &[], &[]), 1);
+        assert_eq!(port("port = 1", &env, &[]), 2);
+        assert_eq!(port("port = 1", &env, &[("port", "3")]), 3);
+        assert_eq!(port("port = 1", &[("PORT_RUST_KISS_VDB", "")], &[]), 1, "an empty variable is an unset one");
+    }
+
+    #[test]
+    fn a_bad_value_names_itself_and_where_it_came_from() {
+        for (name, file, environment, says) in [
+            ("unknown name", "prot = 1", None, "prot"),
+            ("not toml", "port =", None, "c.toml"),
+            ("bad port", "port = 70000", None, "port"),
+            ("bad word", "", Some(("FSYNC", "sometimes")), "environment FSYNC"),
+            ("bad number", "", Some(("MAX_LOG_MB", "lots")), "max_log_mb"),
+            ("log too small", "max_log_mb = 1", None, "max_log_mb"),
+            ("bad origin", "cors_origins = \"example.com\"", None, "cors_origins"),
+            ("open to the world", "bind_addr = \"0.0.0.0\"", None, "API_KEY"),
+            ("bad flag", "allow_open = \"maybe\"", None, "allow_open"),
+        ] {
+            let environment: Vec<_> = environment.into_iter().collect();
+            let error = resolve(file, &environment, &[]).and_then(|r| r.build()).expect_err(name);
+            assert!(error.to_string().contains(says), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_foreign_address_starts_with_a_key_or_on_request() {
+        let build = |file| resolve(file, &[], &[]).unwrap().build();
+        assert!(build("bind_addr = \"0.0.0.0\"\napi_key = \"k\"").is_ok());
+        assert!(build("bind_addr = \"0.0.0.0\"\nallow_open = true").is_ok());
+        assert!(build("bind_addr = \"::1\"").is_ok());
+    }
+}

@@ -1,0 +1,756 @@
+//! Streams: from committed records to whoever listens.
+//!
+//! ```text
+//! sequencer ─publish─▶ Ring of shared frames ◀─read─ Subscription (cursor + topic) ─▶ HTTP body
+//!                        │                               ▲        └─ behind the ring: Log
+//!                        └─▶ feed thread: match ─▶ Topic ┘ wake
+//! ```
+//!
+//! A subscription is a cursor, not a queue: a position and a filter. Equal filters share a [`Topic`], which knows the
+//! positions in the ring that match; topics are found by hashing what the event is about, so a commit costs what it
+//! matches and not what is connected. A reader behind the ring reads the log until it has caught up; then it looks at
+//! the ring again. It is one loop, so there is no hand-over at which an event could fall between the two.
+//!
+//! Invariants
+//! - Ring revisions never go down; ephemeral frames carry the head they were published at.
+//! - A topic has noted every matching frame from `complete_from` up to the feed's `matched` position.
+//! - A subscription's `revision` covers everything up to it: delivered, or not matching.
+//!
+//! Locks, and why each: `ring` (pushed by the sequencer, read by streams, a few hundred nanoseconds); `registry` (changed
+//! when a filter comes or goes, read by the feed thread); in each topic `noted` (pushed by the feed thread, read by its
+//! streams) and `waiters` apart from it, so that waking thousands does not keep those already awake from reading.
+//!
+//! One thread: matching and waking 10,000 streams takes milliseconds, which must not stand between a write and its answer.
+
+use super::codec::Record;
+use super::command::Key;
+use super::frame::{Ephemeral, Facets, Frame};
+use super::wal::Log;
+use crate::error::Error;
+use crate::revision::Revision;
+use crate::vector::CollectionName;
+use atomic_waker::AtomicWaker;
+use parking_lot::{Condvar, Mutex, RwLock};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::hash::Hash;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+
+/// Frames kept in memory for streams that are nearly level with the head.
+const RING_FRAMES_MAX: usize = 1 << 16;
+/// Memory those frames may keep alive.
+const RING_BYTES_MAX: usize = 64 << 20;
+/// Positions a topic notes; a stream further behind looks at the ring itself.
+const TOPIC_NOTED_MAX: usize = 4096;
+/// Frames looked at under one hold of the ring's lock.
+const RING_SCAN_FRAMES: usize = 2048;
+/// Streams that read the log at the same time; more wait their turn.
+const CATCH_UPS_MAX: usize = 8;
+/// Bytes of log read at a time for one stream.
+const CATCH_UP_BYTES: usize = 256 << 10;
+/// Most keys, prefixes, collections, types, jobs and tags in one filter.
+pub const FILTER_TERMS_MAX: usize = 256;
+
+/// What a stream wants to see. An empty set means "any".
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct EventFilter {
+    /// Exactly these keys,
+    pub keys: BTreeSet<Key>,
+    /// or keys that begin so,
+    pub prefixes: BTreeSet<Box<str>>,
+    /// or events of these collections.
+    pub collections: BTreeSet<CollectionName>,
+    /// And only these types,
+    pub types: BTreeSet<Box<str>>,
+    /// and only these jobs,
+    pub job_ids: BTreeSet<Box<str>>,
+    /// and only with one of these tags.
+    pub tags: BTreeSet<Box<str>>,
+}
+
+impl EventFilter {
+    fn watches_all(&self) -> bool {
+        self.keys.is_empty() && self.prefixes.is_empty() && self.collections.is_empty()
+    }
+
+    /// How many terms it has, for the limit.
+    #[must_use]
+    pub fn terms(&self) -> usize {
+        self.keys.len() + self.prefixes.len() + self.collections.len() + self.types.len() + self.job_ids.len() + self.tags.len()
+    }
+
+    /// Whether an entry's key and labels pass; types are about events and do not count here.
+    #[must_use]
+    pub fn wants_entry(&self, key: &str, labels: Option<&super::command::Labels>) -> bool {
+        let facets = Facets { event_type: "", key: Some(key), collection: None, labels, on_request: false };
+        self.watches(&facets) && self.labels_match(&facets)
+    }
+
+    /// Whether an event passes.
+    #[must_use]
+    pub fn wants(&self, facets: &Facets<'_>) -> bool {
+        let type_matches =
+            if self.types.is_empty() { !facets.on_request } else { self.types.contains(facets.event_type) };
+        type_matches && self.watches(facets) && self.labels_match(facets)
+    }
+
+    fn watches(&self, facets: &Facets<'_>) -> bool {
+        self.watches_all()
+            || facets.key.is_some_and(|key| self.keys.contains(key) || self.prefixes.iter().any(|p| key.starts_with(&**p)))
+            || facets.collection.is_some_and(|c| self.collections.contains(c))
+    }
+
+    fn labels_match(&self, facets: &Facets<'_>) -> bool {
+        let job_matches = self.job_ids.is_empty()
+            || facets.labels.and_then(|l| l.job_id.as_deref()).is_some_and(|job| self.job_ids.contains(job));
+        let tag_matches =
+            self.tags.is_empty() || facets.labels.is_some_and(|l| l.tags.iter().any(|tag| self.tags.contains(tag)));
+        job_matches && tag_matches
+    }
+}
+
+/// Recent frames, by an ever-rising position.
+#[derive(Debug)]
+struct Ring {
+    frames: VecDeque<Arc<Frame>>,
+    /// Position of the first frame.
+    first: u64,
+    bytes: usize,
+    /// Every logged event after this revision is here.
+    complete_after: Revision,
+    /// The newest revision published.
+    head: Revision,
+}
+
+impl Ring {
+    fn push(&mut self, frame: Arc<Frame>) {
+        self.bytes += frame.weight();
+        self.frames.push_back(frame);
+        while self.frames.len() > RING_FRAMES_MAX || (self.bytes > RING_BYTES_MAX && self.frames.len() > 1) {
+            let Some(gone) = self.frames.pop_front() else { break };
+            self.bytes -= gone.weight();
+            self.first += 1;
+            self.complete_after = gone.revision;
+        }
+    }
+
+    fn end(&self) -> u64 {
+        self.first + self.frames.len() as u64
+    }
+
+    fn get(&self, position: u64) -> Option<&Arc<Frame>> {
+        self.frames.get(usize::try_from(position.checked_sub(self.first)?).ok()?)
+    }
+}
+
+/// Everything published to streams.
+#[derive(Debug)]
+pub struct Feed {
+    ring: RwLock<Ring>,
+    registry: Mutex<Registry>,
+    /// Topics have noted everything before this position…
+    matched: AtomicU64,
+    /// …which is everything up to this revision.
+    matched_revision: AtomicU64,
+    /// Tells the feed thread that there is something to match, or to stop.
+    bell: (Mutex<Bell>, Condvar),
+    log: Arc<Log>,
+    catch_ups: Arc<Semaphore>,
+    draining: AtomicBool,
+    /// Counts for metrics.
+    pub stats: FeedStats,
+}
+
+/// Counts for metrics.
+#[derive(Debug, Default)]
+pub struct FeedStats {
+    /// Open subscriptions.
+    pub streams: AtomicU64,
+    /// Frames handed to subscriptions.
+    pub delivered: AtomicU64,
+    /// Times a stream had to read the log.
+    pub ring_misses: AtomicU64,
+    /// Times a stream was told that its position cannot be honoured.
+    pub resets: AtomicU64,
+    /// Streams that name `vector_search`: searches are published only while there are any.
+    pub search_watchers: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Bell {
+    rung: bool,
+    stop: bool,
+}
+
+/// Streams with equal filters.
+#[derive(Debug)]
+struct Topic {
+    filter: EventFilter,
+    noted: Mutex<Noted>,
+    waiters: Mutex<HashMap<u64, Arc<Waiter>>>,
+}
+
+#[derive(Debug)]
+struct Noted {
+    /// Positions of matching frames.
+    positions: VecDeque<u64>,
+    /// Nothing that matches is missing from here on.
+    complete_from: u64,
+}
+
+#[derive(Debug, Default)]
+struct Waiter {
+    waker: AtomicWaker,
+    /// Set until the stream looks again: it needs no second wake-up.
+    woken: AtomicBool,
+}
+
+impl Waiter {
+    fn wake(&self) {
+        if !self.woken.swap(true, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+}
+
+type Topics = Vec<Arc<Topic>>;
+
+/// Topics by what they watch. Each is filed under its most telling terms only; the rest of its filter is checked then.
+#[derive(Debug, Default)]
+struct Registry {
+    topics: HashMap<EventFilter, Arc<Topic>>,
+    by_key: HashMap<Key, Topics>,
+    by_prefix: HashMap<Box<str>, Topics>,
+    /// How many prefixes there are of each length: a key is looked up once for each length.
+    prefix_lengths: BTreeMap<usize, usize>,
+    by_collection: HashMap<CollectionName, Topics>,
+    by_job: HashMap<Box<str>, Topics>,
+    by_tag: HashMap<Box<str>, Topics>,
+    by_type: HashMap<Box<str>, Topics>,
+    rest: Topics,
+    next_waiter: u64,
+}
+
+fn file<K: Hash + Eq + Clone>(map: &mut HashMap<K, Topics>, key: &K, topic: &Arc<Topic>, add: bool) {
+    if add {
+        map.entry(key.clone()).or_default().push(Arc::clone(topic));
+    } else if let Some(list) = map.get_mut(key) {
+        list.retain(|t| !Arc::ptr_eq(t, topic));
+        if list.is_empty() {
+            map.remove(key);
+        }
+    }
+}
+
+impl Registry {
+    fn file_topic(&mut self, topic: &Arc<Topic>, add: bool) {
+        let filter = &topic.filter;
+        if !filter.watches_all() {
+            filter.keys.iter().for_each(|k| file(&mut self.by_key, k, topic, add));
+            filter.collections.iter().for_each(|c| file(&mut self.by_collection, c, topic, add));
+            for prefix in &filter.prefixes {
+                file(&mut self.by_prefix, prefix, topic, add);
+                let count = self.prefix_lengths.entry(prefix.len()).or_insert(0);
+                *count = if add { *count + 1 } else { *count - 1 };
+                if *count == 0 {
+                    self.prefix_lengths.remove(&prefix.len());
+                }
+            }
+        } else if !filter.job_ids.is_empty() {
+            filter.job_ids.iter().for_each(|j| file(&mut self.by_job, j, topic, add));
+        } else if !filter.tags.is_empty() {
+            filter.tags.iter().for_each(|t| file(&mut self.by_tag, t, topic, add));
+        } else if !filter.types.is_empty() {
+            filter.types.iter().for_each(|t| file(&mut self.by_type, t, topic, add));
+        } else if add {
+            self.rest.push(Arc::clone(topic));
+        } else {
+            self.rest.retain(|t| !Arc::ptr_eq(t, topic));
+        }
+    }
+
+    /// Calls `found` for topics that may want the event; a topic can come more than once.
+    fn candidates<'a>(&'a self, facets: &Facets<'_>, mut found: impl FnMut(&'a Arc<Topic>)) {
+        let mut each = |topics: Option<&'a Topics>| topics.into_iter().flatten().for_each(&mut found);
+        each(Some(&self.rest));
+        each(self.by_type.get(facets.event_type));
+        if let Some(key) = facets.key {
+            each(self.by_key.get(key));
+            for length in self.prefix_lengths.range(..=key.len()).map(|(length, _)| *length) {
+                each(key.get(..length).and_then(|prefix| self.by_prefix.get(prefix)));
+            }
+        }
+        each(facets.collection.and_then(|c| self.by_collection.get(c)));
+        if let Some(labels) = facets.labels {
+            each(labels.job_id.as_ref().and_then(|j| self.by_job.get(j)));
+            labels.tags.iter().for_each(|t| each(self.by_tag.get(t)));
+        }
+    }
+}
+
+/// Why a stream's position cannot be honoured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetReason {
+    /// Older than the log.
+    Compacted,
+    /// Newer than the head.
+    Future,
+    /// Given up in a crash of a relaxed durability mode, or unreadable.
+    Lost,
+}
+
+impl ResetReason {
+    /// The contract's word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Compacted => "compacted",
+            Self::Future => "future",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+/// What a subscription has for its reader.
+#[derive(Debug)]
+pub enum Step {
+    /// Matching frames in order, at least one.
+    Frames(Vec<Arc<Frame>>),
+    /// The position cannot be honoured; the subscription stands at the head now.
+    Reset(ResetReason, Revision),
+    /// The server is stopping.
+    Drained,
+}
+
+impl Feed {
+    /// A feed that starts at `head`, and its thread.
+    pub fn start(log: Arc<Log>, head: Revision) -> (Arc<Self>, std::thread::JoinHandle<()>) {
+        let ring = Ring { frames: VecDeque::new(), first: 0, bytes: 0, complete_after: head, head };
+        let feed = Arc::new(Self {
+            ring: RwLock::new(ring),
+            registry: Mutex::new(Registry::default()),
+            matched: AtomicU64::new(0),
+            matched_revision: AtomicU64::new(head.0),
+            bell: (Mutex::new(Bell::default()), Condvar::new()),
+            log,
+            catch_ups: Arc::new(Semaphore::new(CATCH_UPS_MAX)),
+            draining: AtomicBool::new(false),
+            stats: FeedStats::default(),
+        });
+        let thread = {
+            let feed = Arc::clone(&feed);
+            std::thread::Builder::new().name("feed".into()).spawn(move || feed.run()).expect("the system can start a thread")
+        };
+        (feed, thread)
+    }
+
+    /// Publishes committed records, in order. Called by the sequencer alone.
+    pub fn publish(&self, records: &[Arc<Record>]) {
+        let Some(last) = records.last() else { return };
+        {
+            let mut ring = self.ring.write();
+            for record in records {
+                Frame::of_record(record).for_each(|frame| ring.push(frame));
+            }
+            ring.head = last.last_revision();
+        }
+        self.ring_bell();
+    }
+
+    /// Publishes an event that is not logged; returns the head it was published at.
+    pub fn publish_ephemeral(&self, event: Ephemeral) -> Revision {
+        let head = {
+            let mut ring = self.ring.write();
+            let head = ring.head;
+            ring.push(Frame::ephemeral(event, head));
+            head
+        };
+        self.ring_bell();
+        head
+    }
+
+    fn ring_bell(&self) {
+        self.bell.0.lock().rung = true;
+        self.bell.1.notify_one();
+    }
+
+    /// Tells every stream to end.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        let topics: Vec<_> = self.registry.lock().topics.values().cloned().collect();
+        for topic in topics {
+            topic.waiters.lock().values().for_each(|w| w.wake());
+        }
+    }
+
+    /// Whether streams are being told to end.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Ends the feed's thread.
+    pub fn stop(&self) {
+        self.bell.0.lock().stop = true;
+        self.bell.1.notify_one();
+    }
+
+    fn run(&self) {
+        loop {
+            {
+                let mut bell = self.bell.0.lock();
+                while !bell.rung && !bell.stop {
+                    self.bell.1.wait(&mut bell);
+                }
+                if bell.stop {
+                    return;
+                }
+                bell.rung = false;
+            }
+            while self.match_some() {}
+        }
+    }
+
+    /// Notes new frames in the topics that want them and wakes those topics' streams. False when there was nothing new.
+    fn match_some(&self) -> bool {
+        let from = self.matched.load(Ordering::Acquire);
+        let (start, frames) = {
+            let ring = self.ring.read();
+            let start = from.max(ring.first);
+            let skip = usize::try_from(start - ring.first).unwrap_or(usize::MAX);
+            (start, ring.frames.iter().skip(skip).take(RING_SCAN_FRAMES).cloned().collect::<Vec<_>>())
+        };
+        let Some(newest) = frames.last() else { return false };
+        let registry = self.registry.lock();
+        if start > from {
+            // The ring moved on before these were matched: streams must look for themselves.
+            registry.topics.values().for_each(|topic| topic.noted.lock().complete_from = start);
+        }
+        let mut touched: Topics = if start > from { registry.topics.values().cloned().collect() } else { Vec::new() };
+        if !registry.topics.is_empty() {
+            for (position, frame) in (start..).zip(&frames) {
+                let facets = frame.facets();
+                registry.candidates(&facets, |topic| {
+                    if topic.filter.wants(&facets) && topic.note(position) && !touched.last().is_some_and(|t| Arc::ptr_eq(t, topic)) {
+                        touched.push(Arc::clone(topic));
+                    }
+                });
+            }
+        }
+        self.matched_revision.store(newest.revision.0, Ordering::Release);
+        self.matched.store(start + frames.len() as u64, Ordering::Release);
+        drop(registry);
+        touched.sort_by_key(|topic| Arc::as_ptr(topic));
+        touched.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        for topic in touched {
+            topic.waiters.lock().values().for_each(|w| w.wake());
+        }
+        true
+    }
+
+    /// Oldest revision a stream can start after, plus one.
+    #[must_use]
+    pub fn oldest(&self) -> Revision {
+        self.log.oldest()
+    }
+
+    /// The newest revision published.
+    #[must_use]
+    pub fn head(&self) -> Revision {
+        self.ring.read().head
+    }
+
+    /// Why a stream cannot start after `revision`, if it cannot.
+    #[must_use]
+    pub fn check_resume(&self, revision: Revision) -> Option<ResetReason> {
+        if revision == Revision::ZERO {
+            return None;
+        }
+        if self.log.is_lost(revision) {
+            Some(ResetReason::Lost)
+        } else if revision > self.head() {
+            Some(ResetReason::Future)
+        } else if revision.next() < self.oldest() {
+            Some(ResetReason::Compacted)
+        } else {
+            None
+        }
+    }
+
+    /// A subscription that delivers what matches after `after`; zero = from the oldest.
+    pub fn subscribe(self: &Arc<Self>, filter: EventFilter, after: Revision) -> Subscription {
+        let after = if after == Revision::ZERO { self.oldest().prev() } else { after };
+        let waiter = Arc::new(Waiter::default());
+        let mut registry = self.registry.lock();
+        let topic = match registry.topics.get(&filter) {
+            Some(topic) => Arc::clone(topic),
+            None => {
+                // Under the registry's lock nothing is being matched, so this is exact.
+                let complete_from = self.matched.load(Ordering::Acquire);
+                let topic = Arc::new(Topic {
+                    filter: filter.clone(),
+                    noted: Mutex::new(Noted { positions: VecDeque::new(), complete_from }),
+                    waiters: Mutex::new(HashMap::new()),
+                });
+                registry.topics.insert(filter, Arc::clone(&topic));
+                registry.file_topic(&topic, true);
+                topic
+            }
+        };
+        let id = registry.next_waiter;
+        registry.next_waiter += 1;
+        topic.waiters.lock().insert(id, Arc::clone(&waiter));
+        drop(registry);
+        self.stats.streams.fetch_add(1, Ordering::Relaxed);
+        let watches_searches = topic.filter.types.contains("vector_search");
+        if watches_searches {
+            self.stats.search_watchers.fetch_add(1, Ordering::Relaxed);
+        }
+        Subscription { feed: Arc::clone(self), topic, waiter, id, revision: after, position: None, catching_up: None, watches_searches }
+    }
+}
+
+impl Topic {
+    /// Notes a matching position; false when it was noted already (two of the topic's terms matched).
+    fn note(&self, position: u64) -> bool {
+        let mut noted = self.noted.lock();
+        if noted.positions.back() == Some(&position) {
+            return false;
+        }
+        if noted.positions.len() == TOPIC_NOTED_MAX
+            && let Some(gone) = noted.positions.pop_front()
+        {
+            noted.complete_from = gone + 1;
+        }
+        noted.positions.push_back(position);
+        true
+    }
+}
+
+type CaughtUp = Result<Option<(Vec<Arc<Frame>>, Revision)>, Error>;
+
+/// A cursor over the log with a filter: what a stream holds.
+#[derive(Debug)]
+pub struct Subscription {
+    feed: Arc<Feed>,
+    topic: Arc<Topic>,
+    waiter: Arc<Waiter>,
+    id: u64,
+    /// Everything up to here was delivered or does not match.
+    revision: Revision,
+    /// The next position of the ring to look at; `None` while behind the ring.
+    position: Option<u64>,
+    catching_up: Option<JoinHandle<CaughtUp>>,
+    watches_searches: bool,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.feed.stats.streams.fetch_sub(1, Ordering::Relaxed);
+        if self.watches_searches {
+            self.feed.stats.search_watchers.fetch_sub(1, Ordering::Relaxed);
+        }
+        let mut registry = self.feed.registry.lock();
+        let mut waiters = self.topic.waiters.lock();
+        waiters.remove(&self.id);
+        if waiters.is_empty() {
+            drop(waiters);
+            registry.topics.remove(&self.topic.filter);
+            registry.file_topic(&self.topic, false);
+        }
+    }
+}
+
+/// What looking at the ring gave.
+enum Look {
+    Frames(Vec<Arc<Frame>>),
+    /// Nothing that matches yet; the position advanced to what was looked at.
+    Nothing,
+    /// There is more to look at.
+    Again,
+    Behind,
+}
+
+impl Subscription {
+    /// Everything up to here was delivered or does not match: safe to resume after.
+    #[must_use]
+    pub fn reached(&self) -> Revision {
+        self.revision
+    }
+
+    /// Matching frames, about `bytes_max` of them; pending until there are some.
+    pub fn poll_step(&mut self, cx: &mut Context<'_>, frames_max: usize, bytes_max: usize) -> Poll<Step> {
+        loop {
+            if let Some(task) = &mut self.catching_up {
+                let result = std::task::ready!(std::pin::Pin::new(task).poll(cx));
+                self.catching_up = None;
+                if let Some(step) = self.caught_up(result) {
+                    return Poll::Ready(step);
+                }
+                continue;
+            }
+            self.waiter.woken.store(false, Ordering::Release);
+            self.waiter.waker.register(cx.waker());
+            if self.feed.is_draining() {
+                return Poll::Ready(Step::Drained);
+            }
+            match self.look(frames_max, bytes_max) {
+                Look::Frames(frames) => {
+                    self.feed.stats.delivered.fetch_add(frames.len() as u64, Ordering::Relaxed);
+                    return Poll::Ready(Step::Frames(frames));
+                }
+                Look::Nothing => return Poll::Pending,
+                Look::Again => {}
+                Look::Behind => self.start_catch_up(frames_max, bytes_max),
+            }
+        }
+    }
+
+    fn look(&mut self, frames_max: usize, bytes_max: usize) -> Look {
+        let Some(position) = self.position else {
+            let ring = self.feed.ring.read();
+            if self.revision < ring.complete_after {
+                return Look::Behind;
+            }
+            let behind = ring.frames.partition_point(|f| f.revision <= self.revision);
+            self.position = Some(ring.first + behind as u64);
+            return Look::Again;
+        };
+        // Read before the topic: what is noted later has a later position.
+        let matched_revision = Revision(self.feed.matched_revision.load(Ordering::Acquire));
+        let matched = self.feed.matched.load(Ordering::Acquire);
+        let positions: Vec<u64> = {
+            let noted = self.topic.noted.lock();
+            if position < noted.complete_from {
+                drop(noted);
+                return self.look_at_ring(position, frames_max, bytes_max);
+            }
+            let from = noted.positions.partition_point(|&p| p < position);
+            noted.positions.range(from..).take(frames_max).copied().collect()
+        };
+        if positions.is_empty() {
+            if matched > position {
+                self.position = Some(matched);
+            }
+            // `matched_revision` was read first, so it belongs to an earlier or the same moment as `matched`.
+            if matched >= position {
+                self.revision = self.revision.max(matched_revision);
+            }
+            return Look::Nothing;
+        }
+        let ring = self.feed.ring.read();
+        let mut frames = Vec::with_capacity(positions.len());
+        let mut bytes = 0;
+        for position in positions {
+            let Some(frame) = ring.get(position) else {
+                if frames.is_empty() {
+                    self.position = None;
+                    return Look::Behind;
+                }
+                break;
+            };
+            self.position = Some(position + 1);
+            // A snapshot may have shown what the ring only gets now.
+            if frame.is_logged() && frame.revision <= self.revision {
+                continue;
+            }
+            self.revision = self.revision.max(frame.revision);
+            bytes += frame.weight();
+            frames.push(Arc::clone(frame));
+            if bytes >= bytes_max {
+                break;
+            }
+        }
+        if frames.is_empty() { Look::Again } else { Look::Frames(frames) }
+    }
+
+    /// Filters the ring itself: for a stream whose topic does not reach back that far.
+    fn look_at_ring(&mut self, position: u64, frames_max: usize, bytes_max: usize) -> Look {
+        let ring = self.feed.ring.read();
+        if position < ring.first {
+            self.position = None;
+            return Look::Again;
+        }
+        let end = ring.end().min(position + RING_SCAN_FRAMES as u64);
+        let mut frames = Vec::new();
+        let mut bytes = 0;
+        let mut at = position;
+        while at < end && frames.len() < frames_max && bytes < bytes_max {
+            let Some(frame) = ring.get(at) else { break };
+            at += 1;
+            let is_new = !frame.is_logged() || frame.revision > self.revision;
+            if is_new && self.topic.filter.wants(&frame.facets()) {
+                bytes += frame.weight();
+                frames.push(Arc::clone(frame));
+            }
+            self.revision = self.revision.max(frame.revision);
+        }
+        self.position = Some(at);
+        if !frames.is_empty() {
+            return Look::Frames(frames);
+        }
+        if at == position { Look::Nothing } else { Look::Again }
+    }
+
+    fn start_catch_up(&mut self, frames_max: usize, bytes_max: usize) {
+        self.position = None;
+        self.feed.stats.ring_misses.fetch_add(1, Ordering::Relaxed);
+        let feed = Arc::clone(&self.feed);
+        let topic = Arc::clone(&self.topic);
+        let after = self.revision;
+        self.catching_up = Some(tokio::spawn(async move {
+            let permit = Arc::clone(&feed.catch_ups).acquire_owned().await;
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                let head = feed.head();
+                let Some(history) = feed.log.read_after(after, head, bytes_max.min(CATCH_UP_BYTES))? else { return Ok(None) };
+                let mut frames = Vec::new();
+                for record in &history.records {
+                    for frame in Frame::of_record(record) {
+                        if frame.revision > after && topic.filter.wants(&frame.facets()) {
+                            if frames.len() == frames_max {
+                                let reached = frame.revision.prev();
+                                return Ok(Some((frames, reached)));
+                            }
+                            frames.push(frame);
+                        }
+                    }
+                }
+                Ok(Some((frames, history.reached)))
+            })
+            .await
+            .unwrap_or(Ok(None))
+        }));
+    }
+
+    fn caught_up(&mut self, result: Result<CaughtUp, tokio::task::JoinError>) -> Option<Step> {
+        let reason = match result {
+            Ok(Ok(Some((frames, reached)))) => {
+                self.revision = self.revision.max(reached);
+                self.feed.stats.delivered.fetch_add(frames.len() as u64, Ordering::Relaxed);
+                return (!frames.is_empty()).then_some(Step::Frames(frames));
+            }
+            Ok(Ok(None)) => ResetReason::Compacted,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "a stream cannot read the log");
+                ResetReason::Lost
+            }
+            // The runtime is shutting down.
+            Err(_) => return Some(Step::Drained),
+        };
+        let requested = self.revision;
+        self.move_to(self.feed.head());
+        Some(Step::Reset(reason, requested))
+    }
+
+    /// Goes on after `revision`, forgetting where it was.
+    pub fn move_to(&mut self, revision: Revision) {
+        self.revision = revision;
+        self.position = None;
+        self.catching_up = None;
+    }
+}
+

@@ -1,0 +1,266 @@
+//! JSON text as it is stored: checked, compacted, merged, and never re-parsed into numbers.
+//!
+//! A stored value is kept as text so that number literals come back as they were sent and serving it costs a copy.
+//! A merge patch (RFC 7396) works on that text too: only the objects the patch descends into are taken apart.
+//!
+//! - Stored text has no white space outside strings, so it fits one SSE `data:` line.
+//! - Nesting is bounded by [`DEPTH_MAX`] before anything recurses over it.
+
+use crate::error::Rejection;
+use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::fmt;
+
+/// How deep JSON may nest, in a request as in a stored value. Bounds recursion in readers and in [`merge_patch`].
+pub const DEPTH_MAX: usize = 128;
+
+/// Refuses text nested deeper than [`DEPTH_MAX`]. Looks at brackets outside strings only; O(n).
+pub fn check_depth(text: &[u8]) -> Result<(), Rejection> {
+    let mut depth = 0usize;
+    let mut at = 0;
+    while at < text.len() {
+        match text[at] {
+            b'"' => at = skip_string(text, at),
+            b'[' | b'{' => {
+                depth += 1;
+                if depth > DEPTH_MAX {
+                    return Err(Rejection::invalid(format!("JSON may nest at most {DEPTH_MAX} deep")));
+                }
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        at += 1;
+    }
+    Ok(())
+}
+
+/// Index of the closing quote of the string that opens at `at` (or the last byte when it never closes).
+fn skip_string(text: &[u8], at: usize) -> usize {
+    let mut i = at + 1;
+    while i < text.len() {
+        match text[i] {
+            b'\\' => i += 1,
+            b'"' => return i,
+            _ => {}
+        }
+        i += 1;
+    }
+    text.len() - 1
+}
+
+/// The same JSON without white space outside strings. `text` must be valid JSON; O(n).
+#[must_use]
+pub fn compact(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let is_space = |b: u8| matches!(b, b' ' | b'\n' | b'\r' | b'\t');
+    if !bytes.iter().any(|&b| is_space(b)) {
+        return text.to_owned();
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        if is_space(bytes[at]) {
+            at += 1;
+            continue;
+        }
+        let start = at;
+        while at < bytes.len() && !is_space(bytes[at]) {
+            if bytes[at] == b'"' {
+                at = skip_string(bytes, at);
+            }
+            at += 1;
+        }
+        // White space and quotes are ASCII, so both ends are character boundaries.
+        out.push_str(&text[start..at]);
+    }
+    out
+}
+
+/// Members of an object in order, values as text; a repeated name keeps its last value, as parsers do.
+struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members: Self::Value = Vec::new();
+                let mut index = std::collections::HashMap::new();
+                while let Some((name, value)) = map.next_entry::<Name<'de>, &'de RawValue>()? {
+                    match index.entry(name.0.clone()) {
+                        std::collections::hash_map::Entry::Occupied(at) => {
+                            let at: usize = *at.get();
+                            members[at].1 = value;
+                        }
+                        std::collections::hash_map::Entry::Vacant(free) => {
+                            free.insert(members.len());
+                            members.push((name.0, value));
+                        }
+                    }
+                }
+                Ok(members)
+            }
+        }
+        deserializer.deserialize_map(InOrder).map(Members)
+    }
+}
+
+/// A member name that borrows where it has no escapes (serde's own `Cow` always copies).
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+fn members(text: &str) -> Result<Members<'_>, Rejection> {
+    // The streaming parser's own depth guard counts objects only as it enters them, one per call here.
+    serde_json::from_str(text).map_err(|e| Rejection::invalid(format!("JSON object cannot be merged: {e}")))
+}
+
+fn is_object(text: &str) -> bool {
+    text.starts_with('{')
+}
+
+/// Applies a JSON merge patch (RFC 7396) to `target` (`None` = absent); both compact, and so is the result.
+///
+/// Members the patch does not touch keep their text, so their number literals stay as they were sent. Cost: O(size of
+/// the objects along the patch's path, once per level). Errors only on member names that are not Unicode.
+pub fn merge_patch(target: Option<&str>, patch: &str) -> Result<String, Rejection> {
+    if !is_object(patch) {
+        return Ok(patch.to_owned());
+    }
+    let patch = members(patch)?.0;
+    let mut merged: Vec<(Cow<'_, str>, Cow<'_, str>)> = match target {
+        Some(target) if is_object(target) => {
+            members(target)?.0.into_iter().map(|(name, value)| (name, Cow::Borrowed(value.get()))).collect()
+        }
+        _ => Vec::new(),
+    };
+    let mut index: std::collections::HashMap<Cow<'_, str>, usize> =
+        merged.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
+    let mut removed = vec![false; merged.len()];
+    for (name, value) in patch {
+        let value = value.get();
+        let at = index.get(&name).copied();
+        if value == "null" {
+            if let Some(at) = at {
+                removed[at] = true;
+            }
+            continue;
+        }
+        let old = at.filter(|&at| !removed[at]).map(|at| merged[at].1.clone());
+        let new = Cow::Owned(merge_patch(old.as_deref(), value)?);
+        if let Some(at) = at {
+            merged[at].1 = new;
+            removed[at] = false;
+        } else {
+            index.insert(name.clone(), merged.len());
+            merged.push((name, new));
+            removed.push(false);
+        }
+    }
+    let mut out = String::from("{");
+    for (at, (name, value)) in merged.iter().enumerate() {
+        if removed[at] {
+            continue;
+        }
+        if out.len() > 1 {
+            out.push(',');
+        }
+        push_string(&mut out, name);
+        out.push(':');
+        out.push_str(value);
+    }
+    out.push('}');
+    Ok(out)
+}
+
+/// Appends `text` as a JSON string literal.
+pub fn push_string(out: &mut String, text: &str) {
+    out.push('"');
+    let mut plain_from = 0;
+    for (at, byte) in text.bytes().enumerate() {
+        let escape: &str = match byte {
+            b'"' => "\\\"",
+            b'\\' => "\\\\",
+            b'\n' => "\\n",
+            b'\r' => "\\r",
+            b'\t' => "\\t",
+            0..=0x1f => "",
+            _ => continue,
+        };
+        out.push_str(&text[plain_from..at]);
+        if escape.is_empty() {
+            out.push_str(&format!("\\u{byte:04x}"));
+        } else {
+            out.push_str(escape);
+        }
+        plain_from = at + 1;
+    }
+    out.push_str(&text[plain_from..]);
+    out.push('"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merge_patch_follows_rfc_7396_appendix_a() {
+        for (target, patch, expected) in [
+            (r#"{"a":"b"}"#, r#"{"a":"c"}"#, r#"{"a":"c"}"#),
+            (r#"{"a":"b"}"#, r#"{"b":"c"}"#, r#"{"a":"b","b":"c"}"#),
+            (r#"{"a":"b"}"#, r#"{"a":null}"#, r#"{}"#),
+            (r#"{"a":"b","b":"c"}"#, r#"{"a":null}"#, r#"{"b":"c"}"#),
+            (r#"{"a":["b"]}"#, r#"{"a":"c"}"#, r#"{"a":"c"}"#),
+            (r#"{"a":"c"}"#, r#"{"a":["b"]}"#, r#"{"a":["b"]}"#),
+            (r#"{"a":{"b":"c"}}"#, r#"{"a":{"b":"d","c":null}}"#, r#"{"a":{"b":"d"}}"#),
+            (r#"{"a":[{"b":"c"}]}"#, r#"{"a":[1]}"#, r#"{"a":[1]}"#),
+            (r#"["a","b"]"#, r#"["c","d"]"#, r#"["c","d"]"#),
+            (r#"{"a":"b"}"#, r#"["c"]"#, r#"["c"]"#),
+            (r#"{"a":"foo"}"#, "null", "null"),
+            (r#"{"a":"foo"}"#, r#""bar""#, r#""bar""#),
+            (r#"{"e":null}"#, r#"{"a":1}"#, r#"{"e":null,"a":1}"#),
+            ("[1,2]", r#"{"a":"b","c":null}"#, r#"{"a":"b"}"#),
+            ("{}", r#"{"a":{"bb":{"ccc":null}}}"#, r#"{"a":{"bb":{}}}"#),
+            // Ours: names compare after unescaping; literals nobody touched stay as they are.
+            (r#"{"\u0061":1.0,"n":1e400}"#, r#"{"a":2.50}"#, r#"{"a":2.50,"n":1e400}"#),
+            (r#"{"a":1}"#, r#"{"a":null,"a":{"x":1}}"#, r#"{"a":{"x":1}}"#),
+        ] {
+            assert_eq!(merge_patch(Some(target), patch).unwrap(), expected, "{target} + {patch}");
+        }
+        assert_eq!(merge_patch(None, r#"{"a":{"b":null,"c":1}}"#).unwrap(), r#"{"a":{"c":1}}"#);
+    }
+
+    #[test]
+    fn compact_leaves_strings_alone() {
+        assert_eq!(compact(" { \"a b\" : [ 1 , \"\\\" x\" ] }\n"), r#"{"a b":[1,"\" x"]}"#);
+    }
+
+    #[test]
+    fn depth_counts_brackets_outside_strings() {
+        let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
+        assert!(check_depth(nested(DEPTH_MAX).as_bytes()).is_ok());
+        assert!(check_depth(nested(DEPTH_MAX + 1).as_bytes()).is_err());
+        assert!(check_depth(format!("\"{}\"", "[".repeat(500)).as_bytes()).is_ok());
+        assert!(check_depth(b"\"\\").is_ok(), "an unclosed string must not run past the end");
+    }
+
+    #[test]
+    fn deepest_allowed_patch_merges() {
+        let deep = |leaf: &str| format!("{}{leaf}{}", "{\"a\":".repeat(DEPTH_MAX), "}".repeat(DEPTH_MAX));
+        assert_eq!(merge_patch(Some(&deep("1")), &deep("2")).unwrap(), deep("2"));
+    }
+
+    #[test]
+    fn strings_escape_as_serde_json_reads_them() {
+        let text = "a\"b\\c\nd\te\u{1}f\u{e9}\u{2028}";
+        let mut out = String::new();
+        push_string(&mut out, text);
+        assert_eq!(serde_json::from_str::<String>(&out).unwrap(), text);
+    }
+}

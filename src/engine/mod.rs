@@ -1,0 +1,434 @@
+//! The engine: one log, and everything you get by applying it.
+//!
+//! The way of a write (follow it through the files in this order):
+//! ```text
+//! Command            command.rs    parsed by api/, every limit checked once
+//!   -> Sequencer     sequencer.rs  drains what waits, hands out revisions
+//!   -> decide        state.rs      pure: state + overlay + command -> events or a rejection
+//!   -> prepare       recovery.rs   files and room for vectors, the only I/O that can be refused
+//!   -> Wal           wal.rs        codec.rs encodes; one write, one fdatasync for the batch
+//!   -> State::apply  state.rs      infallible; recovery calls the very same
+//!   -> Feed          feed.rs       shared frames, matched and woken on the feed's own thread
+//!   -> reply                       to every waiter of the batch
+//! ```
+//! `decide` for the second command of a batch sees the first through an [`state::Overlay`] that lives as long as the batch.
+//!
+//! Invariants
+//! - Durable before visible: reads, searches and streams see a record only after its sync (in `FSYNC=always`).
+//! - One apply, two callers. Time is in the record; expiry is a record the sequencer makes.
+//! - Revisions are handed out by one thread, consecutively, and never again.
+//!
+//! Locks, and why each: `state` (readers for microseconds; the sequencer to apply a batch), `snapshot_lock` (one snapshot
+//! at a time), `replay_needed` (bookkeeping of kept snapshots). Those of streams stand in `feed.rs`, of vectors in
+//! `collections.rs`, of consistent walks in `view.rs`.
+//!
+//! Threads: `sequencer`, `feed`, `snapshots` (periodic), and rayon's pool for large scans. Queues: commands
+//! ([`QUEUE_COMMANDS_MAX`]) and searches ([`SEARCHES_WAITING_MAX`]), both refused with `overloaded` when full.
+//!
+//! Deliberately absent: HTTP, a second writer, a lock held over I/O on the way of a read.
+
+pub mod clock;
+pub mod codec;
+pub mod collections;
+pub mod command;
+pub mod feed;
+pub mod frame;
+pub mod json;
+pub mod metrics;
+pub mod recovery;
+pub mod sequencer;
+pub mod snapshot;
+pub mod state;
+pub mod view;
+pub mod wal;
+
+use crate::config::{Config, Fsync};
+use crate::error::{Error, Rejection};
+use crate::revision::Revision;
+use clock::Clock;
+use codec::Entry;
+use collections::{Found, INLINE_NUMBERS, Search, SearchTicket, SharedCollection};
+use command::{Command, Committed, Key};
+use feed::{EventFilter, Feed};
+use frame::{Ephemeral, push_fmt};
+use metrics::Metrics;
+use parking_lot::{Condvar, Mutex, RwLock};
+use recovery::Preparer;
+use sequencer::{Request, Sequencer};
+use state::State;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+use view::View;
+use wal::Log;
+
+/// Commands waiting for the sequencer. At 100,000 a second this is a tenth of a second of work.
+pub const QUEUE_COMMANDS_MAX: usize = 16_384;
+/// Searches waiting for a thread. Beyond that, waiting longer helps nobody.
+pub const SEARCHES_WAITING_MAX: usize = 1024;
+/// Old versions a stream's snapshot may make the state keep; a slower one starts over.
+const STREAM_PREIMAGES_MAX: usize = 200_000;
+
+/// Where things are kept below the data directory.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "named after the folders")]
+pub struct Paths {
+    pub dir: PathBuf,
+    pub log: PathBuf,
+    pub snapshots: PathBuf,
+    pub vectors: PathBuf,
+}
+
+/// What the threads and handles of one engine share.
+#[derive(Debug)]
+pub struct Inner {
+    state: RwLock<State>,
+    feed: Arc<Feed>,
+    log: Arc<Log>,
+    clock: Clock,
+    /// A write or sync failed: no more writes.
+    poisoned: AtomicBool,
+    metrics: Metrics,
+    fsync: Fsync,
+    memory_bytes_max: usize,
+    max_log_bytes: u64,
+    paths: Option<Paths>,
+    snapshot_lock: Mutex<()>,
+    /// Kept snapshots: revision, and after which revision the log must be replayed over each.
+    replay_needed: Mutex<Vec<(Revision, Revision)>>,
+    searches_waiting: AtomicUsize,
+}
+
+impl Inner {
+    /// Makes everything applied durable in the log. In `always` mode it is already.
+    fn sync_log(&self) -> Result<(), Error> {
+        if self.fsync == Fsync::Always {
+            return Ok(());
+        }
+        let result = self.log.sync();
+        if let Err(error) = &result {
+            tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
+            self.poisoned.store(true, Ordering::Release);
+        }
+        result
+    }
+}
+
+/// A handle to the engine. Cheap to clone; any thread.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    inner: Arc<Inner>,
+    queue: SyncSender<Request>,
+}
+
+/// The engine's threads; stop them in order with [`Threads::stop`].
+#[derive(Debug)]
+pub struct Threads {
+    engine: Engine,
+    sequencer: JoinHandle<()>,
+    feed: JoinHandle<()>,
+    snapshots: JoinHandle<()>,
+    /// Ends the wait of the snapshot thread.
+    snapshots_stop: Arc<(Mutex<bool>, Condvar)>,
+    /// Held until everything is written.
+    _lock: Option<std::fs::File>,
+}
+
+impl Engine {
+    /// Recovers the data directory and starts the threads. Blocking.
+    pub fn open(config: &Config) -> Result<(Self, Threads), Error> {
+        let paths = config.data_dir.as_deref().map(Paths::below);
+        // A log in memory is for streams that fall behind, and counts against the machine's memory.
+        const MEMORY_LOG_BYTES_MAX: u64 = 256 << 20;
+        let max_log_bytes =
+            if paths.is_some() { config.max_log_bytes } else { config.max_log_bytes.min(MEMORY_LOG_BYTES_MAX) };
+        let recovered = recovery::recover(paths.as_ref(), max_log_bytes)?;
+        let log = Arc::clone(&recovered.wal.log);
+        let head = recovered.wal.wal.head();
+        let (feed, feed_thread) = Feed::start(Arc::clone(&log), head);
+        let preparer = Preparer::new(paths.as_ref().map(|p| p.vectors.clone()));
+        let inner = Arc::new(Inner {
+            state: RwLock::new(recovered.state),
+            feed,
+            log,
+            clock: Clock::start(),
+            poisoned: AtomicBool::new(false),
+            metrics: Metrics::default(),
+            fsync: config.fsync,
+            memory_bytes_max: config.max_memory_bytes,
+            max_log_bytes,
+            paths,
+            snapshot_lock: Mutex::new(()),
+            replay_needed: Mutex::new(recovered.replay_needed),
+            searches_waiting: AtomicUsize::new(0),
+        });
+        let (queue, commands) = sync_channel(QUEUE_COMMANDS_MAX);
+        let sequencer = Sequencer::new(Arc::clone(&inner), recovered.wal.wal, preparer, commands, config.fsync);
+        let engine = Self { inner, queue };
+        let snapshots_stop = Arc::new((Mutex::new(false), Condvar::new()));
+        let interval = Duration::from_secs(config.snapshot_interval_s);
+        let threads = Threads {
+            engine: engine.clone(),
+            sequencer: spawn("sequencer", move || sequencer.run()),
+            feed: feed_thread,
+            snapshots: spawn("snapshots", {
+                let (inner, stop) = (Arc::clone(&engine.inner), Arc::clone(&snapshots_stop));
+                move || take_snapshots(&inner, interval, &stop)
+            }),
+            snapshots_stop,
+            _lock: recovered.lock,
+        };
+        Ok((engine, threads))
+    }
+
+    /// Commits a command. Dropping the future does not undo it.
+    pub async fn submit(&self, command: Command) -> Result<Committed, Rejection> {
+        let (reply, answer) = oneshot::channel();
+        self.queue.try_send(Request::Commit(command, reply)).map_err(|e| match e {
+            TrySendError::Full(_) => Rejection::Overloaded("too many writes are waiting; retry in a moment"),
+            TrySendError::Disconnected(_) => Rejection::ShuttingDown,
+        })?;
+        answer.await.unwrap_or(Err(Rejection::ShuttingDown))
+    }
+
+    /// A key's entry.
+    #[must_use]
+    pub fn get(&self, key: &Key) -> Option<Arc<Entry>> {
+        // The clock is read only for an entry that has a deadline.
+        let entry = self.inner.state.read().get(key.as_str(), 0).cloned()?;
+        if entry.expires_at_ms.is_some() && !state::is_live(&entry, self.now_ms()) { None } else { Some(entry) }
+    }
+
+    /// Up to `limit` entries in key order after `after` within `prefix`, whether there are more, and the revision.
+    #[must_use]
+    pub fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> (Vec<(Key, Arc<Entry>)>, bool, Revision) {
+        let now_ms = self.now_ms();
+        let state = self.inner.state.read();
+        let mut range = state.range(prefix, after, now_ms);
+        let items: Vec<_> = range.by_ref().take(limit).map(|(key, entry)| (key.clone(), Arc::clone(entry))).collect();
+        (items, range.next().is_some(), state.revision())
+    }
+
+    /// A collection by name.
+    pub fn collection(&self, name: &str) -> Result<Arc<SharedCollection>, Rejection> {
+        self.inner.state.read().collection(name).cloned()
+    }
+
+    /// All collections by name.
+    #[must_use]
+    pub fn collections(&self) -> Vec<(String, Arc<SharedCollection>)> {
+        let state = self.inner.state.read();
+        state.collections().iter().map(|(name, c)| (name.as_str().to_owned(), Arc::clone(c))).collect()
+    }
+
+    /// Runs searches on one collection, all at the same revision, which is returned with the microseconds it took.
+    /// `prepare` makes them once the collection is known; it may look at the collection.
+    pub async fn search(
+        &self,
+        name: &str,
+        prepare: impl FnOnce(&SharedCollection) -> Result<Vec<Search>, Rejection>,
+    ) -> Result<(Vec<Found>, Revision, u64), Rejection> {
+        let started = Instant::now();
+        let collection = self.collection(name)?;
+        let searches = prepare(&collection)?;
+        let (ticket, at) = {
+            let state = self.inner.state.read();
+            (collection.begin_search(state.revision()), state.revision())
+        };
+        let count = searches.len() as u64;
+        let found = if collection.scan_numbers() * searches.len() < INLINE_NUMBERS {
+            ticket.run(&searches)
+        } else {
+            self.search_on_pool(ticket, searches).await?
+        };
+        let took = started.elapsed();
+        self.inner.metrics.searches.inc_by(count);
+        self.inner.metrics.search_seconds.observe(took.as_secs_f64());
+        Ok((found, at, u64::try_from(took.as_micros()).unwrap_or(u64::MAX)))
+    }
+
+    async fn search_on_pool(&self, ticket: SearchTicket, searches: Vec<Search>) -> Result<Vec<Found>, Rejection> {
+        let waiting = &self.inner.searches_waiting;
+        if waiting.fetch_add(1, Ordering::Relaxed) >= SEARCHES_WAITING_MAX {
+            waiting.fetch_sub(1, Ordering::Relaxed);
+            return Err(Rejection::Overloaded("too many searches are waiting; retry in a moment"));
+        }
+        let (reply, answer) = oneshot::channel();
+        let inner = Arc::clone(&self.inner);
+        rayon::spawn(move || {
+            let found = ticket.run(&searches);
+            drop(ticket);
+            inner.searches_waiting.fetch_sub(1, Ordering::Relaxed);
+            // The client may have gone meanwhile.
+            reply.send(found).ok();
+        });
+        answer.await.map_err(|_| Rejection::Overloaded("the search was given up; retry"))
+    }
+
+    /// Publishes a search to the streams that ask for searches.
+    pub fn publish_search(&self, collection: &str, k: usize, hits: usize, took_us: u64) {
+        if self.inner.feed.stats.search_watchers.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut members = String::new();
+        push_fmt(&mut members, format_args!("\"k\":{k},\"hits\":{hits},\"took_us\":{took_us}"));
+        self.inner.feed.publish_ephemeral(Ephemeral {
+            ts_ms: self.now_ms(),
+            event_type: "vector_search".into(),
+            key: None,
+            collection: Some(collection.into()),
+            labels: None,
+            members,
+            on_request: true,
+        });
+    }
+
+    /// A consistent walk over the keys for a stream that wants a snapshot.
+    #[must_use]
+    pub fn begin_view(&self) -> Arc<View> {
+        View::begin(&self.inner.state, STREAM_PREIMAGES_MAX)
+    }
+
+    /// The next slice of a walk; see [`View::slice`].
+    pub fn view_slice(&self, view: &View, from: &str, prefix: &str, found: &mut Vec<(Key, Arc<Entry>)>) -> Option<String> {
+        view.slice(&self.inner.state, from, prefix, found)
+    }
+
+    /// Everything a filter with few keys wants to see, at one revision; `None` when it takes a walk.
+    #[must_use]
+    pub fn small_snapshot(&self, filter: &EventFilter) -> Option<(Vec<(Key, Arc<Entry>)>, Revision)> {
+        if filter.keys.is_empty() || !filter.prefixes.is_empty() {
+            return None;
+        }
+        let now_ms = self.now_ms();
+        let state = self.inner.state.read();
+        let entries = filter.keys.iter().filter_map(|key| Some((key.clone(), Arc::clone(state.get(key.as_str(), now_ms)?))));
+        let wanted = entries.filter(|(key, entry)| filter.wants_entry(key.as_str(), entry.labels.as_deref()));
+        Some((wanted.collect(), state.revision()))
+    }
+
+    /// The streams.
+    #[must_use]
+    pub fn feed(&self) -> &Arc<Feed> {
+        &self.inner.feed
+    }
+
+    /// The log.
+    #[must_use]
+    pub fn log(&self) -> &Arc<Log> {
+        &self.inner.log
+    }
+
+    /// Unix milliseconds by the engine's clock.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.inner.clock.now_ms()
+    }
+
+    /// The newest revision applied: durable, in `always` mode.
+    #[must_use]
+    pub fn head(&self) -> Revision {
+        self.inner.state.read().revision()
+    }
+
+    /// Whether a failed write ended writing.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.inner.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Takes a snapshot now. Blocking.
+    pub fn snapshot(&self) -> Result<snapshot::Taken, Error> {
+        let result = snapshot::take(&self.inner);
+        match &result {
+            Ok(_) => self.inner.metrics.snapshots.inc(),
+            Err(_) => self.inner.metrics.snapshot_failures.inc(),
+        };
+        result
+    }
+
+    /// Counters and histograms.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.inner.metrics
+    }
+
+    /// Keys and keys with a deadline.
+    #[must_use]
+    pub fn key_counts(&self) -> (usize, usize) {
+        self.inner.state.read().key_counts()
+    }
+
+    /// Approximate bytes of keys and of vectors.
+    #[must_use]
+    pub fn memory_bytes(&self) -> (usize, usize) {
+        self.inner.state.read().memory_bytes()
+    }
+}
+
+impl Threads {
+    /// Ends the engine in order: commit what waits, snapshot, close the log. Blocking. Streams should be drained before.
+    pub fn stop(self) {
+        *self.snapshots_stop.0.lock() = true;
+        self.snapshots_stop.1.notify_all();
+        join(self.snapshots);
+        // The queue may be full; the sequencer empties it.
+        self.engine.queue.send(Request::Stop).ok();
+        join(self.sequencer);
+        self.engine.inner.feed.stop();
+        join(self.feed);
+        if !self.engine.is_poisoned()
+            && let Err(error) = self.engine.snapshot()
+        {
+            tracing::error!(%error, "the last snapshot failed; the next start replays the log instead");
+        }
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    std::thread::Builder::new().name(name.into()).spawn(run).expect("the system can start a thread")
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a thread ended in a panic");
+    }
+}
+
+/// The `snapshots` thread. With interval zero it only waits to be stopped.
+fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condvar)) {
+    let mut last_revision = Revision::ZERO;
+    loop {
+        {
+            let mut stopped = stop.0.lock();
+            let deadline = Instant::now() + if interval.is_zero() { Duration::from_secs(3600) } else { interval };
+            while !*stopped {
+                if stop.1.wait_until(&mut stopped, deadline).timed_out() {
+                    break;
+                }
+            }
+            if *stopped {
+                return;
+            }
+        }
+        let revision = inner.state.read().revision();
+        if interval.is_zero() || revision == last_revision {
+            continue;
+        }
+        match snapshot::take(inner) {
+            Ok(taken) => {
+                last_revision = revision;
+                inner.metrics.snapshots.inc();
+                tracing::debug!(revision = taken.revision.0, bytes = taken.bytes, took_ms = taken.took_ms, "snapshot");
+            }
+            Err(error) => {
+                inner.metrics.snapshot_failures.inc();
+                tracing::error!(%error, "the snapshot failed; the log keeps everything meanwhile");
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! From a data directory to a state: lock it, load the newest good snapshot, replay the log over it, tidy up.
+//!
+//! Replay is the same `apply` as commit. Whatever does not fit together is an error that names file and offset; then
+//! nothing has been changed but a torn tail that was cut, and nobody was ever told of what was in that.
+
+use super::Paths;
+use super::collections::SharedCollection;
+use super::snapshot::{self, Snapshot};
+use super::codec::Event;
+use super::state::State;
+use super::wal::{OpenedWal, Wal};
+use crate::error::Error;
+use crate::revision::Revision;
+use crate::vector::CollectionName;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often a long recovery says how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// What recovery hands to the engine.
+#[derive(Debug)]
+pub struct Recovered {
+    /// Everything durable, applied.
+    pub state: State,
+    /// The log, ready to append and to read.
+    pub wal: OpenedWal,
+    /// Revision and replay point of the snapshots on disk that are known to be good.
+    pub replay_needed: Vec<(Revision, Revision)>,
+    /// Held as long as the engine lives; see [`lock`].
+    pub lock: Option<File>,
+}
+
+impl Paths {
+    /// The layout below a data directory.
+    #[must_use]
+    pub fn below(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), log: dir.join("log"), snapshots: dir.join("snapshots"), vectors: dir.join("vectors") }
+    }
+
+    fn create(&self) -> Result<(), Error> {
+        for dir in [&self.dir, &self.log, &self.snapshots, &self.vectors] {
+            std::fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
+        }
+        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", &self.dir))
+    }
+}
+
+/// Takes the data directory for this process. The lock goes with the process, however it ends.
+fn lock(dir: &Path) -> Result<File, Error> {
+    let path = dir.join("LOCK");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(Error::io("cannot open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked(dir.to_owned())),
+        Err(TryLockError::Error(e)) => Err(Error::io("cannot lock", &path)(e)),
+    }
+}
+
+/// Recovers a data directory, or starts empty in memory when there is none.
+pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, Error> {
+    let Some(paths) = paths else {
+        let wal = Wal::open(None, max_log_bytes, Revision::ZERO, |_| Ok(()))?;
+        return Ok(Recovered { state: State::default(), wal, replay_needed: Vec::new(), lock: None });
+    };
+    paths.create()?;
+    let lock = lock(&paths.dir)?;
+    let started = Instant::now();
+    let snapshot = newest_good_snapshot(&paths.snapshots)?;
+    let (revision, replay_after) = snapshot.as_ref().map_or((Revision::ZERO, Revision::ZERO), |s| (s.revision, s.replay_after));
+    let replay_needed = snapshot.iter().map(|s| (s.revision, s.replay_after)).collect();
+    let gaps = snapshot.as_ref().map(|s| s.gaps.clone()).unwrap_or_default();
+    let mut state = match snapshot {
+        Some(snapshot) => load(snapshot, &paths.vectors)?,
+        None => State::default(),
+    };
+    let mut preparer = Preparer::new(Some(paths.vectors.clone()));
+    let mut progress = Progress { started, last: started, records: 0 };
+    let wal = Wal::open(Some(&paths.log), max_log_bytes, replay_after, |record| {
+        preparer.prepare(&state, record.first_revision, &record.events)?;
+        preparer.hand_over(&mut state);
+        state.apply(&record);
+        progress.count(record.last_revision());
+        Ok(())
+    })?;
+    if wal.wal.head() < revision {
+        return Err(Error::corrupt(
+            &paths.log,
+            0,
+            format!("the log ends at revision {}, but a snapshot shows {revision}: its end is missing", wal.wal.head()),
+        ));
+    }
+    wal.log.add_gaps(&gaps);
+    if wal.torn_bytes > 0 {
+        tracing::info!(bytes = wal.torn_bytes, "cut a torn tail off the log: writes that were never acknowledged");
+    }
+    state.skip_to(wal.wal.head());
+    check_checkpoints(&state, wal.wal.head())?;
+    remove_orphans(&state, &paths.vectors)?;
+    let keys = state.key_counts().0;
+    tracing::info!(revision = state.revision().0, snapshot = revision.0, keys, replayed = progress.records,
+        took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX), "recovered");
+    Ok(Recovered { state, wal, replay_needed, lock: Some(lock) })
+}
+
+/// A collection's files cannot be ahead of the log: then the log lost its end.
+fn check_checkpoints(state: &State, head: Revision) -> Result<(), Error> {
+    for collection in state.collections().values() {
+        let (checkpoint, _) = collection.read(|c| c.checkpoint());
+        if checkpoint > head
+            && let Some(dir) = collection.dir()
+        {
+            return Err(Error::corrupt(dir, 0, format!("its files show revision {checkpoint}, but the log ends at {head}")));
+        }
+    }
+    Ok(())
+}
+
+/// The newest snapshot that can be read. A damaged one is passed over, loudly, when there is an older one: the log is
+/// kept from the older one on.
+fn newest_good_snapshot(dir: &Path) -> Result<Option<Snapshot>, Error> {
+    let mut first_error = None;
+    for path in snapshot::list(dir)?.iter().rev() {
+        match snapshot::read(path) {
+            Ok(snapshot) => return Ok(Some(snapshot)),
+            Err(error) => {
+                tracing::error!(%error, "a snapshot is damaged; trying an older one");
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    first_error.map_or(Ok(None), Err)
+}
+
+fn load(snapshot: Snapshot, vectors: &Path) -> Result<State, Error> {
+    let mut collections = BTreeMap::new();
+    for saved in &snapshot.collections {
+        let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created)?;
+        let (checkpoint, _) = collection.read(|c| c.checkpoint());
+        // The files may show a later checkpoint than the snapshot saw, never an earlier one.
+        if checkpoint < saved.checkpoint
+            && let Some(dir) = collection.dir()
+        {
+            let detail = format!("it shows revision {checkpoint}, but the snapshot saw {}", saved.checkpoint);
+            return Err(Error::corrupt(&dir.join("slots.log"), 0, detail));
+        }
+        collections.insert(saved.name.clone(), collection);
+    }
+    Ok(State::from_snapshot(snapshot.entries, collections, snapshot.revision))
+}
+
+/// Directories of collections that are gone, or whose creation never became durable.
+fn remove_orphans(state: &State, vectors: &Path) -> Result<(), Error> {
+    let live: Vec<&Path> = state.collections().values().filter_map(|c| c.dir()).collect();
+    for entry in std::fs::read_dir(vectors).map_err(Error::io("cannot list", vectors))? {
+        let path = entry.map_err(Error::io("cannot list", vectors))?.path();
+        if path.is_dir() && !live.contains(&path.as_path()) {
+            std::fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+struct Progress {
+    started: Instant,
+    last: Instant,
+    records: u64,
+}
+
+impl Progress {
+    fn count(&mut self, revision: Revision) {
+        self.records += 1;
+        // Looking at the clock for each record would cost as much as replaying it.
+        if self.records.is_multiple_of(1024) && self.last.elapsed() >= PROGRESS_EVERY {
+            self.last = Instant::now();
+            tracing::info!(records = self.records, revision = revision.0, seconds = self.started.elapsed().as_secs(), "replaying the log");
+        }
+    }
+}
+
+/// Does the I/O that records need before they are applied: files for new collections, room for new vectors. Used by
+/// commit, before the log is written, and by recovery; `State::apply` itself then cannot fail.
+#[derive(Debug)]
+pub struct Preparer {
+    vectors: Option<PathBuf>,
+    created: Vec<(CollectionName, Arc<SharedCollection>)>,
+    /// Vectors prepared for and not yet applied, by the collection's creating revision.
+    pending: HashMap<Revision, usize>,
+}
+
+impl Preparer {
+    /// `None` prepares collections in memory.
+    #[must_use]
+    pub fn new(vectors: Option<PathBuf>) -> Self {
+        Self { vectors, created: Vec::new(), pending: HashMap::new() }
+    }
+
+    /// Prepares for a record. What `state` already shows needs nothing. After an error nothing is prepared for it.
+    pub fn prepare(&mut self, state: &State, first_revision: Revision, events: &[Event]) -> Result<(), Error> {
+        let created_before = self.created.len();
+        let result = self.prepare_events(state, first_revision, events);
+        if result.is_err() {
+            self.created.drain(created_before..).for_each(|(_, collection)| remove_files(&collection));
+        }
+        result
+    }
+
+    fn prepare_events(&mut self, state: &State, first_revision: Revision, events: &[Event]) -> Result<(), Error> {
+        let mut revision = first_revision;
+        for event in events {
+            match event {
+                Event::CollectionCreated { collection, spec } if revision > state.revision() => {
+                    let files = SharedCollection::open(self.vectors.as_deref(), *spec, revision)?;
+                    self.created.push((collection.clone(), files));
+                }
+                Event::VectorWritten { collection, vector: Some(_), .. } => {
+                    let created = self.created.iter().rev().find(|(name, _)| name == collection).map(|(_, c)| c);
+                    if let Some(collection) = created.or_else(|| state.collections().get(collection)) {
+                        let pending = self.pending.entry(collection.created()).or_insert(0);
+                        *pending += 1;
+                        collection.reserve(*pending)?;
+                    }
+                }
+                _ => {}
+            }
+            revision = revision.next();
+        }
+        Ok(())
+    }
+
+    /// Gives the prepared collections to the state, right before their records are applied.
+    pub fn hand_over(&mut self, state: &mut State) {
+        for (_, collection) in self.created.drain(..) {
+            state.prepare(collection);
+        }
+        self.pending.clear();
+    }
+
+    /// Gives up what was prepared for records that will not be applied. The files go with the next start at the latest.
+    pub fn give_up(&mut self) {
+        self.created.drain(..).for_each(|(_, collection)| remove_files(&collection));
+        self.pending.clear();
+    }
+}
+
+fn remove_files(collection: &SharedCollection) {
+    if let Some(dir) = collection.dir() {
+        // If this fails, the next start removes what no collection owns.
+        std::fs::remove_dir_all(dir).ok();
+    }
+}

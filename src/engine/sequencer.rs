@@ -1,0 +1,349 @@
+//! The one writer: a thread that owns order.
+//!
+//! ```text
+//! drain what waits ─▶ decide each ─▶ prepare ─▶ stage ─▶ flush ─▶ sync ─▶ apply ─▶ publish ─▶ reply
+//! ```
+//!
+//! One batch at a time; while the disk syncs, the next one gathers in the queue, so the batch grows with the load and a
+//! sync is shared by all that wait. Nothing is visible before it is durable, rejections included: one may rest on what an
+//! earlier command of the same batch decided.
+//!
+//! Invariants
+//! - Revisions are handed out here alone, consecutively, and only for what is staged.
+//! - After a failed write or sync nothing is written any more (`poisoned`): the kernel may have dropped the pages and
+//!   would report success on a second try.
+//! - A client that hangs up changes nothing: its answer goes nowhere, its commit stands.
+
+use super::Inner;
+use super::command::{Command, Committed, Op};
+use super::codec::Record;
+use super::recovery::Preparer;
+use super::state::{Decider, Overlay};
+use super::wal::{AppendError, Wal};
+use crate::config::Fsync;
+use crate::error::Rejection;
+use crate::revision::Revision;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+/// Commands one batch may gather. Bounds how long the first waits for the last to be decided.
+const BATCH_COMMANDS_MAX: usize = 4096;
+/// Operations after which a batch takes no further command, for the same reason.
+const BATCH_OPS_MAX: usize = 16_384;
+/// Keys expired in one batch; more follow in the next.
+const EXPIRIES_MAX: usize = 1000;
+/// Housekeeping: a mark in the log, the clock, a sync in `interval` mode.
+const TICK: Duration = Duration::from_secs(1);
+/// How often a full disk is asked again whether it has room.
+const FULL_RETRY: Duration = Duration::from_millis(500);
+
+/// A command and where its answer goes.
+#[derive(Debug)]
+pub enum Request {
+    /// Decide and commit.
+    Commit(Command, oneshot::Sender<Result<Committed, Rejection>>),
+    /// Commit what came before, write everything to disk, end.
+    Stop,
+}
+
+type Answer = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, Rejection>);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Sequencer {
+    inner: Arc<Inner>,
+    wal: Wal,
+    preparer: Preparer,
+    queue: Receiver<Request>,
+    fsync: Fsync,
+    last_tick: Instant,
+    unsynced: bool,
+    full_since_check: Option<Instant>,
+    last_ts_ms: u64,
+}
+
+impl Sequencer {
+    /// Ready to run on its thread.
+    #[must_use]
+    pub fn new(inner: Arc<Inner>, wal: Wal, preparer: Preparer, queue: Receiver<Request>, fsync: Fsync) -> Self {
+        Self {
+            inner,
+            wal,
+            preparer,
+            queue,
+            fsync,
+            last_tick: Instant::now(),
+            unsynced: false,
+            full_since_check: None,
+            last_ts_ms: 0,
+        }
+    }
+
+    /// Runs until told to stop, or until every handle to the engine is gone.
+    pub fn run(mut self) {
+        loop {
+            let first = match self.queue.recv_timeout(self.patience()) {
+                Ok(request) => Some(request),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            let (commands, stop) = self.gather(first);
+            self.commit(commands);
+            self.tick();
+            if stop {
+                break;
+            }
+        }
+        if !self.is_poisoned()
+            && let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.release()
+        {
+            tracing::error!(%error, "the log could not be closed in order");
+        }
+        self.wal.publish();
+        // What still waits is told, rather than left hanging.
+        for request in self.queue.try_iter() {
+            if let Request::Commit(_, reply) = request {
+                reply.send(Err(Rejection::ShuttingDown)).ok();
+            }
+        }
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.inner.poisoned.load(Ordering::Acquire)
+    }
+
+    /// How long to wait for a command: until the next deadline or tick.
+    fn patience(&self) -> Duration {
+        let tick = TICK.saturating_sub(self.last_tick.elapsed());
+        let Some(deadline) = self.inner.state.read().next_deadline() else { return tick };
+        if self.is_poisoned() {
+            return tick;
+        }
+        let now = self.inner.clock.now_ms();
+        tick.min(Duration::from_millis(deadline.saturating_sub(now))).max(Duration::from_millis(1))
+    }
+
+    fn gather(&self, first: Option<Request>) -> (Vec<(Command, oneshot::Sender<Result<Committed, Rejection>>)>, bool) {
+        let mut commands = Vec::new();
+        let mut ops = 0;
+        let mut next = first;
+        while let Some(request) = next {
+            match request {
+                Request::Stop => return (commands, true),
+                Request::Commit(command, reply) => {
+                    ops += command.ops.len();
+                    commands.push((command, reply));
+                }
+            }
+            if commands.len() >= BATCH_COMMANDS_MAX || ops >= BATCH_OPS_MAX {
+                break;
+            }
+            next = self.queue.try_recv().ok();
+        }
+        (commands, false)
+    }
+
+    fn commit(&mut self, commands: Vec<(Command, oneshot::Sender<Result<Committed, Rejection>>)>) {
+        if self.is_poisoned() {
+            commands.into_iter().for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
+            return;
+        }
+        let head = self.wal.head();
+        let now_ms = self.inner.clock.now_ms();
+        self.last_ts_ms = self.last_ts_ms.max(now_ms);
+        let is_full = self.is_full();
+        if !self.reserve(head) {
+            commands.into_iter().for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
+            return;
+        }
+        let (records, answers) = self.decide(commands, head, now_ms, is_full);
+        let result = if records.is_empty() { Ok(()) } else { self.write(&records) };
+        match result {
+            Ok(()) => {
+                if !records.is_empty() {
+                    self.make_visible(&records);
+                }
+                answers.into_iter().for_each(|(reply, answer)| drop(reply.send(answer)));
+            }
+            Err(error) => self.refuse(error, head, answers),
+        }
+    }
+
+    /// In the relaxed modes, revisions are reserved on disk before they are handed out. False when that failed.
+    fn reserve(&mut self, head: Revision) -> bool {
+        if self.fsync == Fsync::Always {
+            return true;
+        }
+        // An upper bound of what one batch can hand out.
+        let result = self.wal.reserve(head.plus(super::wal::RESERVED_REVISIONS / 2));
+        match result {
+            Ok(()) | Err(AppendError::Full(_)) => true,
+            Err(AppendError::Failed(error)) => {
+                self.poison(&error);
+                false
+            }
+        }
+    }
+
+    fn is_full(&mut self) -> bool {
+        // While full, ask again now and then; while not, asking costs a comparison.
+        if self.full_since_check.is_some_and(|since| since.elapsed() < FULL_RETRY) {
+            return true;
+        }
+        match self.wal.is_full() {
+            Ok(true) => {
+                if self.full_since_check.is_none() {
+                    tracing::error!("the disk is full: writes that need space are refused until there is some");
+                }
+                self.full_since_check = Some(Instant::now());
+                true
+            }
+            Ok(false) => {
+                if self.full_since_check.take().is_some() {
+                    tracing::info!("there is disk space again: writes go on");
+                }
+                false
+            }
+            Err(error) => {
+                self.poison(&error);
+                true
+            }
+        }
+    }
+
+    fn decide(
+        &mut self,
+        commands: Vec<(Command, oneshot::Sender<Result<Committed, Rejection>>)>,
+        head: Revision,
+        now_ms: u64,
+        is_full: bool,
+    ) -> (Vec<Arc<Record>>, Vec<Answer>) {
+        let mut records = Vec::new();
+        let mut answers = Vec::with_capacity(commands.len());
+        let mut overlay = Overlay::default();
+        let state = self.inner.state.read();
+        let mut decider = Decider {
+            state: &state,
+            overlay: &mut overlay,
+            now_ms,
+            memory_bytes_max: self.inner.memory_bytes_max,
+            next: head.next(),
+        };
+        let ts_ms = self.last_ts_ms;
+        let mut stage = |wal: &mut Wal, first_revision, events| {
+            let record = Arc::new(Record { first_revision, ts_ms, events });
+            wal.stage(&record);
+            records.push(record);
+        };
+        let first = decider.next;
+        let expired = decider.decide_expiry(state.due(now_ms, EXPIRIES_MAX));
+        if !expired.is_empty() {
+            stage(&mut self.wal, first, expired);
+        }
+        for (command, reply) in commands {
+            if is_full && !command.ops.iter().all(Op::frees_space) {
+                let detail = "the disk is full; delete something or free space, and writes resume by themselves";
+                answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
+                continue;
+            }
+            let first_revision = decider.next;
+            let answer = decider.decide(command).and_then(|decision| {
+                if decision.events.is_empty() {
+                    return Ok((decision, first_revision.prev(), first_revision.prev()));
+                }
+                if let Err(error) = self.preparer.prepare(&state, first_revision, &decision.events) {
+                    decider.overlay.roll_back();
+                    decider.next = first_revision;
+                    return Err(super::collections::no_room(&error));
+                }
+                let last = first_revision.plus(decision.events.len() as u64 - 1);
+                Ok((decision, first_revision, last))
+            });
+            let answer = answer.map(|(decision, first_revision, last_revision)| {
+                if !decision.events.is_empty() {
+                    stage(&mut self.wal, first_revision, decision.events);
+                }
+                Committed { outcomes: decision.outcomes, first_revision, last_revision }
+            });
+            answers.push((reply, answer));
+        }
+        (records, answers)
+    }
+
+    fn write(&mut self, records: &[Arc<Record>]) -> Result<(), AppendError> {
+        let started = Instant::now();
+        self.wal.flush()?;
+        if self.fsync == Fsync::Always {
+            self.wal.sync()?;
+            self.inner.metrics.fsync_seconds.observe(started.elapsed().as_secs_f64());
+        } else {
+            self.unsynced = true;
+        }
+        self.wal.publish();
+        self.inner.metrics.batch_records.observe(records.len() as f64);
+        Ok(())
+    }
+
+    fn make_visible(&mut self, records: &[Arc<Record>]) {
+        {
+            let mut state = self.inner.state.write();
+            self.preparer.hand_over(&mut state);
+            for record in records {
+                state.apply(record);
+            }
+        }
+        self.inner.feed.publish(records);
+    }
+
+    fn refuse(&mut self, error: AppendError, head: Revision, answers: Vec<Answer>) {
+        self.wal.unstage(head);
+        self.preparer.give_up();
+        let rejection = match error {
+            AppendError::Full(error) => {
+                tracing::error!(%error, "the disk is full");
+                Rejection::StorageFull("the disk is full; free space and try again".into())
+            }
+            AppendError::Failed(error) => {
+                self.poison(&error);
+                Rejection::Poisoned
+            }
+        };
+        answers.into_iter().for_each(|(reply, _)| drop(reply.send(Err(rejection.clone()))));
+    }
+
+    fn poison(&self, error: &crate::error::Error) {
+        tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
+        self.inner.poisoned.store(true, Ordering::Release);
+    }
+
+    /// Once a second: sync in `interval` mode, mark how far the log is durable, lean the clock, write zeros ahead.
+    fn tick(&mut self) {
+        if self.is_poisoned() {
+            self.last_tick = Instant::now();
+            return;
+        }
+        if let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.zero_ahead() {
+            self.poison(&error);
+        }
+        if self.last_tick.elapsed() < TICK {
+            return;
+        }
+        self.last_tick = Instant::now();
+        self.inner.clock.lean();
+        if self.unsynced && self.fsync == Fsync::Interval {
+            self.unsynced = false;
+            if let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.sync() {
+                self.poison(&error);
+                return;
+            }
+        }
+        match self.wal.mark() {
+            // A mark is a courtesy to the next recovery; without room it waits.
+            Ok(()) | Err(AppendError::Full(_)) => {}
+            Err(AppendError::Failed(error)) => self.poison(&error),
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! Snapshots on disk: the keys at one revision, so that recovery need not replay the whole log.
+//!
+//! Taking one: checkpoint the collections' files, begin a [`View`], write the file beside its name, sync, rename, sync
+//! the directory, keep the newest two, then drop log segments that both no longer need. Writers go on meanwhile.
+//!
+//! A snapshot names the revision from which the log must be replayed over it. That is its own revision, or earlier where
+//! a collection's files were behind when it was taken: the keys in it are skipped then, the vectors are not.
+
+use super::Inner;
+use super::codec::{Entry, decode_entry, encode_entry, put_spec, spec};
+use super::command::Key;
+use super::view::View;
+use super::wal::Gap;
+use crate::error::Error;
+use crate::revision::Revision;
+use crate::vector::{CollectionName, CollectionSpec};
+use crate::wire::{Malformed, Put, Reader};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+const MAGIC: &[u8; 8] = b"KISSSNAP";
+const VERSION: u32 = 1;
+/// Entries are written in blocks of about this size, each with its checksum.
+const BLOCK_BYTES: usize = 256 << 10;
+/// Snapshots kept: the newest, and one in case the newest turns out damaged.
+const KEPT: usize = 2;
+
+/// What a snapshot file holds.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// The revision of its keys and of its list of collections.
+    pub revision: Revision,
+    /// Replay the log after this revision.
+    pub replay_after: Revision,
+    /// Ranges of revisions a crash gave up, as far as known.
+    pub gaps: Vec<Gap>,
+    /// Collections at `revision`, each with the checkpoint its files had reached.
+    pub collections: Vec<SavedCollection>,
+    /// In key order.
+    pub entries: Vec<(Key, Arc<Entry>)>,
+}
+
+/// A collection as a snapshot names it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SavedCollection {
+    /// Its name.
+    pub name: CollectionName,
+    /// Its shape.
+    pub spec: CollectionSpec,
+    /// The revision that created it.
+    pub created: Revision,
+    /// Its files are complete up to at least here.
+    pub checkpoint: Revision,
+}
+
+/// What taking a snapshot did.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    /// The revision it shows.
+    pub revision: Revision,
+    /// Size of the file; 0 when everything is kept in memory.
+    pub bytes: u64,
+    /// How long it took.
+    pub took_ms: u64,
+}
+
+fn put_block(out: &mut impl Write, block: &[u8]) -> std::io::Result<()> {
+    let length = u32::try_from(block.len()).expect("a block is cut long before 4 GiB");
+    out.write_all(&length.to_le_bytes())?;
+    out.write_all(&crc32c::crc32c(block).to_le_bytes())?;
+    out.write_all(block)
+}
+
+fn snapshot_path(dir: &Path, revision: Revision) -> PathBuf {
+    dir.join(format!("{:020}.snap", revision.0))
+}
+
+/// Takes a snapshot now. One at a time; blocking.
+pub(super) fn take(inner: &Inner) -> Result<Taken, Error> {
+    let _one_at_a_time = inner.snapshot_lock.lock();
+    let started = Instant::now();
+    let collections: Vec<_> = inner.state.read().collections().values().cloned().collect();
+    for collection in collections {
+        collection.checkpoint(|| inner.state.read().revision(), || inner.sync_log())?;
+    }
+    remove_dropped(inner);
+    let Some(dir) = inner.paths.as_ref().map(|p| p.snapshots.clone()) else {
+        // In memory there is nothing to recover: history may go as soon as there is too much of it.
+        let revision = inner.state.read().revision();
+        inner.log.drop_oldest(inner.max_log_bytes, revision)?;
+        return Ok(Taken { revision, bytes: 0, took_ms: millis(started) });
+    };
+    let view = View::begin(&inner.state, usize::MAX);
+    // In the relaxed modes the log may be behind what is applied; a snapshot must not be ahead of it.
+    inner.sync_log()?;
+    let (header, revision, replay_after) = header(inner, &view);
+    let path = snapshot_path(&dir, revision);
+    let bytes = if path.exists() { path.metadata().map_or(0, |m| m.len()) } else { write(inner, &view, &dir, &path, &header)? };
+    drop(view);
+    keep_newest(inner, &dir, revision, replay_after)?;
+    Ok(Taken { revision, bytes, took_ms: millis(started) })
+}
+
+fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
+    let revision = view.revision();
+    // Collections made or deleted after the view was begun are the log's affair; those it lists were there at its
+    // revision. A checkpoint may by now be ahead of the view, which only means that replay has less to do.
+    let state = inner.state.read();
+    let mut replay_after = revision;
+    let mut listed = Vec::new();
+    for (name, collection) in state.collections() {
+        if collection.created() > revision {
+            continue;
+        }
+        let (checkpoint, is_behind) = collection.read(|c| c.checkpoint());
+        if is_behind {
+            replay_after = replay_after.min(checkpoint);
+        }
+        listed.push(SavedCollection { name: name.clone(), spec: collection.spec(), created: collection.created(), checkpoint });
+    }
+    drop(state);
+    let gaps = inner.log.gaps();
+    let mut header = Vec::new();
+    header.put_revision(revision);
+    header.put_revision(replay_after);
+    header.put_u32(u32::try_from(gaps.len()).expect("a gap an unclean restart"));
+    for gap in gaps {
+        header.put_revision(gap.from);
+        header.put_revision(gap.to);
+    }
+    header.put_u32(u32::try_from(listed.len()).expect("collections fit memory"));
+    for saved in listed {
+        header.put_text(saved.name.as_str());
+        put_spec(&mut header, saved.spec);
+        header.put_revision(saved.created);
+        header.put_revision(saved.checkpoint);
+    }
+    (header, revision, replay_after)
+}
+
+fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8]) -> Result<u64, Error> {
+    let beside = path.with_extension("tmp");
+    let fill = || -> std::io::Result<u64> {
+        let mut file = BufWriter::with_capacity(BLOCK_BYTES, File::create(&beside)?);
+        file.write_all(MAGIC)?;
+        file.write_all(&VERSION.to_le_bytes())?;
+        put_block(&mut file, header)?;
+        let mut block = Vec::with_capacity(BLOCK_BYTES + 4096);
+        let mut count = 0u64;
+        let mut from = Some(String::new());
+        let mut found = Vec::new();
+        while let Some(at) = from {
+            from = view.slice(&inner.state, &at, "", &mut found);
+            for (key, entry) in found.drain(..) {
+                block.put_text(key.as_str());
+                encode_entry(&entry, &mut block);
+                count += 1;
+                if block.len() >= BLOCK_BYTES {
+                    put_block(&mut file, &block)?;
+                    block.clear();
+                }
+            }
+        }
+        if !block.is_empty() {
+            put_block(&mut file, &block)?;
+        }
+        // An empty block ends the entries; the count behind it tells a file cut between blocks from a whole one.
+        put_block(&mut file, &[])?;
+        put_block(&mut file, &count.to_le_bytes())?;
+        let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        let bytes = file.metadata()?.len();
+        std::fs::rename(&beside, path)?;
+        File::open(dir)?.sync_all()?;
+        Ok(bytes)
+    };
+    fill().map_err(|e| {
+        // What is left of it would only take space that may be missing.
+        std::fs::remove_file(&beside).ok();
+        Error::io("cannot write the snapshot", path)(e)
+    })
+}
+
+/// Removes all but the newest snapshots, then the log segments that the oldest kept one no longer needs.
+fn keep_newest(inner: &Inner, dir: &Path, revision: Revision, replay_after: Revision) -> Result<(), Error> {
+    let mut needed = inner.replay_needed.lock();
+    needed.retain(|(r, _)| *r != revision);
+    needed.push((revision, replay_after));
+    let paths = list(dir)?;
+    let (gone, kept) = paths.split_at(paths.len().saturating_sub(KEPT));
+    for path in gone {
+        std::fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+    }
+    let kept: Vec<Revision> = kept.iter().filter_map(|p| revision_of(p)).collect();
+    needed.retain(|(r, _)| kept.contains(r));
+    // A kept snapshot that this process neither wrote nor read could need all of the log.
+    let known = kept.iter().all(|k| needed.iter().any(|(r, _)| r == k));
+    let covered = if known { needed.iter().map(|(_, after)| *after).min().unwrap_or(Revision::ZERO) } else { Revision::ZERO };
+    let dropped = inner.log.drop_oldest(inner.max_log_bytes, covered)?;
+    if dropped > 0 {
+        tracing::info!(segments = dropped, oldest = inner.log.oldest().0, "dropped log segments beyond MAX_LOG_MB");
+    }
+    Ok(())
+}
+
+fn remove_dropped(inner: &Inner) {
+    let dropped = inner.state.write().take_dropped();
+    for collection in dropped {
+        if let Some(dir) = collection.dir()
+            && let Err(error) = std::fs::remove_dir_all(dir)
+        {
+            tracing::warn!(%error, dir = %dir.display(), "cannot remove a deleted collection; the next start will");
+        }
+    }
+}
+
+fn revision_of(path: &Path) -> Option<Revision> {
+    path.file_stem()?.to_str()?.parse().ok().map(Revision)
+}
+
+/// Snapshot files, oldest first. Removes what an interrupted snapshot left behind.
+pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))? {
+        let path = entry.map_err(Error::io("cannot list", dir))?.path();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("snap") => paths.push(path),
+            Some("tmp") => std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?,
+            _ => {}
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Reads a snapshot. Any damage is an error; nothing is changed.
+pub fn read(path: &Path) -> Result<Snapshot, Error> {
+    let bytes = std::fs::read(path).map_err(Error::io("cannot read", path))?;
+    let damaged = |at: usize, e: Malformed| Error::corrupt(path, at as u64, e.0);
+    if bytes.get(..8) != Some(MAGIC) {
+        return Err(Error::corrupt(path, 0, "this is not a snapshot"));
+    }
+    let mut reader = Reader(&bytes[8..]);
+    let version = reader.u32("version").map_err(|e| damaged(8, e))?;
+    if version != VERSION {
+        return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads {VERSION}")));
+    }
+    let position = |reader: &Reader<'_>| bytes.len() - reader.0.len();
+    let mut at = position(&reader);
+    let mut snapshot = read_header(block(&mut reader).map_err(|e| damaged(at, e))?).map_err(|e| damaged(at, e))?;
+    if revision_of(path) != Some(snapshot.revision) {
+        return Err(Error::corrupt(path, 12, "the file name does not fit its revision"));
+    }
+    loop {
+        at = position(&reader);
+        let mut entries = Reader(block(&mut reader).map_err(|e| damaged(at, e))?);
+        if entries.0.is_empty() {
+            break;
+        }
+        while !entries.0.is_empty() {
+            let (key, entry) = read_entry(&mut entries).map_err(|e| damaged(at, e))?;
+            if snapshot.entries.last().is_some_and(|(last, _)| *last >= key) {
+                return Err(Error::corrupt(path, at as u64, "keys are out of order"));
+            }
+            snapshot.entries.push((key, Arc::new(entry)));
+        }
+    }
+    at = position(&reader);
+    let count = block(&mut reader).and_then(|b| Reader(b).u64("count")).map_err(|e| damaged(at, e))?;
+    if count != snapshot.entries.len() as u64 || !reader.0.is_empty() {
+        return Err(Error::corrupt(path, at as u64, "the file does not hold as many entries as it says"));
+    }
+    Ok(snapshot)
+}
+
+fn block<'a>(reader: &mut Reader<'a>) -> Result<&'a [u8], Malformed> {
+    let length = reader.u32("block length")?;
+    let crc = reader.u32("block checksum")?;
+    let block = reader.take(length as usize, "block")?;
+    if crc32c::crc32c(block) == crc { Ok(block) } else { Err(Malformed("a block does not match its checksum".into())) }
+}
+
+fn read_header(bytes: &[u8]) -> Result<Snapshot, Malformed> {
+    let mut reader = Reader(bytes);
+    let revision = reader.revision("revision")?;
+    let replay_after = reader.revision("replay_after")?;
+    let mut gaps = Vec::new();
+    for _ in 0..reader.u32("gaps")? {
+        gaps.push(Gap { from: reader.revision("gap")?, to: reader.revision("gap")? });
+    }
+    let mut collections = Vec::new();
+    for _ in 0..reader.u32("collections")? {
+        collections.push(SavedCollection {
+            name: CollectionName::new(reader.text("collection")?).map_err(|e| Malformed(e.to_string()))?,
+            spec: spec(&mut reader)?,
+            created: reader.revision("created")?,
+            checkpoint: reader.revision("checkpoint")?,
+        });
+    }
+    reader.end("the snapshot's header")?;
+    Ok(Snapshot { revision, replay_after, gaps, collections, entries: Vec::new() })
+}
+
+fn read_entry(reader: &mut Reader<'_>) -> Result<(Key, Entry), Malformed> {
+    let key = Key::new(reader.text("key")?).map_err(|e| Malformed(e.to_string()))?;
+    Ok((key, decode_entry(reader)?))
+}

@@ -1,0 +1,636 @@
+//! The state: what you get by applying records in order. And `decide`: what a command would do to it.
+//!
+//! Invariants
+//! - `decide` changes nothing; it reads the state through an [`Overlay`] that holds what earlier commands of the same
+//!   commit batch decided, so that the second of two commands sees the first before either is on disk.
+//! - `apply` cannot fail, reads no clock and does no I/O. It has two callers: the sequencer's commit and recovery.
+//! - Every entry with a deadline is in `expiry`, and nothing else is.
+//! - A rejected command leaves the overlay as it found it.
+
+use super::codec::{DeleteReason, Entry, Event, Record};
+use super::collections::SharedCollection;
+use super::command::{Command, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite};
+use super::json::merge_patch;
+use super::view::View;
+use crate::error::Rejection;
+use crate::revision::Revision;
+use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+use std::sync::{Arc, Weak};
+
+/// What a key costs in memory beside its key, value and label bytes: tree node, allocations, headers.
+const ENTRY_OVERHEAD_BYTES: usize = 160;
+
+/// Keys, collections and the revision they stand at.
+#[derive(Debug, Default)]
+pub struct State {
+    keys: BTreeMap<Key, Arc<Entry>>,
+    /// Deadline and key of every entry that has one.
+    expiry: BTreeSet<(u64, Key)>,
+    collections: BTreeMap<CollectionName, Arc<SharedCollection>>,
+    /// Collections whose files were prepared for a record that is not applied yet, by creating revision.
+    prepared: HashMap<Revision, Arc<SharedCollection>>,
+    /// Deleted collections whose files are still to be removed.
+    dropped: Vec<Arc<SharedCollection>>,
+    /// Newest revision applied.
+    revision: Revision,
+    key_bytes: usize,
+    vector_bytes: usize,
+    /// Consistent walks under way; see `view.rs`.
+    views: Vec<Weak<View>>,
+}
+
+fn entry_bytes(key: &Key, entry: &Entry) -> usize {
+    ENTRY_OVERHEAD_BYTES + key.as_str().len() + entry.value.len() + entry.labels.as_ref().map_or(0, |l| l.len())
+}
+
+impl State {
+    /// A state loaded from a snapshot: entries in key order, at `revision`.
+    #[must_use]
+    pub fn from_snapshot(
+        entries: Vec<(Key, Arc<Entry>)>,
+        collections: BTreeMap<CollectionName, Arc<SharedCollection>>,
+        revision: Revision,
+    ) -> Self {
+        let key_bytes = entries.iter().map(|(key, entry)| entry_bytes(key, entry)).sum();
+        let expiry = entries.iter().filter_map(|(key, e)| Some((e.expires_at_ms?, key.clone()))).collect();
+        let vector_bytes = collections.values().map(|c| c.read(|c| c.memory_bytes())).sum();
+        // Collecting from sorted entries builds the tree bottom up, without searching.
+        Self { keys: entries.into_iter().collect(), expiry, collections, revision, key_bytes, vector_bytes, ..Self::default() }
+    }
+
+    /// Newest revision applied.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Moves the revision past ones that a crash gave up. Only before the first commit.
+    pub fn skip_to(&mut self, revision: Revision) {
+        self.revision = self.revision.max(revision);
+    }
+
+    /// A key's entry, unless its deadline has passed.
+    #[must_use]
+    pub fn get(&self, key: &str, now_ms: u64) -> Option<&Arc<Entry>> {
+        self.keys.get(key).filter(|entry| is_live(entry, now_ms))
+    }
+
+    /// Live entries in key order from `after` (exclusive, where given) within `prefix`.
+    pub fn range<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, now_ms: u64) -> impl Iterator<Item = (&'a Key, &'a Arc<Entry>)> {
+        let from = match after {
+            Some(after) if after >= prefix => Bound::Excluded(after),
+            _ => Bound::Included(prefix),
+        };
+        self.keys
+            .range::<str, _>((from, Bound::Unbounded))
+            .take_while(move |(key, _)| key.as_str().starts_with(prefix))
+            .filter(move |(_, entry)| is_live(entry, now_ms))
+    }
+
+    /// Every entry from a key on, expired or not: what views and snapshots walk.
+    pub fn range_from<'a>(&'a self, from: Bound<&'a str>) -> impl Iterator<Item = (&'a Key, &'a Arc<Entry>)> {
+        self.keys.range::<str, _>((from, Bound::Unbounded))
+    }
+
+    /// A collection.
+    pub fn collection(&self, name: &str) -> Result<&Arc<SharedCollection>, Rejection> {
+        self.collections.get(name).ok_or_else(|| Rejection::CollectionNotFound(name.to_owned()))
+    }
+
+    /// All collections by name.
+    #[must_use]
+    pub fn collections(&self) -> &BTreeMap<CollectionName, Arc<SharedCollection>> {
+        &self.collections
+    }
+
+    /// Keys there are, and how many of them have a deadline.
+    #[must_use]
+    pub fn key_counts(&self) -> (usize, usize) {
+        (self.keys.len(), self.expiry.len())
+    }
+
+    /// Approximate bytes of keys and of vectors.
+    #[must_use]
+    pub fn memory_bytes(&self) -> (usize, usize) {
+        (self.key_bytes, self.vector_bytes)
+    }
+
+    /// The next deadline.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.expiry.first().map(|(at, _)| *at)
+    }
+
+    /// Keys whose deadline has passed, oldest first, at most `limit`.
+    #[must_use]
+    pub fn due(&self, now_ms: u64, limit: usize) -> Vec<Key> {
+        self.expiry.iter().take_while(|(at, _)| *at <= now_ms).take(limit).map(|(_, key)| key.clone()).collect()
+    }
+
+    /// Registers a consistent walk at the current revision.
+    pub fn add_view(&mut self, view: &Arc<View>) {
+        self.views.retain(|v| v.strong_count() > 0);
+        self.views.push(Arc::downgrade(view));
+    }
+
+    /// Hands over a collection whose files exist, for the record that will create it.
+    pub fn prepare(&mut self, collection: Arc<SharedCollection>) {
+        self.prepared.insert(collection.created(), collection);
+    }
+
+    /// Deleted collections whose files can be removed.
+    pub fn take_dropped(&mut self) -> Vec<Arc<SharedCollection>> {
+        std::mem::take(&mut self.dropped)
+    }
+
+    /// Applies a record. Called in order, by commit and by recovery; what the state already shows is skipped, so replay
+    /// may begin before the snapshot's revision (vectors do: their files have checkpoints of their own).
+    pub fn apply(&mut self, record: &Record) {
+        let is_known = record.last_revision() <= self.revision;
+        for (revision, event) in record.iter() {
+            match event {
+                Event::VectorWritten { collection, id, vector, meta, .. } => {
+                    self.on_collection(collection, revision, |c| match vector {
+                        Some(vector) => c.put(id, vector.as_slice(), meta, revision),
+                        None => c.set_meta(id, meta, revision),
+                    });
+                }
+                Event::VectorDeleted { collection, id, .. } => {
+                    self.on_collection(collection, revision, |c| c.delete(id, revision));
+                }
+                _ if is_known => {}
+                Event::StateUpdated { key, entry, .. } => self.set(key, Some(entry)),
+                Event::StateDeleted { key, .. } => self.set(key, None),
+                Event::Published { .. } => {}
+                Event::CollectionCreated { collection, .. } => {
+                    let created = self.prepared.remove(&revision).expect("files are prepared before their record is applied");
+                    self.vector_bytes += created.read(|c| c.memory_bytes());
+                    self.collections.insert(collection.clone(), created);
+                }
+                Event::CollectionDeleted { collection, .. } => {
+                    if let Some(gone) = self.collections.remove(collection) {
+                        self.vector_bytes -= gone.read(|c| c.memory_bytes()).min(self.vector_bytes);
+                        self.dropped.push(gone);
+                    }
+                }
+            }
+        }
+        self.revision = self.revision.max(record.last_revision());
+    }
+
+    fn on_collection(&mut self, name: &CollectionName, revision: Revision, change: impl FnOnce(&SharedCollection) -> isize) {
+        // During replay the name may belong to a later collection, or to none any more.
+        if let Some(collection) = self.collections.get(name)
+            && collection.created() < revision
+        {
+            self.vector_bytes = self.vector_bytes.saturating_add_signed(change(collection));
+        }
+    }
+
+    fn set(&mut self, key: &Key, entry: Option<&Arc<Entry>>) {
+        let old = match entry {
+            Some(entry) => {
+                self.key_bytes += entry_bytes(key, entry);
+                if let Some(at) = entry.expires_at_ms {
+                    self.expiry.insert((at, key.clone()));
+                }
+                self.keys.insert(key.clone(), Arc::clone(entry))
+            }
+            None => self.keys.remove(key),
+        };
+        if let Some(old) = &old {
+            self.key_bytes -= entry_bytes(key, old);
+            if let Some(at) = old.expires_at_ms
+                && entry.and_then(|e| e.expires_at_ms) != Some(at)
+            {
+                self.expiry.remove(&(at, key.clone()));
+            }
+        }
+        for view in self.views.iter().filter_map(Weak::upgrade) {
+            view.remember(key, old.as_ref());
+        }
+    }
+}
+
+/// Whether an entry's deadline, if any, is still ahead.
+#[must_use]
+pub fn is_live(entry: &Entry, now_ms: u64) -> bool {
+    entry.expires_at_ms.is_none_or(|at| at > now_ms)
+}
+
+/// What the commands of one commit batch decided so far, laid over the state.
+#[derive(Debug, Default)]
+pub struct Overlay {
+    keys: HashMap<Key, Option<Arc<Entry>>>,
+    /// By the creating revision of the collection: a name may be deleted and created anew within one batch.
+    vectors: HashMap<(Revision, VectorId), Option<(Revision, VectorMeta)>>,
+    collections: HashMap<CollectionName, Option<(CollectionSpec, Revision)>>,
+    /// Bytes by which keys and vectors will have grown.
+    growth: usize,
+    undo: Vec<Undo>,
+}
+
+#[derive(Debug)]
+enum Undo {
+    Key(Key, Option<Option<Arc<Entry>>>),
+    Vector((Revision, VectorId), Option<Option<(Revision, VectorMeta)>>),
+    Collection(CollectionName, Option<Option<(CollectionSpec, Revision)>>),
+}
+
+impl Overlay {
+    fn set_key(&mut self, key: &Key, entry: Option<Arc<Entry>>) {
+        let old = self.keys.insert(key.clone(), entry);
+        self.undo.push(Undo::Key(key.clone(), old));
+    }
+
+    fn set_vector(&mut self, created: Revision, id: &VectorId, vector: Option<(Revision, VectorMeta)>) {
+        let place = (created, id.clone());
+        let old = self.vectors.insert(place.clone(), vector);
+        self.undo.push(Undo::Vector(place, old));
+    }
+
+    fn set_collection(&mut self, name: &CollectionName, shape: Option<(CollectionSpec, Revision)>) {
+        let old = self.collections.insert(name.clone(), shape);
+        self.undo.push(Undo::Collection(name.clone(), old));
+    }
+
+    /// Takes back what the last decided command laid over the state.
+    pub fn roll_back(&mut self) {
+        fn restore<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V>, key: K, old: Option<V>) {
+            match old {
+                Some(old) => map.insert(key, old),
+                None => map.remove(&key),
+            };
+        }
+        while let Some(undo) = self.undo.pop() {
+            match undo {
+                Undo::Key(key, old) => restore(&mut self.keys, key, old),
+                Undo::Vector(place, old) => restore(&mut self.vectors, place, old),
+                Undo::Collection(name, old) => restore(&mut self.collections, name, old),
+            }
+        }
+    }
+}
+
+/// What a command would do.
+#[derive(Debug)]
+pub struct Decision {
+    /// Nothing to log when empty: the command found everything as it wanted it.
+    pub events: Vec<Event>,
+    /// One for each operation.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// Decides one command after another for a commit batch.
+#[derive(Debug)]
+pub struct Decider<'a> {
+    /// What is applied.
+    pub state: &'a State,
+    /// What is decided.
+    pub overlay: &'a mut Overlay,
+    /// The batch's time.
+    pub now_ms: u64,
+    /// Bytes keys and vectors may take together; 0 = no budget.
+    pub memory_bytes_max: usize,
+    /// The revision the next event would get.
+    pub next: Revision,
+}
+
+impl Decider<'_> {
+    /// Decides a command: all of its operations or none. A rejection leaves the overlay as it was.
+    pub fn decide(&mut self, command: Command) -> Result<Decision, Rejection> {
+        self.overlay.undo.clear();
+        let growth = self.overlay.growth;
+        let first = self.next;
+        let mut decision = Decision { events: Vec::new(), outcomes: Vec::with_capacity(command.ops.len()) };
+        for (index, op) in command.ops.into_iter().enumerate() {
+            self.next = first.plus(decision.events.len() as u64);
+            match self.decide_op(op, &mut decision.events) {
+                Ok(outcome) => decision.outcomes.push(outcome),
+                Err(rejection) => {
+                    self.overlay.roll_back();
+                    self.overlay.growth = growth;
+                    self.next = first;
+                    return Err(if command.is_batch { rejection.at(index) } else { rejection });
+                }
+            }
+        }
+        self.next = first.plus(decision.events.len() as u64);
+        Ok(decision)
+    }
+
+    /// Decides the removal of keys whose deadline has passed.
+    pub fn decide_expiry(&mut self, due: Vec<Key>) -> Vec<Event> {
+        let mut events = Vec::new();
+        for key in due {
+            if let Some(entry) = self.entry(&key)
+                && !is_live(&entry, self.now_ms)
+            {
+                self.expire(&key, &entry, &mut events);
+            }
+        }
+        self.next = self.next.plus(events.len() as u64);
+        events
+    }
+
+    fn entry(&self, key: &Key) -> Option<Arc<Entry>> {
+        match self.overlay.keys.get(key) {
+            Some(decided) => decided.clone(),
+            None => self.state.keys.get(key).cloned(),
+        }
+    }
+
+    fn expire(&mut self, key: &Key, entry: &Entry, events: &mut Vec<Event>) {
+        events.push(Event::StateDeleted {
+            key: key.clone(),
+            prev_revision: entry.revision,
+            reason: DeleteReason::Expired,
+            labels: entry.labels.clone(),
+        });
+        self.overlay.set_key(key, None);
+    }
+
+    /// The current entry; one whose deadline has passed is first removed, as its own event.
+    fn live_entry(&mut self, key: &Key, events: &mut Vec<Event>) -> Option<Arc<Entry>> {
+        let entry = self.entry(key)?;
+        if is_live(&entry, self.now_ms) {
+            return Some(entry);
+        }
+        self.expire(key, &entry, events);
+        self.next = self.next.next();
+        None
+    }
+
+    fn check_budget(&mut self, bytes: usize, freed: usize) -> Result<(), Rejection> {
+        let (keys, vectors) = self.state.memory_bytes();
+        let total = keys + vectors + self.overlay.growth;
+        if self.memory_bytes_max > 0 && bytes > freed && total + bytes - freed > self.memory_bytes_max {
+            return Err(Rejection::StorageFull(
+                "the memory budget MAX_MEMORY_MB is used up; delete keys or vectors, or raise it".into(),
+            ));
+        }
+        self.overlay.growth += bytes.saturating_sub(freed);
+        Ok(())
+    }
+
+    fn decide_op(&mut self, op: Op, events: &mut Vec<Event>) -> Result<Outcome, Rejection> {
+        match op {
+            Op::Put { key, value, ttl_ms, labels, condition } => {
+                let old = self.live_entry(&key, events);
+                let write = EntryWrite { value, patch: None, expires_at_ms: self.deadline(ttl_ms), labels };
+                let entry = self.write_entry(&key, old.as_deref(), &condition, write, events)?;
+                Ok(Outcome::Put { key, revision: entry.revision, created: old.is_none(), expires_at_ms: entry.expires_at_ms })
+            }
+            Op::Patch { key, patch, ttl_ms, condition } => {
+                let old = self.live_entry(&key, events);
+                condition.check(old.as_ref().map_or(Revision::ZERO, |e| e.revision))?;
+                let target = match old.as_ref().map(|e| &e.value) {
+                    None => None,
+                    Some(Value::Json(text)) if text.len() <= PATCH_BYTES_MAX => Some(&**text),
+                    Some(Value::Json(_)) => {
+                        return Err(Rejection::PayloadTooLarge { what: "a value to patch", limit_bytes: PATCH_BYTES_MAX });
+                    }
+                    Some(Value::Bytes(_)) => {
+                        return Err(Rejection::invalid("the key holds bytes, which a JSON merge patch cannot change; PUT it"));
+                    }
+                };
+                let merged = merge_patch(target, &patch)?;
+                super::json::check_depth(merged.as_bytes())?;
+                let write = EntryWrite {
+                    value: Value::Json(merged.into()),
+                    patch: Some(patch),
+                    expires_at_ms: self.deadline(ttl_ms).or(old.as_ref().and_then(|e| e.expires_at_ms)),
+                    labels: old.as_ref().and_then(|e| e.labels.clone()),
+                };
+                let entry = self.write_entry(&key, old.as_deref(), &condition, write, events)?;
+                Ok(Outcome::Patched {
+                    key,
+                    revision: entry.revision,
+                    created: old.is_none(),
+                    expires_at_ms: entry.expires_at_ms,
+                    value: entry.value.clone(),
+                })
+            }
+            Op::Delete { key, condition } => {
+                let old = self.live_entry(&key, events).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
+                condition.check(old.revision)?;
+                let revision = self.next;
+                self.overlay.set_key(&key, None);
+                events.push(Event::StateDeleted {
+                    key: key.clone(),
+                    prev_revision: old.revision,
+                    reason: DeleteReason::Deleted,
+                    labels: old.labels.clone(),
+                });
+                Ok(Outcome::Deleted { key, revision })
+            }
+            Op::Event { event_type, key, data, labels } => {
+                events.push(Event::Published { event_type, key, data, labels });
+                Ok(Outcome::Published { revision: self.next })
+            }
+            Op::CreateCollection { collection, spec } => self.create_collection(collection, spec, events),
+            Op::DeleteCollection { collection } => {
+                let (spec, created) = self.shape(&collection)?;
+                let count = self.count_vectors(&collection, created);
+                events.push(Event::CollectionDeleted { collection: collection.clone(), spec });
+                self.overlay.set_collection(&collection, None);
+                Ok(Outcome::CollectionDeleted { count, revision: self.next })
+            }
+            Op::WriteVector { write, collection, id, vector, meta, if_revision } => {
+                self.write_vector(write, collection, id, vector, meta, if_revision, events)
+            }
+            Op::DeleteVector { collection, id, if_revision } => {
+                let (_, created) = self.shape(&collection)?;
+                let (revision, meta) = self
+                    .vector(&collection, created, &id)
+                    .ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
+                check_revision(if_revision, revision)?;
+                self.delete_vector(&collection, created, &id, &meta, events);
+                Ok(Outcome::VectorDeleted { id, revision: self.next })
+            }
+            Op::DeleteVectors { collection, selection } => self.delete_vectors(&collection, selection, events),
+        }
+    }
+
+    fn deadline(&self, ttl_ms: Option<u64>) -> Option<u64> {
+        ttl_ms.map(|ttl| self.now_ms.saturating_add(ttl))
+    }
+
+    fn write_entry(
+        &mut self,
+        key: &Key,
+        old: Option<&Entry>,
+        condition: &Condition,
+        write: EntryWrite,
+        events: &mut Vec<Event>,
+    ) -> Result<Arc<Entry>, Rejection> {
+        let prev_revision = old.map_or(Revision::ZERO, |e| e.revision);
+        condition.check(prev_revision)?;
+        let entry = Arc::new(Entry {
+            value: write.value,
+            revision: self.next,
+            created_revision: old.map_or(self.next, |e| e.created_revision),
+            expires_at_ms: write.expires_at_ms,
+            labels: write.labels,
+        });
+        self.check_budget(entry_bytes(key, &entry), old.map_or(0, |old| entry_bytes(key, old)))?;
+        self.overlay.set_key(key, Some(Arc::clone(&entry)));
+        events.push(Event::StateUpdated { key: key.clone(), prev_revision, entry: Arc::clone(&entry), patch: write.patch });
+        Ok(entry)
+    }
+
+    fn create_collection(
+        &mut self,
+        collection: CollectionName,
+        spec: CollectionSpec,
+        events: &mut Vec<Event>,
+    ) -> Result<Outcome, Rejection> {
+        if let Ok((existing, created)) = self.shape(&collection) {
+            if existing != spec {
+                return Err(Rejection::AlreadyExists(format!(
+                    "the collection {} exists with dim {} and metric {}; delete it first or choose another name",
+                    collection.as_str(),
+                    existing.dim,
+                    existing.metric.as_str()
+                )));
+            }
+            return Ok(Outcome::Collection { created: false, revision: created });
+        }
+        self.check_budget(COLLECTION_OVERHEAD_BYTES, 0)?;
+        self.overlay.set_collection(&collection, Some((spec, self.next)));
+        events.push(Event::CollectionCreated { collection, spec });
+        Ok(Outcome::Collection { created: true, revision: self.next })
+    }
+
+    /// A collection's shape and creating revision.
+    fn shape(&self, name: &CollectionName) -> Result<(CollectionSpec, Revision), Rejection> {
+        match self.overlay.collections.get(name) {
+            Some(Some(shape)) => Ok(*shape),
+            Some(None) => Err(Rejection::CollectionNotFound(name.as_str().to_owned())),
+            None => self.state.collection(name.as_str()).map(|c| (c.spec(), c.created())),
+        }
+    }
+
+    fn vector(&self, collection: &CollectionName, created: Revision, id: &VectorId) -> Option<(Revision, VectorMeta)> {
+        if let Some(decided) = self.overlay.vectors.get(&(created, id.clone())) {
+            return decided.clone();
+        }
+        let collection = self.state.collections.get(collection).filter(|c| c.created() == created)?;
+        collection.read(|c| c.peek(id.as_str()).map(|(revision, meta)| (revision, meta.clone())))
+    }
+
+    fn count_vectors(&self, collection: &CollectionName, created: Revision) -> usize {
+        let applied = self.state.collections.get(collection).filter(|c| c.created() == created);
+        let exists = |id: &VectorId| applied.is_some_and(|c| c.read(|c| c.peek(id.as_str()).is_some()));
+        let mut count = applied.map_or(0, |c| c.read(|c| c.len()));
+        for ((of, id), decided) in &self.overlay.vectors {
+            if *of == created {
+                match (exists(id), decided.is_some()) {
+                    (false, true) => count += 1,
+                    (true, false) => count -= 1,
+                    _ => {}
+                }
+            }
+        }
+        count
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the fields of the operation, each used once")]
+    fn write_vector(
+        &mut self,
+        write: VectorWrite,
+        collection: CollectionName,
+        id: VectorId,
+        vector: Option<Vector>,
+        meta: Option<VectorMeta>,
+        if_revision: Option<Revision>,
+        events: &mut Vec<Event>,
+    ) -> Result<Outcome, Rejection> {
+        let (spec, created) = self.shape(&collection)?;
+        let old = self.vector(&collection, created, &id);
+        let revision = old.as_ref().map_or(Revision::ZERO, |(revision, _)| *revision);
+        check_revision(if_revision, revision)?;
+        let meta = match (write, &old) {
+            (VectorWrite::Add, Some(_)) => {
+                return Err(Rejection::AlreadyExists(format!("the id {:?} exists; use upsert or update", id.as_str())));
+            }
+            (VectorWrite::Update, None) => return Err(Rejection::VectorNotFound(id.as_str().to_owned())),
+            (VectorWrite::Update, Some((_, old))) => match &meta {
+                Some(patch) => {
+                    let merged = merge_patch(Some(old.text()), patch.text())?;
+                    super::json::check_depth(merged.as_bytes())?;
+                    VectorMeta::new(&merged)?
+                }
+                None => old.clone(),
+            },
+            _ => meta.unwrap_or_else(VectorMeta::empty),
+        };
+        if let Some(vector) = &vector {
+            vector.check(spec)?;
+        }
+        let bytes = spec.dim * size_of::<f32>() + ENTRY_OVERHEAD_BYTES + id.as_str().len() + meta.text().len();
+        self.check_budget(bytes, if old.is_some() { bytes } else { 0 })?;
+        self.overlay.set_vector(created, &id, Some((self.next, meta.clone())));
+        let labels = Labels::of_vector(&meta);
+        events.push(Event::VectorWritten { collection, id: id.clone(), created: old.is_none(), vector, meta, labels });
+        Ok(Outcome::VectorWritten { id, revision: self.next, created: old.is_none() })
+    }
+
+    fn delete_vector(
+        &mut self,
+        collection: &CollectionName,
+        created: Revision,
+        id: &VectorId,
+        meta: &VectorMeta,
+        events: &mut Vec<Event>,
+    ) {
+        self.overlay.set_vector(created, id, None);
+        let labels = Labels::of_vector(meta);
+        events.push(Event::VectorDeleted { collection: collection.clone(), id: id.clone(), labels });
+    }
+
+    fn delete_vectors(
+        &mut self,
+        collection: &CollectionName,
+        selection: VectorSelection,
+        events: &mut Vec<Event>,
+    ) -> Result<Outcome, Rejection> {
+        let (_, created) = self.shape(collection)?;
+        let mut deleted = 0;
+        let mut missing = Vec::new();
+        for id in selection.ids {
+            match self.vector(collection, created, &id) {
+                None => missing.push(id),
+                Some((_, meta)) => {
+                    if selection.filter.as_ref().is_none_or(|f| f.matches(&meta.parse())) {
+                        self.delete_vector(collection, created, &id, &meta, events);
+                        deleted += 1;
+                    }
+                }
+            }
+        }
+        if selection.filter.is_some() {
+            missing.clear();
+        }
+        let revision = if deleted == 0 { self.next.prev() } else { self.next.plus(deleted - 1) };
+        // The cast: counts a list in memory.
+        let deleted = deleted as usize;
+        Ok(Outcome::VectorsDeleted { deleted, missing, revision })
+    }
+}
+
+/// What an empty collection costs: its first chunk of rows and its bookkeeping.
+const COLLECTION_OVERHEAD_BYTES: usize = 72 << 10;
+
+struct EntryWrite {
+    value: Value,
+    patch: Option<Box<str>>,
+    expires_at_ms: Option<u64>,
+    labels: Option<Box<Labels>>,
+}
+
+fn check_revision(expected: Option<Revision>, actual: Revision) -> Result<(), Rejection> {
+    Condition { if_revision: expected, ..Condition::default() }.check(actual)
+}

@@ -1,0 +1,117 @@
+//! A consistent walk over the keys at one revision, while writers go on.
+//!
+//! The walk takes the state's read lock for a slice of keys at a time. Whatever a writer changes ahead of the walk, it
+//! first leaves here as it was (copy on write); the walk prefers that to what the state holds by then. Memory: what was
+//! changed ahead of the walk and not yet reached, so a walk should be quick; [`View::is_overrun`] bounds the slow ones.
+//!
+//! One lock, `inner`: taken by the writer for each key it changes while a walk is on, and by the walk once a slice.
+
+use super::codec::Entry;
+use super::command::Key;
+use super::state::State;
+use crate::revision::Revision;
+use parking_lot::{Mutex, RwLock};
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+
+/// Keys looked at under one hold of the state's lock: some tens of microseconds.
+pub const SLICE_KEYS: usize = 512;
+
+/// The state's keys at one revision.
+#[derive(Debug)]
+pub struct View {
+    revision: Revision,
+    /// Most old versions kept; beyond that the view is overrun and worthless.
+    preimages_max: usize,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// What keys ahead of the walk held at `revision`; `None` = they did not exist.
+    preimages: BTreeMap<Key, Option<Arc<Entry>>>,
+    /// The last key walked; changes up to it need not be kept.
+    passed: Option<Key>,
+    overrun: bool,
+}
+
+impl View {
+    /// Begins a walk at the state's current revision.
+    pub fn begin(state: &RwLock<State>, preimages_max: usize) -> Arc<Self> {
+        let mut state = state.write();
+        let view =
+            Arc::new(Self { revision: state.revision(), preimages_max, inner: Mutex::new(Inner::default()) });
+        state.add_view(&view);
+        view
+    }
+
+    /// The revision the walk shows.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Keeps what a key held before a change. Called by the writer, under the state's write lock.
+    pub fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) {
+        let mut inner = self.inner.lock();
+        if inner.overrun || inner.passed.as_ref().is_some_and(|passed| key <= passed) {
+            return;
+        }
+        if inner.preimages.len() >= self.preimages_max {
+            inner.overrun = true;
+            inner.preimages.clear();
+            return;
+        }
+        inner.preimages.entry(key.clone()).or_insert_with(|| old.cloned());
+    }
+
+    /// Whether more was changed ahead of the walk than may be kept: the walk must be given up.
+    pub fn is_overrun(&self) -> bool {
+        self.inner.lock().overrun
+    }
+
+    /// Appends the next entries in key order, from `from` on, as they were at this view's revision, and returns where to
+    /// go on; `None` at the end. With `prefix`, ends after the last key that begins with it.
+    pub fn slice(&self, state: &RwLock<State>, from: &str, prefix: &str, found: &mut Vec<(Key, Arc<Entry>)>) -> Option<String> {
+        let state = state.read();
+        let mut inner = self.inner.lock();
+        let mut current: Vec<(Key, Arc<Entry>)> = Vec::with_capacity(SLICE_KEYS);
+        let mut is_end = true;
+        let first = if from < prefix { prefix } else { from };
+        for (key, entry) in state.range_from(Bound::Included(first)) {
+            if !key.as_str().starts_with(prefix) {
+                break;
+            }
+            if current.len() == SLICE_KEYS {
+                is_end = false;
+                break;
+            }
+            current.push((key.clone(), Arc::clone(entry)));
+        }
+        drop(state);
+        let last = current.last().map(|(key, _)| key.clone());
+        // Old versions within this slice; at the end of the range, all that are left in it.
+        let mut old = BTreeMap::new();
+        while let Some((key, _)) = inner.preimages.range::<str, _>((Bound::Included(first), Bound::Unbounded)).next() {
+            let within = key.as_str().starts_with(prefix) && (is_end || last.as_ref().is_some_and(|last| key <= last));
+            if !within {
+                break;
+            }
+            let key = key.clone();
+            let preimage = inner.preimages.remove(&key).flatten();
+            old.insert(key, preimage);
+        }
+        for (key, entry) in current {
+            old.entry(key).or_insert(Some(entry));
+        }
+        found.extend(old.into_iter().filter_map(|(key, entry)| Some((key, entry?))));
+        if is_end {
+            return None;
+        }
+        let last = last?;
+        // The smallest text after `last`.
+        let next = format!("{}\0", last.as_str());
+        inner.passed = Some(last);
+        Some(next)
+    }
+}

@@ -1,0 +1,1028 @@
+//! The log on disk: preallocated segments of checksummed frames, one writer, many readers.
+//!
+//! ```text
+//! Wal (sequencer's)  append ─▶ sync ─▶ publish ──┐          Segment.end: how far readers may look
+//! Log (shared)       segments ◀──────────────────┘─▶ read_after(revision)   streams, JSON history
+//! ```
+//!
+//! Invariants
+//! - Frames are contiguous, their revisions too; a gap frame names the revisions a crash of a relaxed mode gave up.
+//! - Readers never look past `Segment::end`, which moves only after the bytes before it are as durable as the mode says.
+//! - A frame says how far the log was durable when it was written. So a bad frame at the end is a torn tail when nothing
+//!   valid behind it claims that its revision was durable, and damage when something does.
+//! - A segment is created beside, synced and renamed, before the one before it is sealed. A sealed last segment
+//!   therefore means that a file is missing.
+//!
+//! Why zeros are written ahead: an fdatasync that also has to record file growth or convert unwritten extents costs the
+//! file system's journal; overwriting zeros does not.
+//!
+//! Deliberately absent: compression, per-record syncing, retries. A failed write or sync is final (see `sequencer.rs`).
+
+use super::codec::{Record, decode_record, encode_record};
+use crate::error::Error;
+use crate::revision::Revision;
+use crate::wire::{Put, Reader};
+use parking_lot::{Mutex, RwLock};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// First bytes of a segment.
+const MAGIC: &[u8; 8] = b"KISSVLOG";
+/// Format version of segments and records.
+const VERSION: u32 = 1;
+/// Bytes before the first frame.
+pub const SEGMENT_HEADER_BYTES: usize = 64;
+/// Bytes before a frame's payload.
+pub const FRAME_HEADER_BYTES: usize = 32;
+/// Frames start at multiples of this, so that a search for frames behind a bad one has few places to try.
+const FRAME_ALIGN: usize = 8;
+/// Zeros are kept written this far ahead of the log's end.
+const ZERO_AHEAD_BYTES: u64 = 1 << 20;
+/// Space in the last segment that only deletes may use once the disk is full.
+const RESERVE_BYTES: u64 = 256 << 10;
+/// Distance between entries of the sparse index.
+const INDEX_STEP_BYTES: u64 = 64 << 10;
+/// Smallest and largest segment.
+const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
+/// Segments that `MAX_LOG_MB` is divided into, so that dropping one drops little history.
+const SEGMENTS_WANTED: u64 = 8;
+/// Revisions reserved at a time in the relaxed modes.
+pub const RESERVED_REVISIONS: u64 = 1 << 20;
+
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Record = 1,
+    /// No payload: carries how far the log is durable.
+    Mark = 2,
+    /// Payload: u64, revisions up to here may be handed out without being durable.
+    Reserve = 3,
+    /// Payload: u64, revisions from `first_revision` to here were lost in a crash of a relaxed mode.
+    Gap = 4,
+    /// No payload: the next segment exists.
+    Seal = 5,
+}
+
+impl Kind {
+    fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Record, Self::Mark, Self::Reserve, Self::Gap, Self::Seal].into_iter().find(|&k| k as u8 == byte)
+    }
+}
+
+/// Revisions lost in a crash of a relaxed mode, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// First lost.
+    pub from: Revision,
+    /// Last lost.
+    pub to: Revision,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct FrameHeader {
+    length: u32,
+    crc: u32,
+    first_revision: Revision,
+    count: u32,
+    kind: Kind,
+    durable: Revision,
+}
+
+impl FrameHeader {
+    /// Reads a header that could be one; the checksum is a separate question.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader(bytes);
+        let header = Self {
+            length: reader.u32("length").ok()?,
+            crc: reader.u32("crc").ok()?,
+            first_revision: reader.revision("revision").ok()?,
+            count: reader.u32("count").ok()?,
+            kind: Kind::from_byte(reader.byte("kind").ok()?)?,
+            durable: {
+                reader.take(3, "reserved").ok()?;
+                reader.revision("durable").ok()?
+            },
+        };
+        Some(header)
+    }
+
+    fn frame_bytes(&self) -> usize {
+        (FRAME_HEADER_BYTES + self.length as usize).next_multiple_of(FRAME_ALIGN)
+    }
+}
+
+/// A frame found whole.
+struct Found<'a> {
+    header: FrameHeader,
+    payload: &'a [u8],
+}
+
+/// The frame at the front of `bytes`, if whole and its checksum holds.
+fn frame_at(bytes: &[u8], salt: u32) -> Option<Found<'_>> {
+    let header = FrameHeader::parse(bytes)?;
+    let payload = bytes.get(FRAME_HEADER_BYTES..FRAME_HEADER_BYTES.checked_add(header.length as usize)?)?;
+    let crc = crc32c::crc32c_append(salt, &bytes[8..FRAME_HEADER_BYTES]);
+    (crc32c::crc32c_append(crc, payload) == header.crc).then_some(Found { header, payload })
+}
+
+/// Builds frames for one segment's salt into a buffer that is kept from batch to batch.
+#[derive(Debug)]
+struct FrameBuffer {
+    bytes: Vec<u8>,
+}
+
+impl FrameBuffer {
+    fn push(&mut self, kind: Kind, first: Revision, count: u32, durable: Revision, payload: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.bytes.len();
+        self.bytes.put_u64(0);
+        self.bytes.put_revision(first);
+        self.bytes.put_u32(count);
+        self.bytes.extend_from_slice(&[kind as u8, 0, 0, 0]);
+        self.bytes.put_revision(durable);
+        payload(&mut self.bytes);
+        let length = self.bytes.len() - start - FRAME_HEADER_BYTES;
+        let length = u32::try_from(length).expect("a record is bounded far below 4 GiB");
+        self.bytes[start..start + 4].copy_from_slice(&length.to_le_bytes());
+        self.bytes.resize(self.bytes.len().next_multiple_of(FRAME_ALIGN), 0);
+    }
+
+    /// Fills in the checksums, which depend on the segment the frames go to.
+    fn seal(&mut self, salt: u32) {
+        let mut at = 0;
+        while at < self.bytes.len() {
+            let header = FrameHeader::parse(&self.bytes[at..]).expect("a frame just built");
+            let crc = crc32c::crc32c_append(salt, &self.bytes[at + 8..at + FRAME_HEADER_BYTES + header.length as usize]);
+            self.bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
+            at += header.frame_bytes();
+        }
+    }
+}
+
+/// One file of the log.
+#[derive(Debug)]
+pub struct Segment {
+    first_revision: Revision,
+    /// `None` when the segment lives in memory.
+    path: Option<PathBuf>,
+    file: File,
+    salt: u32,
+    /// Bytes allocated.
+    size: u64,
+    /// Readers look no further. Moved by the writer alone, after the bytes are there.
+    end: AtomicU64,
+    /// Where to start reading; grows on demand, never past `end`. A lock of its own, held over page-cache reads: readers
+    /// of one segment wait for the first of them to index it instead of all doing so.
+    index: Mutex<Index>,
+}
+
+/// Sparse index of a segment: an entry about every [`INDEX_STEP_BYTES`].
+#[derive(Debug, Default)]
+struct Index {
+    entries: Vec<IndexEntry>,
+    /// How far frames were walked.
+    walked: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct IndexEntry {
+    first_revision: Revision,
+    ts_ms: u64,
+    at: u64,
+}
+
+fn segment_header(first_revision: Revision, salt: u32, size: u64) -> Vec<u8> {
+    let mut header = MAGIC.to_vec();
+    header.put_u32(VERSION);
+    header.put_u32(salt);
+    header.put_revision(first_revision);
+    header.put_u64(size);
+    header.resize(SEGMENT_HEADER_BYTES - 4, 0);
+    header.put_u32(crc32c::crc32c(&header));
+    header
+}
+
+fn segment_path(dir: &Path, first_revision: Revision) -> PathBuf {
+    dir.join(format!("{:020}.log", first_revision.0))
+}
+
+/// A number that differs from segment to segment, so that a frame left over from another file is never taken for ours.
+fn new_salt() -> u32 {
+    use std::hash::{BuildHasher, Hasher};
+    // The cast: any 32 of the 64 random bits do.
+    let salt = std::hash::RandomState::new().build_hasher().finish() as u32;
+    salt
+}
+
+fn allocate(file: &File, bytes: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+        // Some file systems cannot preallocate; the log then grows into a hole and finds a full disk when it writes.
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes),
+        other => other.map_err(Into::into),
+    }
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+impl Segment {
+    /// Creates a segment whose first bytes are `frames` (not yet sealed with a salt).
+    fn create(dir: Option<&Path>, first_revision: Revision, size: u64, mut frames: FrameBuffer) -> Result<(Self, u64), Error> {
+        let salt = new_salt();
+        frames.seal(salt);
+        let header = segment_header(first_revision, salt, size);
+        let end = (header.len() + frames.bytes.len()) as u64;
+        let fill = |file: &File| -> io::Result<()> {
+            allocate(file, size)?;
+            file.write_all_at(&header, 0)?;
+            file.write_all_at(&frames.bytes, header.len() as u64)?;
+            write_zeros(file, end, (end + ZERO_AHEAD_BYTES).min(size))?;
+            file.sync_all()
+        };
+        let (path, file) = match dir {
+            None => {
+                let path = Path::new("in-memory log");
+                let file = rustix::fs::memfd_create("kiss-vdb-log", rustix::fs::MemfdFlags::CLOEXEC)
+                    .map_err(|e| Error::io("cannot get memory for", path)(e.into()))?;
+                let file = File::from(file);
+                fill(&file).map_err(Error::io("cannot get memory for", path))?;
+                (None, file)
+            }
+            Some(dir) => {
+                let path = segment_path(dir, first_revision);
+                let beside = path.with_extension("tmp");
+                let create = || -> io::Result<File> {
+                    let file =
+                        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&beside)?;
+                    fill(&file)?;
+                    std::fs::rename(&beside, &path)?;
+                    sync_dir(dir)?;
+                    Ok(file)
+                };
+                let file = create().map_err(|e| {
+                    // What is left of it would only take the space that is missing.
+                    std::fs::remove_file(&beside).ok();
+                    Error::io("cannot create", &path)(e)
+                })?;
+                (Some(path), file)
+            }
+        };
+        let segment = Self {
+            first_revision,
+            path,
+            file,
+            salt,
+            size,
+            end: AtomicU64::new(end),
+            index: Mutex::new(Index { entries: Vec::new(), walked: SEGMENT_HEADER_BYTES as u64 }),
+        };
+        Ok((segment, end))
+    }
+
+    fn open(path: &Path) -> Result<Self, Error> {
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(Error::io("cannot open", path))?;
+        let length = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let mut bytes = [0; SEGMENT_HEADER_BYTES];
+        if length < bytes.len() as u64 {
+            return Err(Error::corrupt(path, length, "the file ends inside its header"));
+        }
+        file.read_exact_at(&mut bytes, 0).map_err(Error::io("cannot read", path))?;
+        let mut reader = Reader(&bytes[MAGIC.len()..]);
+        let fields = (|| Ok((reader.u32("version")?, reader.u32("salt")?, reader.revision("revision")?, reader.u64("size")?)))();
+        let (version, salt, first_revision, size) =
+            fields.map_err(|e: crate::wire::Malformed| Error::corrupt(path, 0, e.0))?;
+        if bytes[..MAGIC.len()] == *MAGIC && version != VERSION {
+            return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads {VERSION}")));
+        }
+        if bytes[..] != segment_header(first_revision, salt, size)[..] {
+            return Err(Error::corrupt(path, 0, "the segment header does not match its checksum"));
+        }
+        let name = path.file_stem().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
+        if name != Some(first_revision.0) {
+            return Err(Error::corrupt(path, 16, format!("the file name does not fit its first revision {first_revision}")));
+        }
+        if length != size {
+            return Err(Error::corrupt(path, length.min(size), format!("the file has {length} bytes, it was created with {size}")));
+        }
+        Ok(Self {
+            first_revision,
+            path: Some(path.to_owned()),
+            file,
+            salt,
+            size,
+            end: AtomicU64::new(0),
+            index: Mutex::new(Index { entries: Vec::new(), walked: SEGMENT_HEADER_BYTES as u64 }),
+        })
+    }
+
+    fn name(&self) -> &Path {
+        self.path.as_deref().unwrap_or(Path::new("in-memory log"))
+    }
+
+    /// Bytes `[at, at + length)`, cut at `end`.
+    fn read(&self, at: u64, length: usize) -> Result<Vec<u8>, Error> {
+        let end = self.end.load(Ordering::Acquire);
+        // The cast: at most `length`, which is a usize.
+        let length = (end.saturating_sub(at)).min(length as u64) as usize;
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, at).map_err(Error::io("cannot read", self.name()))?;
+        Ok(bytes)
+    }
+
+    /// Calls `visit` for each frame from `at` on until it says stop or the end is reached; returns where it stopped.
+    /// Reads about `chunk` bytes at a time, more where a frame is larger.
+    fn walk(&self, mut at: u64, chunk: usize, mut visit: impl FnMut(u64, &Found<'_>) -> Result<bool, Error>) -> Result<u64, Error> {
+        let mut want = chunk;
+        loop {
+            let bytes = self.read(at, want)?;
+            if bytes.is_empty() {
+                return Ok(at);
+            }
+            let mut inside = 0;
+            while inside < bytes.len() {
+                let Some(found) = frame_at(&bytes[inside..], self.salt) else { break };
+                let next = inside + found.header.frame_bytes();
+                if !visit(at + inside as u64, &found)? {
+                    return Ok(at + inside as u64);
+                }
+                inside = next;
+            }
+            if inside == 0 {
+                // Either the frame is larger than what was read, or it is damaged.
+                let header = FrameHeader::parse(&bytes);
+                let needs = header.map_or(0, |h| h.frame_bytes());
+                if needs <= bytes.len() || bytes.len() < want {
+                    return Err(Error::corrupt(self.name(), at, "a frame does not match its checksum"));
+                }
+                want = needs;
+                continue;
+            }
+            at += inside as u64;
+            want = chunk;
+        }
+    }
+
+    /// Where to start reading to find the first frame that ends after `revision`.
+    fn seek(&self, wanted: impl Fn(&IndexEntry) -> bool) -> Result<u64, Error> {
+        let mut index = self.index.lock();
+        let walked = index.walked;
+        if walked < self.end.load(Ordering::Acquire) {
+            let mut last = index.entries.last().map(|e| e.at);
+            let entries = &mut index.entries;
+            let stopped = self.walk(walked, 1 << 20, |at, found| {
+                if found.header.kind == Kind::Record && last.is_none_or(|l| at - l >= INDEX_STEP_BYTES) {
+                    let ts_ms = Reader(found.payload).u64("ts").unwrap_or(0);
+                    entries.push(IndexEntry { first_revision: found.header.first_revision, ts_ms, at });
+                    last = Some(at);
+                }
+                Ok(true)
+            })?;
+            index.walked = stopped;
+        }
+        let behind = index.entries.partition_point(wanted);
+        Ok(behind.checked_sub(1).map_or(SEGMENT_HEADER_BYTES as u64, |i| index.entries[i].at))
+    }
+}
+
+fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
+    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let mut at = from;
+    while at < to {
+        // The cast: at most the length of ZEROS.
+        let length = (to - at).min(ZEROS.len() as u64) as usize;
+        file.write_all_at(&ZEROS[..length], at)?;
+        at += length as u64;
+    }
+    Ok(())
+}
+
+/// The segments, shared between the writer and everybody who reads history.
+#[derive(Debug)]
+pub struct Log {
+    /// Oldest first, at least one. Written when a segment is added or dropped, so readers hardly ever wait.
+    segments: RwLock<Vec<Arc<Segment>>>,
+    gaps: RwLock<Vec<Gap>>,
+}
+
+/// Records read for a stream.
+#[derive(Debug, Default)]
+pub struct History {
+    /// In order. The first may begin before what was asked for, when a batch contains it.
+    pub records: Vec<Arc<Record>>,
+    /// Up to where this reading is complete.
+    pub reached: Revision,
+}
+
+impl Log {
+    /// Oldest revision that can be read.
+    #[must_use]
+    pub fn oldest(&self) -> Revision {
+        self.segments.read()[0].first_revision
+    }
+
+    /// Bytes of disk the segments take.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.segments.read().iter().map(|s| s.size).sum()
+    }
+
+    /// Whether `revision` was given up in a crash of a relaxed mode.
+    #[must_use]
+    pub fn is_lost(&self, revision: Revision) -> bool {
+        self.gaps.read().iter().any(|g| g.from <= revision && revision <= g.to)
+    }
+
+    /// Lost ranges, oldest first.
+    #[must_use]
+    pub fn gaps(&self) -> Vec<Gap> {
+        self.gaps.read().clone()
+    }
+
+    /// Syncs the newest segment, beside the writer: for snapshots in the relaxed modes. Older ones were synced when the
+    /// writer left them.
+    pub fn sync(&self) -> Result<(), Error> {
+        let active = self.segments.read().last().cloned();
+        active.map_or(Ok(()), |s| s.file.sync_data().map_err(Error::io("cannot sync", s.name())))
+    }
+
+    /// Adds lost ranges known from a snapshot: their frames may have gone with old segments.
+    pub fn add_gaps(&self, gaps: &[Gap]) {
+        let mut known = self.gaps.write();
+        for gap in gaps {
+            if !known.contains(gap) {
+                known.push(*gap);
+            }
+        }
+        known.sort_by_key(|g| g.from);
+    }
+
+    /// Records after `revision`, about `bytes_max` of them; `None` when the log no longer reaches back that far.
+    /// `head` is what may be seen. Blocking: reads from the page cache or disk.
+    pub fn read_after(&self, revision: Revision, head: Revision, bytes_max: usize) -> Result<Option<History>, Error> {
+        let mut reached = revision;
+        let mut records = Vec::new();
+        let mut bytes = 0;
+        while reached < head && bytes < bytes_max {
+            let (segment, next_first) = {
+                let segments = self.segments.read();
+                let after = segments.partition_point(|s| s.first_revision <= reached.next());
+                if after == 0 {
+                    if records.is_empty() {
+                        return Ok(None);
+                    }
+                    break;
+                }
+                (Arc::clone(&segments[after - 1]), segments.get(after).map(|s| s.first_revision))
+            };
+            let from = segment.seek(|entry| entry.first_revision <= reached.next())?;
+            segment.walk(from, 256 << 10, |_, found| {
+                if bytes >= bytes_max {
+                    return Ok(false);
+                }
+                let header = &found.header;
+                if header.kind != Kind::Record {
+                    return Ok(true);
+                }
+                let last = Revision(header.first_revision.0 + u64::from(header.count) - 1);
+                if last <= reached {
+                    return Ok(true);
+                }
+                if last > head {
+                    return Ok(false);
+                }
+                let record = decode_record(header.first_revision, header.count, found.payload)
+                    .map_err(|e| Error::corrupt(segment.name(), from, e.0))?;
+                bytes += found.header.frame_bytes();
+                records.push(Arc::new(record));
+                reached = last;
+                Ok(true)
+            })?;
+            if bytes >= bytes_max || reached >= head {
+                break;
+            }
+            match next_first {
+                // Revisions between the end of this segment and the next are a gap.
+                Some(first) => reached = reached.max(first.prev()),
+                // The writer may have sealed this segment since: look again, unless nothing can have changed.
+                None if self.segments.read().last().is_some_and(|s| Arc::ptr_eq(s, &segment)) => {
+                    reached = head;
+                }
+                None => {}
+            }
+        }
+        Ok(Some(History { records, reached }))
+    }
+
+    /// The newest revision written at or before a time; what `since=<time>` resumes after. Blocking.
+    pub fn revision_at(&self, ts_ms: u64) -> Result<Revision, Error> {
+        let segments = self.segments.read().clone();
+        for segment in segments.iter().rev() {
+            let from = segment.seek(|entry| entry.ts_ms <= ts_ms)?;
+            let mut newest = None;
+            segment.walk(from, 256 << 10, |_, found| {
+                if found.header.kind != Kind::Record {
+                    return Ok(true);
+                }
+                let record_ts = Reader(found.payload).u64("ts").unwrap_or(u64::MAX);
+                if record_ts > ts_ms {
+                    return Ok(false);
+                }
+                newest = Some(Revision(found.header.first_revision.0 + u64::from(found.header.count) - 1));
+                Ok(true)
+            })?;
+            if let Some(newest) = newest {
+                return Ok(newest);
+            }
+        }
+        Ok(self.oldest().prev())
+    }
+
+    /// Drops the oldest segments while there are more than `bytes_max` of them and `covered` (a durable snapshot's
+    /// revision) includes all they hold. Returns how many went.
+    pub fn drop_oldest(&self, bytes_max: u64, covered: Revision) -> Result<usize, Error> {
+        let mut dropped = 0;
+        while self.bytes() > bytes_max {
+            let gone = {
+                let mut segments = self.segments.write();
+                if segments.len() < 2 || segments[1].first_revision > covered.next() {
+                    break;
+                }
+                segments.remove(0)
+            };
+            dropped += 1;
+            if let Some(path) = &gone.path {
+                std::fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+            }
+        }
+        Ok(dropped)
+    }
+}
+
+/// What went wrong with an append.
+#[derive(Debug)]
+pub enum AppendError {
+    /// No room for another segment. Nothing was written; try again when there is.
+    Full(Error),
+    /// The disk failed. What was written may or may not be there: stop writing.
+    Failed(Error),
+}
+
+/// The writer's end of the log. Owned by the sequencer.
+#[derive(Debug)]
+pub struct Wal {
+    dir: Option<PathBuf>,
+    log: Arc<Log>,
+    active: Arc<Segment>,
+    /// Where the next frame goes.
+    at: u64,
+    zeroed: u64,
+    /// The newest revision appended.
+    appended: Revision,
+    /// The newest revision known to be on disk.
+    durable: Revision,
+    /// The newest revision a frame on disk vouches for.
+    vouched: Revision,
+    reserved: Revision,
+    segment_bytes: u64,
+    frames: FrameBuffer,
+}
+
+/// What opening the log found.
+#[derive(Debug)]
+pub struct OpenedWal {
+    /// Ready to append.
+    pub wal: Wal,
+    /// For readers.
+    pub log: Arc<Log>,
+    /// Bytes of a torn tail that were cut off.
+    pub torn_bytes: u64,
+}
+
+impl Wal {
+    /// Opens the log in `dir`, or a new one in memory when there is none. Every record after `replay_after` is handed
+    /// to `replay` in order. A torn tail is cut; anything else that is not as it was written is an error that names file
+    /// and offset, and leaves the files as they are.
+    pub fn open(
+        dir: Option<&Path>,
+        max_log_bytes: u64,
+        replay_after: Revision,
+        mut replay: impl FnMut(Record) -> Result<(), Error>,
+    ) -> Result<OpenedWal, Error> {
+        let segment_bytes = (max_log_bytes / SEGMENTS_WANTED).clamp(*SEGMENT_BYTES.start(), *SEGMENT_BYTES.end());
+        let paths = dir.map(list_segments).transpose()?.unwrap_or_default();
+        if paths.is_empty() {
+            if replay_after > Revision::ZERO {
+                let dir = dir.unwrap_or(Path::new("log"));
+                return Err(Error::corrupt(dir, 0, "there is a snapshot but no log segment"));
+            }
+            let first = Revision::ZERO.next();
+            let (segment, at) = Segment::create(dir, first, segment_bytes, FrameBuffer { bytes: Vec::new() })?;
+            return Ok(Self::assemble(dir, vec![Arc::new(segment)], Vec::new(), at, Revision::ZERO, Revision::ZERO, segment_bytes, 0));
+        }
+        let segments = paths.iter().map(|p| Segment::open(p)).collect::<Result<Vec<_>, _>>()?;
+        let first_needed = segments.partition_point(|s| s.first_revision <= replay_after.next());
+        if first_needed == 0 {
+            return Err(Error::corrupt(
+                segments[0].name(),
+                16,
+                format!("the log begins at revision {}, but what is after {replay_after} is needed", segments[0].first_revision),
+            ));
+        }
+        let mut scan = Scan { next: segments[first_needed - 1].first_revision, gaps: Vec::new(), reserved: Revision::ZERO, sealed: false };
+        let mut at = 0;
+        let mut torn_bytes = 0;
+        for (index, segment) in segments.iter().enumerate() {
+            if index + 1 < first_needed {
+                // Not replayed, so not read now: whoever reads this history checks it then. It was sealed, and all of
+                // it up to its zeros may be looked at.
+                segment.end.store(segment.find_end()?, Ordering::Release);
+                continue;
+            }
+            if segment.first_revision != scan.next {
+                return Err(Error::corrupt(
+                    segment.name(),
+                    16,
+                    format!("the segment begins at revision {}, {} was expected: a segment is missing", segment.first_revision, scan.next),
+                ));
+            }
+            let is_last = index + 1 == segments.len();
+            (at, torn_bytes) = scan.segment(segment, is_last, replay_after, &mut replay)?;
+        }
+        if scan.sealed {
+            let last = segments.last().map_or(Path::new("log"), Segment::name);
+            return Err(Error::corrupt(last, at, "the segment is sealed, but the one after it is missing"));
+        }
+        let segments = segments.into_iter().map(Arc::new).collect();
+        let head = scan.next.prev();
+        let mut opened = Self::assemble(dir, segments, scan.gaps, at, head, scan.reserved, segment_bytes, torn_bytes);
+        if scan.reserved > head {
+            // A crash in a relaxed mode: revisions up to the reservation may have been seen, and are given up.
+            opened.wal.give_up(Gap { from: head.next(), to: scan.reserved })?;
+        }
+        Ok(opened)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the two ways of opening a log, new and existing, end here")]
+    fn assemble(
+        dir: Option<&Path>,
+        segments: Vec<Arc<Segment>>,
+        gaps: Vec<Gap>,
+        at: u64,
+        head: Revision,
+        reserved: Revision,
+        segment_bytes: u64,
+        torn_bytes: u64,
+    ) -> OpenedWal {
+        let active = Arc::clone(segments.last().expect("there is at least one segment"));
+        let log = Arc::new(Log { segments: RwLock::new(segments), gaps: RwLock::new(gaps) });
+        let wal = Self {
+            dir: dir.map(Path::to_owned),
+            log: Arc::clone(&log),
+            active,
+            at,
+            zeroed: at,
+            appended: head,
+            durable: head,
+            vouched: Revision::ZERO,
+            reserved,
+            segment_bytes,
+            frames: FrameBuffer { bytes: Vec::new() },
+        };
+        OpenedWal { wal, log, torn_bytes }
+    }
+
+    fn give_up(&mut self, gap: Gap) -> Result<(), Error> {
+        self.log.gaps.write().push(gap);
+        self.appended = gap.to;
+        self.reserved = gap.to;
+        self.frames.bytes.clear();
+        self.frames.push(Kind::Gap, gap.from, 0, self.durable, |out| out.put_revision(gap.to));
+        self.flush().and_then(|()| self.sync()).map_err(|e| match e {
+            AppendError::Full(e) | AppendError::Failed(e) => e,
+        })?;
+        self.publish();
+        Ok(())
+    }
+
+    /// The newest revision in the log, lost ones included.
+    #[must_use]
+    pub fn head(&self) -> Revision {
+        self.appended
+    }
+
+    /// Adds a record to the batch being built.
+    pub fn stage(&mut self, record: &Record) {
+        let count = u32::try_from(record.events.len()).expect("a record's events are bounded by its bytes");
+        let durable = self.durable;
+        self.frames.push(Kind::Record, record.first_revision, count, durable, |out| encode_record(record, out));
+        self.appended = record.last_revision();
+    }
+
+    /// Forgets the batch being built: nothing of it was written. `head` is the newest revision before it.
+    pub fn unstage(&mut self, head: Revision) {
+        self.frames.bytes.clear();
+        self.appended = head;
+    }
+
+    /// Makes sure revisions up to `until` may be handed out without being durable (relaxed modes). Syncs.
+    pub fn reserve(&mut self, until: Revision) -> Result<(), AppendError> {
+        if until <= self.reserved {
+            return Ok(());
+        }
+        assert!(self.frames.bytes.is_empty(), "reserve before staging");
+        self.reserved = until.plus(RESERVED_REVISIONS);
+        self.push_reserve();
+        self.flush()?;
+        self.sync()
+    }
+
+    fn push_reserve(&mut self) {
+        let reserved = self.reserved;
+        self.frames.push(Kind::Reserve, self.appended.next(), 0, self.durable, |out| out.put_revision(reserved));
+    }
+
+    /// Ends a reservation: everything handed out is on disk. For an orderly stop.
+    pub fn release(&mut self) -> Result<(), AppendError> {
+        self.frames.bytes.clear();
+        self.sync()?;
+        if self.reserved > self.appended {
+            self.reserved = self.appended;
+            self.push_reserve();
+        }
+        self.frames.push(Kind::Mark, self.appended.next(), 0, self.durable, |_| ());
+        self.flush()?;
+        self.sync()
+    }
+
+    /// Writes a mark when frames on disk do not yet say how far the log is durable: it tells damage of the last records
+    /// from a torn tail. Not synced: it only has to get there some time.
+    pub fn mark(&mut self) -> Result<(), AppendError> {
+        if self.vouched >= self.durable || !self.frames.bytes.is_empty() {
+            return Ok(());
+        }
+        self.frames.push(Kind::Mark, self.appended.next(), 0, self.durable, |_| ());
+        self.flush()?;
+        self.publish();
+        Ok(())
+    }
+
+    /// Writes the staged batch, into a new segment when it does not fit. Nothing is durable until [`Wal::sync`].
+    pub fn flush(&mut self) -> Result<(), AppendError> {
+        let length = self.frames.bytes.len() as u64;
+        if self.at + length + FRAME_HEADER_BYTES as u64 > self.active.size {
+            self.rotate(length).map_err(|e| if is_full(&e) { AppendError::Full(e) } else { AppendError::Failed(e) })?;
+        }
+        self.frames.seal(self.active.salt);
+        self.active
+            .file
+            .write_all_at(&self.frames.bytes, self.at)
+            .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
+        self.at += length;
+        self.vouched = self.durable;
+        self.frames.bytes.clear();
+        Ok(())
+    }
+
+    /// Syncs what was written.
+    pub fn sync(&mut self) -> Result<(), AppendError> {
+        self.active
+            .file
+            .sync_data()
+            .map_err(|e| AppendError::Failed(Error::io("cannot sync", self.active.name())(e)))?;
+        self.durable = self.appended;
+        Ok(())
+    }
+
+    /// Lets readers see what was written.
+    pub fn publish(&self) {
+        self.active.end.store(self.at, Ordering::Release);
+    }
+
+    /// Writes zeros ahead, between batches rather than within one.
+    pub fn zero_ahead(&mut self) -> Result<(), AppendError> {
+        if self.zeroed >= self.active.size || self.at + ZERO_AHEAD_BYTES / 2 < self.zeroed {
+            return Ok(());
+        }
+        let from = self.zeroed.max(self.at);
+        let to = (from + ZERO_AHEAD_BYTES).min(self.active.size);
+        write_zeros(&self.active.file, from, to)
+            .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
+        self.zeroed = to;
+        Ok(())
+    }
+
+    /// Whether the log is down to its reserve and cannot get another segment. Tries to get one.
+    pub fn is_full(&mut self) -> Result<bool, Error> {
+        if self.at + RESERVE_BYTES <= self.active.size {
+            return Ok(false);
+        }
+        match self.rotate(0) {
+            Ok(()) => Ok(false),
+            Err(e) if is_full(&e) => Ok(true),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Starts a new segment with room for `length` bytes, then seals the old one.
+    fn rotate(&mut self, length: u64) -> Result<(), Error> {
+        // Everything before a segment boundary is on disk, whatever the mode: recovery relies on it.
+        self.active.file.sync_data().map_err(Error::io("cannot sync", self.active.name()))?;
+        let staged_from = self.staged_from();
+        let mut carried = FrameBuffer { bytes: Vec::new() };
+        let oldest = self.log.oldest();
+        for gap in self.log.gaps.read().iter().filter(|g| g.to >= oldest) {
+            carried.push(Kind::Gap, gap.from, 0, staged_from.prev(), |out| out.put_revision(gap.to));
+        }
+        if self.reserved >= staged_from {
+            let reserved = self.reserved;
+            carried.push(Kind::Reserve, staged_from, 0, staged_from.prev(), |out| out.put_revision(reserved));
+        }
+        let needed = (SEGMENT_HEADER_BYTES + carried.bytes.len() + 2 * FRAME_HEADER_BYTES) as u64 + length;
+        let size = self.segment_bytes.max((needed + RESERVE_BYTES).next_multiple_of(4096));
+        let replaces_empty = staged_from == self.active.first_revision;
+        let (segment, at) = Segment::create(self.dir.as_deref(), staged_from, size, carried)?;
+        if !replaces_empty {
+            self.seal_active(staged_from)?;
+        }
+        let segment = Arc::new(segment);
+        {
+            let mut segments = self.log.segments.write();
+            if replaces_empty {
+                segments.pop();
+            }
+            segments.push(Arc::clone(&segment));
+        }
+        self.active = segment;
+        self.zeroed = at + ZERO_AHEAD_BYTES;
+        self.at = at;
+        Ok(())
+    }
+
+    fn seal_active(&self, next: Revision) -> Result<(), Error> {
+        let mut seal = FrameBuffer { bytes: Vec::new() };
+        seal.push(Kind::Seal, next, 0, next.prev(), |_| ());
+        seal.seal(self.active.salt);
+        let file = &self.active.file;
+        file.write_all_at(&seal.bytes, self.at)
+            .and_then(|()| file.sync_data())
+            .map_err(Error::io("cannot seal", self.active.name()))?;
+        self.active.end.store(self.at + seal.bytes.len() as u64, Ordering::Release);
+        Ok(())
+    }
+
+    /// First revision of the batch being built, or the next one when nothing is staged.
+    fn staged_from(&self) -> Revision {
+        let mut at = 0;
+        while let Some(header) = self.frames.bytes.get(at..).and_then(FrameHeader::parse) {
+            if header.kind == Kind::Record {
+                return header.first_revision;
+            }
+            at += header.frame_bytes();
+        }
+        self.appended.next()
+    }
+}
+
+fn is_full(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+}
+
+fn list_segments(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))? {
+        let path = entry.map_err(Error::io("cannot list", dir))?.path();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("log") => paths.push(path),
+            // A segment whose creation was cut short; it never counted.
+            Some("tmp") => std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?,
+            _ => {}
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// What recovery knows while it walks the segments.
+struct Scan {
+    /// The revision the next record must begin with.
+    next: Revision,
+    gaps: Vec<Gap>,
+    reserved: Revision,
+    sealed: bool,
+}
+
+impl Scan {
+    /// Walks one segment. Returns where its frames end and how many bytes of a torn tail were cut.
+    fn segment(
+        &mut self,
+        segment: &Segment,
+        is_last: bool,
+        replay_after: Revision,
+        replay: &mut impl FnMut(Record) -> Result<(), Error>,
+    ) -> Result<(u64, u64), Error> {
+        let path = segment.name();
+        let size = usize::try_from(segment.size).map_err(|_| Error::corrupt(path, 24, "the segment is too large"))?;
+        let mut bytes = vec![0; size];
+        segment.file.read_exact_at(&mut bytes, 0).map_err(Error::io("cannot read", path))?;
+        let mut at = SEGMENT_HEADER_BYTES;
+        self.sealed = false;
+        while !self.sealed {
+            let Some(found) = frame_at(&bytes[at..], segment.salt) else { break };
+            self.frame(&found, path, at as u64, replay_after, replay)?;
+            at += found.header.frame_bytes();
+        }
+        let mut torn_bytes = 0;
+        if !self.sealed {
+            let used = bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+            if used > at {
+                if !is_last {
+                    return Err(Error::corrupt(path, at as u64, "a frame does not match its checksum, and the log goes on behind it"));
+                }
+                if let Some(durable) = durable_behind(&bytes[at..], used - at, segment.salt)
+                    && durable >= self.next
+                {
+                    return Err(Error::corrupt(
+                        path,
+                        at as u64,
+                        format!("revision {} does not match its checksum, and a later frame says that it was durable", self.next),
+                    ));
+                }
+                // Nobody was ever told of what is here. Zeros, so that no frame behind can come back to life later.
+                write_zeros(&segment.file, at as u64, used as u64)
+                    .and_then(|()| segment.file.sync_all())
+                    .map_err(Error::io("cannot cut the torn tail of", path))?;
+                torn_bytes = (used - at) as u64;
+            }
+        }
+        segment.end.store(at as u64, Ordering::Release);
+        Ok((at as u64, torn_bytes))
+    }
+
+    fn frame(
+        &mut self,
+        found: &Found<'_>,
+        path: &Path,
+        at: u64,
+        replay_after: Revision,
+        replay: &mut impl FnMut(Record) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let header = &found.header;
+        let until = |what| Reader(found.payload).revision(what).map_err(|e| Error::corrupt(path, at, e.0));
+        match header.kind {
+            Kind::Mark => {}
+            Kind::Seal => self.sealed = true,
+            Kind::Reserve => self.reserved = until("reservation")?,
+            Kind::Gap => {
+                let gap = Gap { from: header.first_revision, to: until("gap")? };
+                if gap.from == self.next {
+                    self.next = gap.to.next();
+                }
+                if !self.gaps.contains(&gap) {
+                    self.gaps.push(gap);
+                }
+            }
+            Kind::Record => {
+                if header.first_revision != self.next {
+                    let detail = format!("the record has revision {}, {} was expected", header.first_revision, self.next);
+                    return Err(Error::corrupt(path, at, detail));
+                }
+                let record = decode_record(header.first_revision, header.count, found.payload)
+                    .map_err(|e| Error::corrupt(path, at, e.0))?;
+                self.next = record.last_revision().next();
+                if record.last_revision() > replay_after {
+                    replay(record)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Segment {
+    /// End of the frames of a sealed segment: where the seal, the last bytes that are not zero, ends.
+    fn find_end(&self) -> Result<u64, Error> {
+        let mut to = self.size;
+        let mut bytes = vec![0u8; 1 << 16];
+        while to > 0 {
+            let from = to.saturating_sub(bytes.len() as u64);
+            // The cast: at most the buffer's length.
+            let part = &mut bytes[..(to - from) as usize];
+            self.file.read_exact_at(part, from).map_err(Error::io("cannot read", self.name()))?;
+            if let Some(last) = part.iter().rposition(|&b| b != 0) {
+                return Ok((from + last as u64 + 1).next_multiple_of(FRAME_ALIGN as u64));
+            }
+            to = from;
+        }
+        Ok(0)
+    }
+}
+
+/// The highest revision that frames beginning within the first `used` bytes of a damaged tail say was durable.
+fn durable_behind(bytes: &[u8], used: usize, salt: u32) -> Option<Revision> {
+    let places = (0..used).step_by(FRAME_ALIGN);
+    places.filter_map(|at| frame_at(&bytes[at..], salt)).map(|found| found.header.durable).max()
+}

@@ -1,0 +1,146 @@
+//! Two kinds of failure: a [`Rejection`] the client can mend, and an [`Error`] the operator acts on.
+//!
+//! The third kind, a bug, is an `assert!`. Nothing here knows HTTP: status codes stand in `api/error.rs` alone.
+
+use crate::revision::Revision;
+use std::path::{Path, PathBuf};
+
+/// Why a request was refused. Nothing was written.
+///
+/// `code()` is stable and part of the contract; the text says what the client can do.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Rejection {
+    /// Malformed input: the text names the field and what it takes.
+    #[error("{0}")]
+    InvalidArgument(String),
+    /// A vector of another length than its collection's `dim`.
+    #[error("the vector has {got} numbers, the collection takes {expected}")]
+    DimensionMismatch {
+        /// The collection's `dim`.
+        expected: usize,
+        /// What was sent.
+        got: usize,
+    },
+    /// A vector that no metric can score.
+    #[error("{0}")]
+    InvalidVector(String),
+    /// The key does not exist.
+    #[error("there is no key {0:?}")]
+    KeyNotFound(String),
+    /// The collection does not exist.
+    #[error("there is no collection {0:?}; create it with POST /v1/vector/{0} {{\"dim\":…,\"metric\":…}}")]
+    CollectionNotFound(String),
+    /// The vector id does not exist in the collection.
+    #[error("there is no vector {0:?} in the collection")]
+    VectorNotFound(String),
+    /// `if_revision` named another revision than the current one.
+    #[error("expected revision {expected}, the current one is {actual} (0 = absent); read again and retry")]
+    RevisionConflict {
+        /// What the client sent.
+        expected: Revision,
+        /// What is there; zero when absent.
+        actual: Revision,
+    },
+    /// `add` of an existing id, or a collection that exists with another shape.
+    #[error("{0}")]
+    AlreadyExists(String),
+    /// `If-Match` or `If-None-Match` did not hold.
+    #[error("If-Match or If-None-Match does not hold for the current revision {actual} (0 = absent)")]
+    PreconditionFailed {
+        /// What is there; zero when absent.
+        actual: Revision,
+    },
+    /// History older than the log holds.
+    #[error("the log reaches back to revision {oldest} only; start from there or from a snapshot")]
+    RevisionCompacted {
+        /// Oldest readable revision.
+        oldest: Revision,
+        /// Newest durable revision.
+        head: Revision,
+    },
+    /// The input is larger than a limit.
+    #[error("{what} is larger than {limit_bytes} bytes")]
+    PayloadTooLarge {
+        /// What was too large.
+        what: &'static str,
+        /// The limit.
+        limit_bytes: usize,
+    },
+    /// Disk or memory budget reached. Reads, deletes and streams still work.
+    #[error("{0}")]
+    StorageFull(String),
+    /// Too much is waiting; the client should come back.
+    #[error("{0}")]
+    Overloaded(&'static str),
+    /// The server is stopping.
+    #[error("the server is shutting down; retry against its successor")]
+    ShuttingDown,
+    /// A write or fsync failed; the server reads on but takes no more writes.
+    #[error("a write to disk failed, so this server takes no more writes until it is restarted; reads still work")]
+    Poisoned,
+    /// An operation of a batch was refused, and with it the batch.
+    #[error("operation {index}: {rejection}")]
+    InBatch {
+        /// Which operation, from 0.
+        index: usize,
+        /// Why.
+        rejection: Box<Rejection>,
+    },
+}
+
+impl Rejection {
+    /// Shorthand for the commonest rejection.
+    pub fn invalid(detail: impl Into<String>) -> Self {
+        Self::InvalidArgument(detail.into())
+    }
+
+    /// Names the operation of a batch this rejection belongs to.
+    #[must_use]
+    pub fn at(self, index: usize) -> Self {
+        Self::InBatch { index, rejection: Box::new(self) }
+    }
+}
+
+/// A failure the operator acts on: free space, restore, fix the configuration, restart.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused something.
+    #[error("{what} {}: {source}", path.display())]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A file holds something it must not. It is left untouched.
+    #[error("{} is damaged at offset {offset}: {detail}. Nothing was changed; restore this file from a copy, or move the data directory aside to start empty", path.display())]
+    Corrupt {
+        /// Which file.
+        path: PathBuf,
+        /// Bytes from its start.
+        offset: u64,
+        /// What is wrong there.
+        detail: String,
+    },
+    /// Another server owns the data directory.
+    #[error("the data directory {} is in use by another server (its LOCK file is held); stop that one or choose another DATA_DIR", .0.display())]
+    Locked(PathBuf),
+    /// A setting is wrong.
+    #[error("{0}")]
+    Config(String),
+}
+
+impl Error {
+    /// Wraps an I/O error with what was attempted and where; for `map_err`.
+    pub fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { what, path, source }
+    }
+
+    /// A damaged file.
+    pub fn corrupt(path: &Path, offset: u64, detail: impl Into<String>) -> Self {
+        Self::Corrupt { path: path.to_owned(), offset, detail: detail.into() }
+    }
+}

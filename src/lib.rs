@@ -1,0 +1,14 @@
+//! KISS VDB: keys, events, streams and vectors in one binary, one log, one total order.
+//!
+//! The log is the database. Every change is one durable record; keys, events and vectors are what you get by applying
+//! those records; a stream is a cursor over them; recovery is the same apply again.
+
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod revision;
+pub mod vector;
+pub mod wire;
+
+/// The version in `Cargo.toml`.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

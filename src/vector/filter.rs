@@ -1,0 +1,317 @@
+//! Filters over metadata, Mongo style: parsed once into a bounded tree, then evaluated on a parsed metadata object.
+//!
+//! - A path (`"a.b"`) descends into objects; through an array it means any of its elements, or one by index (`"a.0"`).
+//! - A condition holds when any value at the path satisfies it; on an array also when any element does.
+//! - `$ne` and `$nin` are the negations of `$eq` and `$in`: they hold for what has no such field.
+//! - Equality with `null` holds for null and for an absent field, as in MongoDB.
+//! - Order compares numbers with numbers and strings with strings (by bytes); other pairs never hold.
+
+use crate::error::Rejection;
+use serde_json::{Map, Value};
+use std::cmp::Ordering;
+
+/// How deep `$and`, `$or`, `$not` may nest: bounds recursion.
+pub const FILTER_DEPTH_MAX: usize = 16;
+/// Most conditions and list elements in one filter: bounds the cost for each vector looked at.
+pub const FILTER_NODES_MAX: usize = 1024;
+/// Most names in a dotted path.
+pub const PATH_NAMES_MAX: usize = 16;
+
+/// A parsed filter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Filter(Node);
+
+#[derive(Clone, Debug, PartialEq)]
+enum Node {
+    All(Vec<Node>),
+    Any(Vec<Node>),
+    Not(Box<Node>),
+    Field(Vec<Box<str>>, Test),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Test {
+    Eq(Value),
+    In(Vec<Value>),
+    Order(Value, &'static [Ordering]),
+    Exists,
+    Prefix(Box<str>),
+}
+
+impl Filter {
+    /// Parses and checks: unknown operators, wrong operand types and oversized filters are refused.
+    pub fn parse(value: &Value) -> Result<Self, Rejection> {
+        let mut budget = FILTER_NODES_MAX;
+        parse_filter(value, 0, &mut budget).map(Self)
+    }
+
+    /// Whether a metadata object satisfies it.
+    #[must_use]
+    pub fn matches(&self, meta: &Value) -> bool {
+        holds(&self.0, meta)
+    }
+}
+
+fn spend(budget: &mut usize, n: usize) -> Result<(), Rejection> {
+    *budget = budget
+        .checked_sub(n)
+        .ok_or_else(|| Rejection::invalid(format!("a filter has at most {FILTER_NODES_MAX} conditions and list elements")))?;
+    Ok(())
+}
+
+fn object<'a>(value: &'a Value, what: &str) -> Result<&'a Map<String, Value>, Rejection> {
+    value.as_object().ok_or_else(|| Rejection::invalid(format!("{what} is an object such as {{\"lang\":\"es\"}}")))
+}
+
+fn parse_filter(value: &Value, depth: usize, budget: &mut usize) -> Result<Node, Rejection> {
+    if depth > FILTER_DEPTH_MAX {
+        return Err(Rejection::invalid(format!("filters nest at most {FILTER_DEPTH_MAX} deep")));
+    }
+    let mut all = Vec::new();
+    for (name, operand) in object(value, "a filter")? {
+        spend(budget, 1)?;
+        match name.as_str() {
+            "$and" | "$or" => {
+                let list = operand
+                    .as_array()
+                    .filter(|list| !list.is_empty())
+                    .ok_or_else(|| Rejection::invalid(format!("{name} takes a non-empty array of filters")))?;
+                let nodes: Result<Vec<_>, _> = list.iter().map(|f| parse_filter(f, depth + 1, budget)).collect();
+                all.push(if name == "$and" { Node::All(nodes?) } else { Node::Any(nodes?) });
+            }
+            "$not" => all.push(Node::Not(Box::new(parse_filter(operand, depth + 1, budget)?))),
+            _ if name.starts_with('$') => {
+                return Err(Rejection::invalid(format!("unknown operator {name}; there are $and, $or, $not")));
+            }
+            path => all.push(parse_field(&parse_path(path)?, operand, depth + 1, budget)?),
+        }
+    }
+    Ok(if all.len() == 1 { all.remove(0) } else { Node::All(all) })
+}
+
+/// Splits a dotted path; also used for `group_by`.
+pub fn parse_path(path: &str) -> Result<Vec<Box<str>>, Rejection> {
+    let names: Vec<Box<str>> = path.split('.').map(Into::into).collect();
+    if names.len() > PATH_NAMES_MAX || names.iter().any(|n| n.is_empty()) {
+        return Err(Rejection::invalid(format!(
+            "{path:?} is not a field path: 1 to {PATH_NAMES_MAX} names with dots between"
+        )));
+    }
+    Ok(names)
+}
+
+fn parse_field(path: &[Box<str>], operand: &Value, depth: usize, budget: &mut usize) -> Result<Node, Rejection> {
+    if depth > FILTER_DEPTH_MAX + 1 {
+        return Err(Rejection::invalid(format!("filters nest at most {FILTER_DEPTH_MAX} deep")));
+    }
+    let field = |test| Node::Field(path.to_vec(), test);
+    let operators = match operand {
+        Value::Object(map) if map.keys().any(|k| k.starts_with('$')) => map,
+        literal => return Ok(field(Test::Eq(literal.clone()))),
+    };
+    let list = |name: &str, operand: &Value, budget: &mut usize| -> Result<Vec<Value>, Rejection> {
+        let list = operand.as_array().ok_or_else(|| Rejection::invalid(format!("{name} takes an array")))?;
+        spend(budget, list.len())?;
+        Ok(list.clone())
+    };
+    let mut all = Vec::new();
+    for (name, operand) in operators {
+        spend(budget, 1)?;
+        all.push(match name.as_str() {
+            "$eq" => field(Test::Eq(operand.clone())),
+            "$ne" => Node::Not(Box::new(field(Test::Eq(operand.clone())))),
+            "$in" => field(Test::In(list(name, operand, budget)?)),
+            "$nin" => Node::Not(Box::new(field(Test::In(list(name, operand, budget)?)))),
+            "$gt" | "$gte" | "$lt" | "$lte" => {
+                if !operand.is_number() && !operand.is_string() {
+                    return Err(Rejection::invalid(format!("{name} takes a number or a string")));
+                }
+                field(Test::Order(
+                    operand.clone(),
+                    match name.as_str() {
+                        "$gt" => &[Ordering::Greater],
+                        "$gte" => &[Ordering::Greater, Ordering::Equal],
+                        "$lt" => &[Ordering::Less],
+                        _ => &[Ordering::Less, Ordering::Equal],
+                    },
+                ))
+            }
+            "$exists" => match operand {
+                Value::Bool(true) => field(Test::Exists),
+                Value::Bool(false) => Node::Not(Box::new(field(Test::Exists))),
+                _ => return Err(Rejection::invalid("$exists takes true or false")),
+            },
+            "$prefix" => field(Test::Prefix(
+                operand.as_str().ok_or_else(|| Rejection::invalid("$prefix takes a string"))?.into(),
+            )),
+            "$not" => {
+                if !operand.is_object() {
+                    return Err(Rejection::invalid("$not takes an object of operators or a filter"));
+                }
+                Node::Not(Box::new(parse_field(path, operand, depth + 1, budget)?))
+            }
+            _ => {
+                return Err(Rejection::invalid(format!(
+                    "unknown operator {name}; there are $eq $ne $in $nin $gt $gte $lt $lte $exists $prefix $not"
+                )));
+            }
+        });
+    }
+    Ok(if all.len() == 1 { all.remove(0) } else { Node::All(all) })
+}
+
+fn holds(node: &Node, meta: &Value) -> bool {
+    match node {
+        Node::All(nodes) => nodes.iter().all(|n| holds(n, meta)),
+        Node::Any(nodes) => nodes.iter().any(|n| holds(n, meta)),
+        Node::Not(node) => !holds(node, meta),
+        Node::Field(path, test) => {
+            let mut found = false;
+            let satisfied = any_at(meta, path, &mut |value| {
+                found = true;
+                test.holds(value)
+            });
+            let wants_absent = match test {
+                Test::Eq(operand) => operand.is_null(),
+                Test::In(operands) => operands.iter().any(Value::is_null),
+                _ => false,
+            };
+            satisfied || (wants_absent && !found)
+        }
+    }
+}
+
+/// Calls `test` for each value at the path until one holds. Elements of arrays on the way are each followed.
+pub fn any_at(value: &Value, path: &[Box<str>], test: &mut impl FnMut(&Value) -> bool) -> bool {
+    let Some((name, rest)) = path.split_first() else {
+        return test(value);
+    };
+    match value {
+        Value::Object(map) => map.get(&**name).is_some_and(|v| any_at(v, rest, test)),
+        Value::Array(list) => {
+            let by_index = name.parse::<usize>().ok().and_then(|i| list.get(i)).is_some_and(|v| any_at(v, rest, test));
+            by_index || list.iter().any(|v| v.is_object() && any_at(v, path, test))
+        }
+        _ => false,
+    }
+}
+
+impl Test {
+    fn holds(&self, value: &Value) -> bool {
+        let each = |one: &dyn Fn(&Value) -> bool| match value {
+            Value::Array(list) => one(value) || list.iter().any(one),
+            _ => one(value),
+        };
+        match self {
+            Self::Exists => true,
+            Self::Eq(operand) => each(&|v| equal(v, operand)),
+            Self::In(operands) => each(&|v| operands.iter().any(|o| equal(v, o))),
+            Self::Order(operand, wanted) => each(&|v| compare(v, operand).is_some_and(|o| wanted.contains(&o))),
+            Self::Prefix(prefix) => each(&|v| v.as_str().is_some_and(|s| s.starts_with(&**prefix))),
+        }
+    }
+}
+
+/// Deep equality in which `1` equals `1.0`.
+fn equal(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(_), Value::Number(_)) => compare(a, b) == Some(Ordering::Equal),
+        (Value::Array(x), Value::Array(y)) => x.len() == y.len() && x.iter().zip(y).all(|(a, b)| equal(a, b)),
+        (Value::Object(x), Value::Object(y)) => {
+            x.len() == y.len() && x.iter().all(|(name, a)| y.get(name).is_some_and(|b| equal(a, b)))
+        }
+        _ => a == b,
+    }
+}
+
+fn compare(a: &Value, b: &Value) -> Option<Ordering> {
+    match (a, b) {
+        (Value::Number(x), Value::Number(y)) => match (integer(x), integer(y)) {
+            (Some(x), Some(y)) => Some(x.cmp(&y)),
+            _ => x.as_f64()?.partial_cmp(&y.as_f64()?),
+        },
+        (Value::String(x), Value::String(y)) => Some(x.as_bytes().cmp(y.as_bytes())),
+        _ => None,
+    }
+}
+
+/// Integers beyond 2^53 must not compare equal only because they round to the same float.
+fn integer(number: &serde_json::Number) -> Option<i128> {
+    number.as_i64().map(i128::from).or_else(|| number.as_u64().map(i128::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn filters_match_as_a_user_of_mongo_expects() {
+        let meta = json!({
+            "lang": "es", "year": 2020, "score": 1.5, "ok": true, "none": null, "tags": ["a", "b"],
+            "big": 9_007_199_254_740_993_u64, "who": {"name": "ann", "roles": [{"id": 1}, {"id": 2}]}
+        });
+        for (filter, expected) in [
+            (json!({}), true),
+            (json!({"lang": "es"}), true),
+            (json!({"lang": "en"}), false),
+            (json!({"lang": "es", "year": 2021}), false),
+            (json!({"year": 2020.0}), true),
+            (json!({"big": 9_007_199_254_740_992_u64}), false),
+            (json!({"tags": "a"}), true),
+            (json!({"tags": ["a", "b"]}), true),
+            (json!({"tags": ["b", "a"]}), false),
+            (json!({"tags": {"$in": ["x", "b"]}}), true),
+            (json!({"tags": {"$nin": ["x", "b"]}}), false),
+            (json!({"tags": {"$ne": "a"}}), false),
+            (json!({"tags.1": "b"}), true),
+            (json!({"year": {"$gte": 2020, "$lt": 2021}}), true),
+            (json!({"year": {"$gt": 2020}}), false),
+            (json!({"year": {"$gt": "2019"}}), false),
+            (json!({"lang": {"$gt": "en"}}), true),
+            (json!({"lang": {"$prefix": "e"}}), true),
+            (json!({"year": {"$prefix": "2"}}), false),
+            (json!({"absent": {"$exists": false}}), true),
+            (json!({"none": {"$exists": true}}), true),
+            (json!({"none": null}), true),
+            (json!({"absent": null}), true),
+            (json!({"absent": {"$ne": 1}}), true),
+            (json!({"absent": {"$gt": 1}}), false),
+            (json!({"who.name": "ann"}), true),
+            (json!({"who.roles.id": 2}), true),
+            (json!({"who.roles.id": 3}), false),
+            (json!({"who": {"name": "ann"}}), false),
+            (json!({"$or": [{"lang": "en"}, {"year": {"$lte": 2020}}]}), true),
+            (json!({"$and": [{"lang": "es"}, {"ok": false}]}), false),
+            (json!({"$not": {"lang": "es"}}), false),
+            (json!({"year": {"$not": {"$gt": 2020}}}), true),
+        ] {
+            assert_eq!(Filter::parse(&filter).unwrap().matches(&meta), expected, "{filter}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_filter_is_refused() {
+        let mut deep = json!({"a": 1});
+        for _ in 0..FILTER_DEPTH_MAX + 1 {
+            deep = json!({"$not": deep});
+        }
+        for bad in [
+            json!(1),
+            json!([]),
+            json!({"$nor": []}),
+            json!({"a": {"$regex": "x"}}),
+            json!({"a": {"$gt": null}}),
+            json!({"a": {"$in": 1}}),
+            json!({"a": {"$exists": 1}}),
+            json!({"a": {"$eq": 1, "plain": 2}}),
+            json!({"$or": []}),
+            json!({"a..b": 1}),
+            json!({"": 1}),
+            deep,
+            json!({"a": {"$in": vec![1; FILTER_NODES_MAX + 1]}}),
+        ] {
+            assert!(Filter::parse(&bad).is_err(), "{bad}");
+        }
+    }
+}

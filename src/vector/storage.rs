@@ -1,0 +1,416 @@
+//! A collection's two files: `rows.f32` (the numbers, by slot) and `slots.log` (who lives in which slot).
+//!
+//! `rows.f32` is memory-mapped in chunks that are preallocated, so a write to a mapped row cannot run out of disk, and
+//! that never move. It has no header: what a row means is in `slots.log`, and a row that no entry there names is
+//! garbage. `slots.log` is appended at each checkpoint: ids that changed since the last one, each with its slot or its
+//! end. Its last frame's checkpoint is the revision up to which both files are complete; the log replays the rest.
+//!
+//! Order within a checkpoint, and why: entries are encoded first, then rows are synced, then the frame is appended and
+//! synced. A frame therefore never names a row that is not on disk.
+//!
+//! `unsafe` stands here (mapping files) and in `distance.rs` only.
+
+use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
+use crate::error::Error;
+use crate::revision::Revision;
+use crate::wire::{Malformed, Put, Reader};
+use memmap2::{MmapMut, MmapOptions};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Rows start at multiples of this: a cache line, and the widest vector register.
+const ROW_ALIGN: usize = 64;
+/// First chunk, at least: one page for the smallest row times the alignment.
+const FIRST_CHUNK_BYTES: usize = 64 << 10;
+/// Chunks double up to this size, so that a large collection wastes little and a small one little too.
+const CHUNK_BYTES_MAX: usize = 32 << 20;
+
+/// Rows of f32 addressed by slot. Chunks double in size up to [`CHUNK_BYTES_MAX`] and never move.
+#[derive(Debug)]
+pub struct RowStore {
+    dim: usize,
+    /// Bytes from one row to the next.
+    stride: usize,
+    /// Rows in the first chunk: a multiple of 64, so that each chunk starts on a page.
+    first_rows: usize,
+    /// How often the chunk size doubles after the first two.
+    doublings: u32,
+    chunks: Vec<MmapMut>,
+    /// `None` keeps the rows in anonymous memory.
+    file: Option<(PathBuf, File)>,
+}
+
+/// A chunk that is allocated but not yet part of its store.
+#[derive(Debug)]
+pub struct NewChunk(MmapMut);
+
+impl RowStore {
+    /// Opens or creates the file; `None` keeps everything in memory.
+    pub fn open(path: Option<PathBuf>, dim: usize) -> Result<Self, Error> {
+        let stride = (dim * size_of::<f32>()).next_multiple_of(ROW_ALIGN);
+        let first_rows = (FIRST_CHUNK_BYTES / stride).next_power_of_two().max(64);
+        let doublings = (CHUNK_BYTES_MAX / (first_rows * stride)).max(1).ilog2();
+        let file = match path {
+            None => None,
+            Some(path) => {
+                let mut options = OpenOptions::new();
+                let file = options.read(true).write(true).create(true).truncate(false).open(&path);
+                let file = file.map_err(Error::io("cannot open", &path))?;
+                Some((path, file))
+            }
+        };
+        Ok(Self { dim, stride, first_rows, doublings, chunks: Vec::new(), file })
+    }
+
+    /// Chunk and row within it. Chunk 0 holds `first` rows, chunk i `first << (i-1)` until the size stops doubling.
+    fn locate(&self, slot: usize) -> (usize, usize) {
+        if slot < self.first_rows {
+            return (0, slot);
+        }
+        let level = (slot / self.first_rows).ilog2();
+        if level < self.doublings {
+            return (level as usize + 1, slot - (self.first_rows << level));
+        }
+        let largest = self.first_rows << self.doublings;
+        (self.doublings as usize + slot / largest, slot % largest)
+    }
+
+    fn chunk_rows(&self, chunk: usize) -> usize {
+        let shift = chunk.saturating_sub(1).min(self.doublings as usize);
+        self.first_rows << shift
+    }
+
+    /// Rows there is room for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        (0..self.chunks.len()).map(|c| self.chunk_rows(c)).sum()
+    }
+
+    /// Bytes one row occupies.
+    #[must_use]
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Allocates what is missing for `rows` rows, on disk too. The chunks count once they are given to
+    /// [`RowStore::grow`]; that split lets the slow part run without the collection's lock.
+    pub fn allocate(&self, rows: usize) -> Result<Vec<NewChunk>, Error> {
+        let mut capacity = self.capacity();
+        let mut fresh = Vec::new();
+        while capacity < rows {
+            let chunk_rows = self.chunk_rows(self.chunks.len() + fresh.len());
+            let bytes = chunk_rows * self.stride;
+            let offset = (capacity * self.stride) as u64;
+            let map = match &self.file {
+                None => MmapMut::map_anon(bytes).map_err(Error::io("cannot get memory for", Path::new("vector rows")))?,
+                Some((path, file)) => {
+                    rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, bytes as u64)
+                        .map_err(|e| Error::io("cannot grow", path)(e.into()))?;
+                    // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data
+                    // directory's lock keeps other servers away from it.
+                    unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file) }
+                        .map_err(Error::io("cannot map", path))?
+                }
+            };
+            fresh.push(NewChunk(map));
+            capacity += chunk_rows;
+        }
+        Ok(fresh)
+    }
+
+    /// Takes allocated chunks into use.
+    pub fn grow(&mut self, chunks: Vec<NewChunk>) {
+        self.chunks.extend(chunks.into_iter().map(|c| c.0));
+    }
+
+    /// The numbers in a slot.
+    #[must_use]
+    pub fn row(&self, slot: Slot) -> &[f32] {
+        let (chunk, row) = self.locate(slot.index());
+        let start = row * self.stride;
+        bytemuck::cast_slice(&self.chunks[chunk][start..start + self.dim * size_of::<f32>()])
+    }
+
+    /// Replaces the numbers in a slot. The room must have been allocated.
+    pub fn write(&mut self, slot: Slot, numbers: &[f32]) {
+        assert_eq!(numbers.len(), self.dim);
+        let (chunk, row) = self.locate(slot.index());
+        let start = row * self.stride;
+        self.chunks[chunk][start..start + self.dim * size_of::<f32>()].copy_from_slice(bytemuck::cast_slice(numbers));
+    }
+
+    /// A handle whose `sync_data` writes every changed mapped row to disk, usable without the collection's lock.
+    pub fn sync_handle(&self) -> Result<Option<File>, Error> {
+        self.file.as_ref().map(|(path, file)| file.try_clone().map_err(Error::io("cannot duplicate", path))).transpose()
+    }
+}
+
+/// First bytes of a `slots.log`.
+const MAGIC: &[u8; 8] = b"KISSSLOT";
+/// Format version of `slots.log`.
+const VERSION: u32 = 1;
+/// Magic, version, dim, metric, created revision, CRC32C.
+const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
+/// Length, CRC32C.
+const FRAME_HEADER_BYTES: usize = 8;
+
+/// What a checkpoint says of one id.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "the fields are those of a slot")]
+pub enum SlotEntry {
+    /// It lives here.
+    Live { id: VectorId, slot: Slot, revision: Revision, norm: f32, meta: VectorMeta },
+    /// It is gone.
+    Gone { id: VectorId },
+}
+
+/// The file of checkpoints.
+#[derive(Debug)]
+pub struct SlotLog {
+    path: PathBuf,
+    file: File,
+    /// Bytes up to the end of the last whole frame.
+    bytes: u64,
+}
+
+/// What opening a slot log found.
+#[derive(Debug)]
+pub struct Opened {
+    /// Ready to append.
+    pub log: SlotLog,
+    /// Revision of the last whole frame; zero when there is none.
+    pub checkpoint: Revision,
+    /// All entries, oldest first.
+    pub entries: Vec<SlotEntry>,
+}
+
+fn metric_code(metric: Metric) -> u32 {
+    match metric {
+        Metric::Cosine => 1,
+        Metric::Dot => 2,
+        Metric::L2 => 3,
+    }
+}
+
+fn header(spec: CollectionSpec, created: Revision) -> Vec<u8> {
+    let mut header = MAGIC.to_vec();
+    header.put_u32(VERSION);
+    header.put_u32(u32::try_from(spec.dim).expect("dim is at most DIM_MAX"));
+    header.put_u32(metric_code(spec.metric));
+    header.put_revision(created);
+    header.put_u32(crc32c::crc32c(&header));
+    header
+}
+
+impl SlotLog {
+    /// Opens the file, or creates it with a header. A frame that is torn at the end is cut off: it was never counted.
+    pub fn open(path: PathBuf, spec: CollectionSpec, created: Revision) -> Result<Opened, Error> {
+        let mut options = OpenOptions::new();
+        let mut file = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(Error::io("cannot open", &path))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(Error::io("cannot read", &path))?;
+        let expected = header(spec, created);
+        if bytes.len() < HEADER_BYTES {
+            // Creation was cut short: nothing can have been checkpointed.
+            file.set_len(0).and_then(|()| file.write_all_at(&expected, 0)).and_then(|()| file.sync_all()).map_err(Error::io("cannot write", &path))?;
+            let log = Self { path, file, bytes: HEADER_BYTES as u64 };
+            return Ok(Opened { log, checkpoint: Revision::ZERO, entries: Vec::new() });
+        }
+        if bytes[..HEADER_BYTES] != expected[..] {
+            return Err(Error::corrupt(&path, 0, "the header is damaged or belongs to another collection or version"));
+        }
+        let mut at = HEADER_BYTES;
+        let mut checkpoint = Revision::ZERO;
+        let mut entries = Vec::new();
+        while let Some(frame) = whole_frame(&bytes[at..]) {
+            checkpoint = decode_frame(frame, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
+            at += FRAME_HEADER_BYTES + frame.len();
+        }
+        if at < bytes.len() {
+            file.set_len(at as u64).and_then(|()| file.sync_all()).map_err(Error::io("cannot truncate", &path))?;
+        }
+        Ok(Opened { log: Self { path, file, bytes: at as u64 }, checkpoint, entries })
+    }
+
+    /// Bytes in the file.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Appends frames and syncs them. After an error the file may end in a torn frame, which the next append, or the
+    /// next open, cuts off; the caller must not count on the checkpoint.
+    pub fn append(&mut self, frames: &[u8]) -> Result<(), Error> {
+        let write = || -> std::io::Result<()> {
+            if self.file.metadata()?.len() != self.bytes {
+                self.file.set_len(self.bytes)?;
+            }
+            self.file.write_all_at(frames, self.bytes)?;
+            self.file.sync_data()
+        };
+        write().map_err(Error::io("cannot append to", &self.path))?;
+        self.bytes += frames.len() as u64;
+        Ok(())
+    }
+
+    /// Starts a successor beside this file; see [`Rewrite`].
+    pub fn rewrite(&self, spec: CollectionSpec, created: Revision) -> Result<Rewrite, Error> {
+        let path = self.path.with_extension("log.tmp");
+        let mut file = File::create(&path).map_err(Error::io("cannot create", &path))?;
+        file.write_all(&header(spec, created)).map_err(Error::io("cannot write", &path))?;
+        Ok(Rewrite { path, file: std::io::BufWriter::new(file) })
+    }
+
+    /// Puts a finished successor in this file's place: synced, renamed, directory synced. Rows it names must be synced.
+    pub fn replace(&mut self, rewrite: Rewrite) -> Result<(), Error> {
+        let Rewrite { path: beside, file } = rewrite;
+        let file = file.into_inner().map_err(|e| Error::io("cannot write", &beside)(e.into_error()))?;
+        let bytes = file.metadata().map_err(Error::io("cannot stat", &beside))?.len();
+        file.sync_all().map_err(Error::io("cannot sync", &beside))?;
+        std::fs::rename(&beside, &self.path).map_err(Error::io("cannot rename", &beside))?;
+        // From here on the new file is the one, even if the directory cannot be synced.
+        (self.file, self.bytes) = (file, bytes);
+        if let Some(dir) = self.path.parent() {
+            File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+        }
+        Ok(())
+    }
+}
+
+/// A slot log being written beside the one it will replace.
+#[derive(Debug)]
+pub struct Rewrite {
+    path: PathBuf,
+    file: std::io::BufWriter<File>,
+}
+
+impl Rewrite {
+    /// Appends a frame.
+    pub fn write(&mut self, frame: &[u8]) -> Result<(), Error> {
+        self.file.write_all(frame).map_err(Error::io("cannot write", &self.path))
+    }
+}
+
+/// One frame: length and CRC, then checkpoint revision, count and entries. A checkpoint of many entries is several
+/// frames, of which only the last carries its revision; the others repeat the one before.
+#[must_use]
+pub fn encode_frame(checkpoint: Revision, entries: &[SlotEntry]) -> Vec<u8> {
+    let mut frame = vec![0; FRAME_HEADER_BYTES];
+    frame.put_revision(checkpoint);
+    frame.put_u32(u32::try_from(entries.len()).expect("slots are counted in u32"));
+    for entry in entries {
+        match entry {
+            SlotEntry::Live { id, slot, revision, norm, meta } => {
+                frame.put_byte(1);
+                frame.put_text(id.as_str());
+                frame.put_u32(slot.0);
+                frame.put_revision(*revision);
+                frame.put_u32(norm.to_bits());
+                frame.put_text(meta.text());
+            }
+            SlotEntry::Gone { id } => {
+                frame.put_byte(2);
+                frame.put_text(id.as_str());
+            }
+        }
+    }
+    let length = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a checkpoint is written before it reaches 4 GiB");
+    let crc = crc32c::crc32c(&frame[FRAME_HEADER_BYTES..]);
+    frame[..4].copy_from_slice(&length.to_le_bytes());
+    frame[4..8].copy_from_slice(&crc.to_le_bytes());
+    frame
+}
+
+/// The body of the frame at the front, if it is there whole.
+fn whole_frame(bytes: &[u8]) -> Option<&[u8]> {
+    let mut reader = Reader(bytes);
+    let length = reader.u32("length").ok()?;
+    let crc = reader.u32("checksum").ok()?;
+    let body = reader.take(length as usize, "frame").ok()?;
+    (crc32c::crc32c(body) == crc).then_some(body)
+}
+
+fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<Revision, Malformed> {
+    let mut reader = Reader(body);
+    let checkpoint = reader.revision("checkpoint")?;
+    for _ in 0..reader.u32("count")? {
+        let kind = reader.byte("entry kind")?;
+        let id = VectorId::new(reader.text("id")?).map_err(|e| Malformed(e.to_string()))?;
+        entries.push(match kind {
+            1 => SlotEntry::Live {
+                id,
+                slot: Slot(reader.u32("slot")?),
+                revision: reader.revision("revision")?,
+                norm: f32::from_bits(reader.u32("norm")?),
+                meta: VectorMeta::new(reader.text("meta")?).map_err(|e| Malformed(e.to_string()))?,
+            },
+            2 => SlotEntry::Gone { id },
+            other => return Err(Malformed(format!("unknown entry kind {other}"))),
+        });
+    }
+    reader.end("the last entry")?;
+    Ok(checkpoint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_slot_has_a_place_of_its_own_and_rows_keep_what_was_written() {
+        for dim in [1, 3, 16, 100, 384, 8192] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rows = RowStore::open(Some(dir.path().join("rows.f32")), dim).unwrap();
+            let count = rows.first_rows * 6 + 3;
+            rows.grow(rows.allocate(count).unwrap());
+            assert!(rows.capacity() >= count);
+            let mut last = (0, usize::MAX);
+            for slot in 0..count {
+                let (chunk, row) = rows.locate(slot);
+                assert!(row < rows.chunk_rows(chunk), "dim {dim} slot {slot}");
+                assert!((chunk, row) == (last.0, last.1.wrapping_add(1)) || (chunk, row) == (last.0 + 1, 0));
+                last = (chunk, row);
+                rows.write(Slot(slot as u32), &vec![slot as f32; dim]);
+            }
+            drop(rows);
+            let mut rows = RowStore::open(Some(dir.path().join("rows.f32")), dim).unwrap();
+            rows.grow(rows.allocate(count).unwrap());
+            for slot in 0..count {
+                assert_eq!(rows.row(Slot(slot as u32)), vec![slot as f32; dim], "dim {dim} slot {slot}");
+                assert_eq!(rows.row(Slot(slot as u32)).as_ptr() as usize % ROW_ALIGN, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_slot_log_cut_at_any_byte_opens_with_the_frames_that_are_whole() {
+        let spec = CollectionSpec::new(3, Metric::Dot).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slots.log");
+        let id = |n: u32| VectorId::new(&format!("v{n}")).unwrap();
+        let live = |n: u32| SlotEntry::Live { id: id(n), slot: Slot(n), revision: Revision(u64::from(n)), norm: 1.0, meta: VectorMeta::empty() };
+        let mut log = SlotLog::open(path.clone(), spec, Revision(1)).unwrap().log;
+        let mut ends = vec![(log.bytes(), 0, 0)];
+        for n in 1..4u32 {
+            log.append(&encode_frame(Revision(u64::from(n) * 10), &[live(n), SlotEntry::Gone { id: id(n + 9) }])).unwrap();
+            ends.push((log.bytes(), u64::from(n) * 10, 2 * n as usize));
+        }
+        let whole = std::fs::read(&path).unwrap();
+        for cut in HEADER_BYTES..=whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let opened = SlotLog::open(path.clone(), spec, Revision(1)).unwrap();
+            let (end, checkpoint, entries) = *ends.iter().rev().find(|e| e.0 <= cut as u64).unwrap();
+            assert_eq!((opened.log.bytes(), opened.checkpoint.0, opened.entries.len()), (end, checkpoint, entries));
+        }
+        std::fs::write(&path, &whole).unwrap();
+        assert!(SlotLog::open(path.clone(), spec, Revision(2)).is_err(), "another collection's file must be refused");
+    }
+}
