@@ -3,6 +3,7 @@
 //! The log is the database. Every change is one durable record; keys, events and vectors are what you get by applying
 //! those records; a stream is a cursor over them; recovery is the same apply again.
 
+pub mod api;
 pub mod config;
 pub mod engine;
 pub mod error;

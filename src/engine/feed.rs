@@ -509,7 +509,7 @@ impl Feed {
         if watches_searches {
             self.stats.search_watchers.fetch_add(1, Ordering::Relaxed);
         }
-        Subscription { feed: Arc::clone(self), topic, waiter, id, revision: after, position: None, catching_up: None, watches_searches }
+        Subscription { feed: Arc::clone(self), topic, waiter, id, revision: after, position: None, catching_up: None, watches_searches, by_ring: false }
     }
 }
 
@@ -545,6 +545,8 @@ pub struct Subscription {
     position: Option<u64>,
     catching_up: Option<JoinHandle<CaughtUp>>,
     watches_searches: bool,
+    /// Filters the ring itself, up to its very end; see [`Subscription::look_at_everything`].
+    by_ring: bool,
 }
 
 impl Drop for Subscription {
@@ -579,6 +581,24 @@ impl Subscription {
     #[must_use]
     pub fn reached(&self) -> Revision {
         self.revision
+    }
+
+    /// What this subscription wants to see.
+    #[must_use]
+    pub fn filter(&self) -> &EventFilter {
+        &self.topic.filter
+    }
+
+    /// From now on "pending" means that nothing published so far is left, even if the feed's thread has not matched it
+    /// yet. Costs a look at every frame, so it is for pages of history, not for streams.
+    pub fn look_at_everything(&mut self) {
+        self.by_ring = true;
+    }
+
+    /// Whether the log is being read for this subscription.
+    #[must_use]
+    pub fn is_catching_up(&self) -> bool {
+        self.catching_up.is_some()
     }
 
     /// Matching frames, about `bytes_max` of them; pending until there are some.
@@ -624,7 +644,7 @@ impl Subscription {
         let matched = self.feed.matched.load(Ordering::Acquire);
         let positions: Vec<u64> = {
             let noted = self.topic.noted.lock();
-            if position < noted.complete_from {
+            if position < noted.complete_from || self.by_ring {
                 drop(noted);
                 return self.look_at_ring(position, frames_max, bytes_max);
             }

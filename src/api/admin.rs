@@ -1,0 +1,116 @@
+//! Health, metrics, snapshots on request.
+
+use super::error::{ApiError, ApiResult};
+use super::extract::Params;
+use super::{App, json};
+use crate::engine::frame::push_fmt;
+use axum::extract::State;
+use axum::http::{StatusCode, Uri, header};
+use axum::response::IntoResponse;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// `GET /v1/health`
+pub async fn health(State(app): State<App>, uri: Uri) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let (status, word) = if app.engine.is_poisoned() {
+        (StatusCode::SERVICE_UNAVAILABLE, "poisoned")
+    } else if app.engine.feed().is_draining() {
+        (StatusCode::SERVICE_UNAVAILABLE, "draining")
+    } else {
+        (StatusCode::OK, "ok")
+    };
+    let mut out = String::new();
+    push_fmt(
+        &mut out,
+        format_args!(
+            "{{\"status\":\"{word}\",\"version\":\"{}\",\"revision\":{},\"oldest\":{},\"uptime_s\":{},\"durability\":\"{}\"}}",
+            crate::VERSION,
+            app.engine.head(),
+            app.engine.feed().oldest(),
+            app.started.elapsed().as_secs(),
+            app.durability
+        ),
+    );
+    Ok(json(status, out))
+}
+
+/// `POST /v1/admin/snapshot`
+pub async fn snapshot(State(app): State<App>, uri: Uri) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let engine = app.engine.clone();
+    let taken = tokio::task::spawn_blocking(move || engine.snapshot()).await.map_err(|_| ApiError::Internal)?;
+    let taken = taken.map_err(|error| {
+        tracing::error!(%error, "the snapshot failed");
+        ApiError::Internal
+    })?;
+    let body = format!("{{\"revision\":{},\"bytes\":{},\"took_ms\":{}}}", taken.revision, taken.bytes, taken.took_ms);
+    Ok(json(StatusCode::OK, body))
+}
+
+/// Values read off the engine at the moment they are asked for.
+#[derive(Debug)]
+struct Gauges(App);
+
+impl Collector for Gauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let engine = &self.0.engine;
+        let (keys, keys_with_ttl) = engine.key_counts();
+        let (key_bytes, vector_bytes) = engine.memory_bytes();
+        let collections = engine.collections();
+        let vectors: usize = collections.iter().map(|(_, c)| c.read(|c| c.len())).sum();
+        let stats = &engine.feed().stats;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut gauge = |name: &str, help: &str, unit: Option<&Unit>, value: f64| -> std::fmt::Result {
+            let metric = ConstGauge::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, unit, metric.metric_type())?)
+        };
+        let bytes = Some(&Unit::Bytes);
+        #[expect(clippy::cast_precision_loss, reason = "gauges are f64 by definition")]
+        {
+            gauge("kiss_revision", "Newest revision applied", None, engine.head().0 as f64)?;
+            gauge("kiss_oldest_revision", "Oldest revision in the log", None, engine.feed().oldest().0 as f64)?;
+            gauge("kiss_keys", "Keys", None, keys as f64)?;
+            gauge("kiss_keys_with_ttl", "Keys with a deadline", None, keys_with_ttl as f64)?;
+            gauge("kiss_key_memory", "Approximate memory of keys", bytes, key_bytes as f64)?;
+            gauge("kiss_vector_memory", "Approximate memory of vectors", bytes, vector_bytes as f64)?;
+            gauge("kiss_collections", "Collections", None, collections.len() as f64)?;
+            gauge("kiss_vectors", "Vectors in all collections", None, vectors as f64)?;
+            gauge("kiss_log", "Disk taken by log segments", bytes, engine.log().bytes() as f64)?;
+            gauge("kiss_streams", "Open event streams", None, load(&stats.streams) as f64)?;
+            gauge("kiss_connections", "Open connections", None, load(&self.0.connections) as f64)?;
+            gauge("kiss_poisoned", "1 after a failed write: restart the server", None, f64::from(u8::from(engine.is_poisoned())))?;
+            gauge("kiss_uptime_seconds", "Seconds since the start", None, self.0.started.elapsed().as_secs_f64())?;
+            gauge("process_resident_memory", "Resident memory", bytes, resident_bytes() as f64)?;
+        }
+        let mut counter = |name: &str, help: &str, value: u64| -> std::fmt::Result {
+            let metric = ConstCounter::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        counter("kiss_stream_events", "Events handed to streams", load(&stats.delivered))?;
+        counter("kiss_stream_ring_misses", "Times a stream had to read the log", load(&stats.ring_misses))?;
+        counter("kiss_stream_resets", "Streams told that their position cannot be honoured", load(&stats.resets))
+    }
+}
+
+/// Resident memory as the kernel counts it; 0 where it does not say.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}
+
+/// `GET /v1/metrics`
+pub async fn metrics(State(app): State<App>, uri: Uri) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let mut registry = Registry::default();
+    app.engine.metrics().register(&mut registry);
+    registry.register_collector(Box::new(Gauges(app)));
+    let mut out = String::new();
+    prometheus_client::encoding::text::encode(&mut out, &registry).map_err(|_| ApiError::Internal)?;
+    Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], out).into_response())
+}

@@ -1,0 +1,477 @@
+//! Streams and history: `GET /v1/events` as `text/event-stream` or JSON, and publishing.
+
+use super::error::{ApiError, ApiResult, invalid};
+use super::extract::{Params, parse_json, read_json};
+use super::state::{MetaBody, push_entry};
+use super::{App, json};
+use crate::engine::Engine;
+use crate::engine::command::{Command, EventType, KEY_BYTES_MAX, Key, Op};
+use crate::engine::feed::{EventFilter, FILTER_TERMS_MAX, ResetReason, Step, Subscription};
+use crate::engine::frame::{Ephemeral, push_fmt};
+use crate::engine::json::compact;
+use crate::engine::state::is_live;
+use crate::engine::view::View;
+use crate::error::Rejection;
+use crate::revision::Revision;
+use crate::vector::CollectionName;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::response::Response;
+use bytes::Bytes;
+use http_body::Frame as BodyFrame;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::hash::BuildHasher;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::time::{Instant, Sleep};
+
+/// How long a client waits before it reconnects, in milliseconds.
+const RETRY_MS: u64 = 1000;
+/// On shutdown clients are told to come back within this spread, so that they don't all come at once.
+const RETRY_SPREAD_MS: u64 = 2000;
+/// Bytes put into one chunk of a stream: enough to share a send among many small events.
+const CHUNK_BYTES: usize = 64 << 10;
+/// Frames put into one chunk.
+const CHUNK_FRAMES: usize = 1024;
+/// Slices of a snapshot looked at before other tasks of the thread get their turn.
+const SLICES_PER_POLL: usize = 4;
+/// Bytes in one page of JSON history.
+const PAGE_BYTES_MAX: usize = 8 << 20;
+
+const PARAMS: &[&str] = &[
+    "key", "prefix", "collection", "types", "job_id", "tag", "since", "snapshot", "include_vector", "heartbeat_ms", "limit",
+    "wait_ms",
+];
+
+fn filter(params: &Params) -> ApiResult<EventFilter> {
+    let mut filter = EventFilter::default();
+    for key in params.all("key") {
+        filter.keys.insert(Key::new(key)?);
+    }
+    for prefix in params.all("prefix") {
+        if prefix.len() > KEY_BYTES_MAX {
+            return Err(invalid(format!("prefix is at most {KEY_BYTES_MAX} bytes")));
+        }
+        filter.prefixes.insert(prefix.into());
+    }
+    for collection in params.all("collection") {
+        filter.collections.insert(CollectionName::new(collection)?);
+    }
+    for name in params.all("types").flat_map(|list| list.split(',')).map(str::trim) {
+        let known = crate::engine::command::SERVER_TYPES.contains(&name);
+        if !known {
+            EventType::new(name)?;
+        }
+        filter.types.insert(name.into());
+    }
+    filter.job_ids.extend(params.all("job_id").map(Into::into));
+    filter.tags.extend(params.all("tag").map(Into::into));
+    if filter.job_ids.contains("") || filter.tags.contains("") {
+        return Err(invalid("job_id and tag are not empty"));
+    }
+    if filter.terms() > FILTER_TERMS_MAX {
+        return Err(invalid(format!("a filter has at most {FILTER_TERMS_MAX} terms, this one has {}", filter.terms())));
+    }
+    Ok(filter)
+}
+
+/// Where a client wants to resume, if it says so. `Last-Event-ID` beats `since`.
+async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiResult<Option<Revision>> {
+    if let Some(value) = headers.get("last-event-id").filter(|v| !v.is_empty()) {
+        let id = value.to_str().ok().filter(|v| v.bytes().all(|b| b.is_ascii_digit())).and_then(|v| v.parse().ok());
+        return id.map(Revision).map(Some).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"));
+    }
+    let Some(since) = params.one("since")? else { return Ok(None) };
+    if !since.is_empty() && since.bytes().all(|b| b.is_ascii_digit()) {
+        return since.parse().map(Revision).map(Some).map_err(|_| invalid("since is larger than any revision"));
+    }
+    // A plus sign that was not encoded arrives as a space.
+    let time: jiff::Timestamp = since
+        .replace(' ', "+")
+        .parse()
+        .map_err(|_| invalid("since is a revision or a time such as 2026-01-31T12:00:00Z"))?;
+    let ts_ms = u64::try_from(time.as_millisecond()).unwrap_or(0);
+    let log = Arc::clone(app.engine.log());
+    let head = app.engine.feed().head();
+    let found = tokio::task::spawn_blocking(move || log.revision_at(ts_ms)).await.map_err(|_| ApiError::Internal)?;
+    let revision = found.map_err(|error| {
+        tracing::error!(%error, "cannot look up a time in the log");
+        ApiError::Internal
+    })?;
+    Ok(Some(revision.min(head)))
+}
+
+fn wants_json(headers: &HeaderMap) -> bool {
+    let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let first = accept.split(',').map(|part| part.split(';').next().unwrap_or_default().trim());
+    // Whichever of the two is named first; neither means a stream.
+    first.into_iter().find(|t| matches!(*t, "application/json" | "text/event-stream")) == Some("application/json")
+}
+
+/// `GET /v1/events`
+pub async fn events(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiResult {
+    let params = Params::parse(&uri, PARAMS)?;
+    let filter = filter(&params)?;
+    let resume = resume_point(&app, &headers, &params).await?;
+    let include_vector = params.flag("include_vector")?;
+    if wants_json(&headers) {
+        return history(&app, &params, filter, resume, include_vector).await;
+    }
+    if params.one("limit")?.is_some() || params.one("wait_ms")?.is_some() {
+        return Err(invalid("limit and wait_ms go with Accept: application/json"));
+    }
+    let heartbeat = Duration::from_millis(params.number_in("heartbeat_ms", 1000..=60_000, 15_000)?);
+    let wants_snapshot = params.flag("snapshot")?;
+    let feed = app.engine.feed();
+    let reset = resume.and_then(|revision| Some((feed.check_resume(revision)?, revision)));
+    let after = match (resume, reset) {
+        (Some(revision), None) => revision,
+        _ => feed.head(),
+    };
+    let resumes = resume.is_some() && reset.is_none();
+    let subscription = feed.subscribe(filter.clone(), after);
+    let mut out = format!("retry: {RETRY_MS}\n");
+    let phase = if wants_snapshot && !resumes {
+        out.push('\n');
+        if let Some((reason, requested)) = reset {
+            push_reset(&mut out, &app.engine, reason, requested, None);
+        }
+        Phase::Snapshot(Box::new(Walk::new(filter)))
+    } else {
+        match reset {
+            Some((reason, requested)) => push_reset(&mut out, &app.engine, reason, requested, Some(after)),
+            None => push_fmt(&mut out, format_args!("id: {}\n\n", subscription.reached())),
+        }
+        Phase::Live
+    };
+    if reset.is_some() {
+        feed.stats.resets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+    let stream = EventStream {
+        engine: app.engine.clone(),
+        subscription,
+        phase,
+        first: Some(Bytes::from(out)),
+        include_vector,
+        wants_snapshot,
+        heartbeat,
+        last_sent: Instant::now(),
+        timer: Box::pin(tokio::time::sleep(heartbeat)),
+    };
+    let mut response = Response::new(Body::new(stream));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+/// Appends a `reset` frame; with an id when live events follow it directly.
+fn push_reset(out: &mut String, engine: &Engine, reason: ResetReason, requested: Revision, id: Option<Revision>) {
+    out.push_str("event: reset\n");
+    if let Some(id) = id {
+        push_fmt(out, format_args!("id: {id}\n"));
+    }
+    let feed = engine.feed();
+    push_fmt(
+        out,
+        format_args!(
+            "data: {{\"reason\":\"{}\",\"requested\":{requested},\"oldest\":{},\"head\":{}}}\n\n",
+            reason.as_str(),
+            feed.oldest(),
+            feed.head()
+        ),
+    );
+}
+
+/// A snapshot being sent.
+struct Walk {
+    filter: EventFilter,
+    /// `None` until the first slice is wanted.
+    view: Option<Arc<View>>,
+    /// Prefixes still to walk, last first; none of them lies within another.
+    prefixes: Vec<String>,
+    from: String,
+    count: u64,
+}
+
+impl Walk {
+    fn new(filter: EventFilter) -> Self {
+        let mut prefixes: Vec<String> = Vec::new();
+        if filter.keys.is_empty() && !filter.prefixes.is_empty() {
+            for prefix in &filter.prefixes {
+                if !prefixes.last().is_some_and(|last| prefix.starts_with(last.as_str())) {
+                    prefixes.push(prefix.to_string());
+                }
+            }
+            prefixes.reverse();
+        } else if filter.keys.is_empty() && !filter.collections.is_empty() {
+            // Only collections are watched: there are no entries to show.
+        } else {
+            prefixes.push(String::new());
+        }
+        Self { filter, view: None, prefixes, from: String::new(), count: 0 }
+    }
+
+    /// Appends rows of the next slices; the revision once it is complete, an error when the view was overrun.
+    fn step(&mut self, engine: &Engine, out: &mut String) -> Result<Option<Revision>, ()> {
+        if self.view.is_none()
+            && let Some((entries, revision)) = engine.small_snapshot(&self.filter)
+        {
+            for (key, entry) in &entries {
+                self.push_row(out, key, entry);
+            }
+            return Ok(Some(revision));
+        }
+        let view = Arc::clone(self.view.get_or_insert_with(|| engine.begin_view()));
+        let now_ms = engine.now_ms();
+        for _ in 0..SLICES_PER_POLL {
+            let Some(prefix) = self.prefixes.last() else {
+                return if view.is_overrun() { Err(()) } else { Ok(Some(view.revision())) };
+            };
+            let mut found = Vec::new();
+            match engine.view_slice(&view, &self.from, prefix, &mut found) {
+                Some(next) => self.from = next,
+                None => {
+                    self.prefixes.pop();
+                    self.from.clear();
+                }
+            }
+            for (key, entry) in &found {
+                if is_live(entry, now_ms) && self.filter.wants_entry(key.as_str(), entry.labels.as_deref()) {
+                    self.push_row(out, key, entry);
+                }
+            }
+            if view.is_overrun() {
+                return Err(());
+            }
+            if out.len() >= CHUNK_BYTES {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    fn push_row(&mut self, out: &mut String, key: &Key, entry: &crate::engine::codec::Entry) {
+        out.push_str("event: snapshot\ndata: ");
+        push_entry(out, key, entry, true);
+        out.push_str("\n\n");
+        self.count += 1;
+    }
+}
+
+enum Phase {
+    Snapshot(Box<Walk>),
+    Live,
+    Ended,
+}
+
+/// The body of a stream. Small on purpose: there may be ten thousand.
+struct EventStream {
+    engine: Engine,
+    subscription: Subscription,
+    phase: Phase,
+    first: Option<Bytes>,
+    include_vector: bool,
+    wants_snapshot: bool,
+    heartbeat: Duration,
+    last_sent: Instant,
+    /// Fires at the earliest when a heartbeat may be due; pushed back only then, not at every event.
+    timer: Pin<Box<Sleep>>,
+}
+
+impl EventStream {
+    fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(first));
+        }
+        match std::mem::replace(&mut self.phase, Phase::Ended) {
+            Phase::Ended => return Poll::Ready(None),
+            Phase::Snapshot(walk) => {
+                if let Some(bytes) = self.snapshot_step(walk) {
+                    return Poll::Ready(bytes);
+                }
+                // Nothing matched so far: give way, then go on.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Phase::Live => self.phase = Phase::Live,
+        }
+        match self.subscription.poll_step(cx, CHUNK_FRAMES, CHUNK_BYTES) {
+            Poll::Ready(Step::Frames(frames)) => {
+                if let [frame] = &frames[..] {
+                    return Poll::Ready(Some(frame.sse(self.include_vector).clone()));
+                }
+                let mut chunk = Vec::with_capacity(frames.iter().map(|f| f.sse(self.include_vector).len()).sum());
+                frames.iter().for_each(|f| chunk.extend_from_slice(f.sse(self.include_vector)));
+                Poll::Ready(Some(chunk.into()))
+            }
+            Poll::Ready(Step::Reset(reason, requested)) => {
+                self.engine.feed().stats.resets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                let mut out = String::new();
+                if self.wants_snapshot {
+                    push_reset(&mut out, &self.engine, reason, requested, None);
+                    self.phase = Phase::Snapshot(Box::new(Walk::new(self.subscription.filter().clone())));
+                } else {
+                    push_reset(&mut out, &self.engine, reason, requested, Some(self.subscription.reached()));
+                }
+                Poll::Ready(Some(out.into()))
+            }
+            Poll::Ready(Step::Drained) => Poll::Ready(Some(self.farewell())),
+            Poll::Pending => self.poll_heartbeat(cx),
+        }
+    }
+
+    /// The next rows, or the end of the snapshot; `None` when there is nothing to send yet.
+    fn snapshot_step(&mut self, mut walk: Box<Walk>) -> Option<Option<Bytes>> {
+        if self.engine.feed().is_draining() {
+            return Some(Some(self.farewell()));
+        }
+        let mut out = String::new();
+        match walk.step(&self.engine, &mut out) {
+            // Cut it: without an id the client starts over.
+            Err(()) => return Some(None),
+            Ok(Some(revision)) => {
+                push_fmt(
+                    &mut out,
+                    format_args!(
+                        "event: snapshot_end\nid: {revision}\ndata: {{\"revision\":{revision},\"count\":{}}}\n\n",
+                        walk.count
+                    ),
+                );
+                self.subscription.move_to(revision);
+                self.phase = Phase::Live;
+            }
+            Ok(None) => self.phase = Phase::Snapshot(walk),
+        }
+        (!out.is_empty()).then(|| Some(out.into()))
+    }
+
+    fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        while self.timer.as_mut().poll(cx).is_ready() {
+            let due = self.last_sent + self.heartbeat;
+            if Instant::now() >= due {
+                self.timer.as_mut().reset(Instant::now() + self.heartbeat);
+                let id = format!("id: {}\n\n", self.subscription.reached());
+                return Poll::Ready(Some(id.into()));
+            }
+            self.timer.as_mut().reset(due);
+        }
+        Poll::Pending
+    }
+
+    fn farewell(&mut self) -> Bytes {
+        self.phase = Phase::Ended;
+        let spread = std::hash::RandomState::new().hash_one(self.subscription.reached()) % RETRY_SPREAD_MS;
+        format!("retry: {}\n\n", RETRY_MS / 2 + spread).into()
+    }
+}
+
+impl http_body::Body for EventStream {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<BodyFrame<Bytes>, Self::Error>>> {
+        let bytes = std::task::ready!(self.poll_bytes(cx));
+        self.last_sent = Instant::now();
+        Poll::Ready(bytes.map(|b| Ok(BodyFrame::data(b))))
+    }
+}
+
+/// `GET /v1/events` with `Accept: application/json`: a page of history, or a long poll.
+async fn history(app: &App, params: &Params, filter: EventFilter, resume: Option<Revision>, include_vector: bool) -> ApiResult {
+    if params.flag("snapshot")? || params.one("heartbeat_ms")?.is_some() {
+        return Err(invalid("snapshot and heartbeat_ms go with Accept: text/event-stream"));
+    }
+    let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
+    let wait = Duration::from_millis(params.number_in("wait_ms", 0..=60_000, 0)?);
+    let feed = app.engine.feed();
+    let after = resume.unwrap_or_else(|| feed.head());
+    let compacted = || Rejection::RevisionCompacted { oldest: feed.oldest(), head: feed.head() };
+    match feed.check_resume(after) {
+        Some(ResetReason::Future) => return Err(invalid(format!("since is newer than the head, {}", feed.head()))),
+        Some(ResetReason::Compacted | ResetReason::Lost) => return Err(compacted().into()),
+        None => {}
+    }
+    let mut subscription = feed.subscribe(filter, after);
+    subscription.look_at_everything();
+    let deadline = Instant::now() + wait;
+    let mut events = String::new();
+    let mut count = 0;
+    while count < limit && events.len() < PAGE_BYTES_MAX {
+        let waits = count == 0 && !wait.is_zero();
+        let step = std::future::poll_fn(|cx| match subscription.poll_step(cx, limit - count, CHUNK_BYTES) {
+            Poll::Pending if !waits && !subscription.is_catching_up() => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(step) => Poll::Ready(Some(step)),
+        });
+        let until = if waits { deadline } else { Instant::now() + CATCH_UP_PATIENCE };
+        match tokio::time::timeout_at(until, step).await {
+            Ok(Some(Step::Frames(frames))) => {
+                for frame in frames.iter().filter(|f| f.is_logged()) {
+                    if count > 0 {
+                        events.push(',');
+                    }
+                    events.push_str(frame.json(include_vector));
+                    count += 1;
+                }
+            }
+            Ok(Some(Step::Reset(..))) => return Err(compacted().into()),
+            Ok(Some(Step::Drained) | None) | Err(_) => break,
+        }
+    }
+    let mut out = String::with_capacity(events.len() + 96);
+    out.push_str("{\"events\":[");
+    out.push_str(&events);
+    push_fmt(
+        &mut out,
+        format_args!("],\"next_since\":{},\"head\":{},\"oldest\":{}}}", subscription.reached(), feed.head(), feed.oldest()),
+    );
+    Ok(json(StatusCode::OK, out))
+}
+
+/// How long a page of history waits for the log to be read.
+const CATCH_UP_PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PublishBody<'a> {
+    #[serde(rename = "type")]
+    event_type: String,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    key: Option<String>,
+    meta: Option<MetaBody>,
+    #[serde(default)]
+    ephemeral: bool,
+}
+
+/// `POST /v1/events`
+pub async fn publish(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    let body: PublishBody<'_> = parse_json(&bytes)?;
+    let event_type = EventType::new(&body.event_type)?;
+    let key = body.key.as_deref().map(Key::new).transpose()?;
+    let data = body.data.map(|d| compact(d.get()));
+    let labels = body.meta.map_or(Ok(None), MetaBody::labels)?;
+    let revision = if body.ephemeral {
+        app.engine.feed().publish_ephemeral(Ephemeral {
+            ts_ms: app.engine.now_ms(),
+            event_type: event_type.as_str().into(),
+            key: key.map(|k| k.as_str().into()),
+            collection: None,
+            labels,
+            members: format!("\"data\":{}", data.as_deref().unwrap_or("null")),
+            on_request: false,
+        })
+    } else {
+        let op = Op::Event { event_type, key, data: data.map(Into::into), labels };
+        app.engine.submit(Command::one(op)).await?.last_revision
+    };
+    Ok(json(StatusCode::CREATED, format!("{{\"revision\":{revision}}}")))
+}

@@ -1,0 +1,255 @@
+//! From a request's parts to checked values: query strings, bodies, conditions, path names, vectors.
+//!
+//! Unknown names are refused everywhere, with the name: a typo such as `ttl` for `ttl_ms` must not be silently ignored.
+
+use super::error::{ApiError, ApiResult, invalid};
+use crate::engine::command::{Condition, ETags};
+use crate::engine::json::check_depth;
+use crate::error::Rejection;
+use crate::revision::Revision;
+use crate::vector::{Vector, VectorMeta};
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderName, Uri, header};
+use base64::Engine as _;
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::time::Duration;
+
+/// A body must have arrived by then; a slower client is holding memory.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A query string's pairs, all of them known names.
+#[derive(Debug)]
+pub struct Params(Vec<(String, String)>);
+
+impl Params {
+    /// Parses the query of `uri`; names outside `known` are refused.
+    pub fn parse(uri: &Uri, known: &[&str]) -> ApiResult<Self> {
+        let mut pairs = Vec::new();
+        for (name, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
+            if !known.contains(&&*name) {
+                let list = if known.is_empty() { "this route takes none".to_owned() } else { format!("there are {}", known.join(", ")) };
+                return Err(invalid(format!("unknown query parameter {name:?}; {list}")));
+            }
+            if name.contains('\u{fffd}') || value.contains('\u{fffd}') {
+                return Err(invalid(format!("the query parameter {name:?} is not UTF-8")));
+            }
+            pairs.push((name.into_owned(), value.into_owned()));
+        }
+        Ok(Self(pairs))
+    }
+
+    /// Every value of a repeatable parameter.
+    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.0.iter().filter(move |(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    /// The value of a parameter that may be given once.
+    pub fn one(&self, name: &str) -> ApiResult<Option<&str>> {
+        let mut values = self.all(name);
+        let first = values.next().map(str::to_owned);
+        if values.next().is_some() {
+            return Err(invalid(format!("the query parameter {name} was given more than once")));
+        }
+        drop(first);
+        Ok(self.0.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()))
+    }
+
+    /// A whole number.
+    pub fn number(&self, name: &str) -> ApiResult<Option<u64>> {
+        let Some(text) = self.one(name)? else { return Ok(None) };
+        // `parse` would take a leading plus, which in a query string is a space gone wrong.
+        let digits = text.bytes().all(|b| b.is_ascii_digit());
+        let number = text.parse().ok().filter(|_| digits);
+        number.map(Some).ok_or_else(|| invalid(format!("the query parameter {name} takes a whole number, not {text:?}")))
+    }
+
+    /// A whole number within a range, or a default.
+    pub fn number_in(&self, name: &str, range: std::ops::RangeInclusive<u64>, default: u64) -> ApiResult<u64> {
+        let number = self.number(name)?.unwrap_or(default);
+        if range.contains(&number) {
+            Ok(number)
+        } else {
+            Err(invalid(format!("the query parameter {name} is {} to {}", range.start(), range.end())))
+        }
+    }
+
+    /// `true` or `false`; absent is false.
+    pub fn flag(&self, name: &str) -> ApiResult<bool> {
+        match self.one(name)? {
+            None | Some("false" | "0") => Ok(false),
+            Some("true" | "1" | "") => Ok(true),
+            Some(other) => Err(invalid(format!("the query parameter {name} takes true or false, not {other:?}"))),
+        }
+    }
+
+    /// A revision.
+    pub fn revision(&self, name: &str) -> ApiResult<Option<Revision>> {
+        Ok(self.number(name)?.map(Revision))
+    }
+}
+
+/// The part of the path after `prefix`, percent-decoded as UTF-8.
+pub fn path_tail(uri: &Uri, prefix: &str) -> ApiResult<String> {
+    let tail = uri.path().strip_prefix(prefix).unwrap_or_default();
+    let decoded = percent_encoding::percent_decode_str(tail).decode_utf8();
+    Ok(decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))?.into_owned())
+}
+
+/// What a `Content-Type` header says a body is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BodyType {
+    /// `application/json`, or no header.
+    Json,
+    /// `application/merge-patch+json`.
+    MergePatch,
+    /// Anything else, as sent.
+    Other(String),
+}
+
+/// Reads the `Content-Type` header.
+pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(BodyType::Json) };
+    let value = value.to_str().map_err(|_| invalid("the Content-Type header is not ASCII"))?;
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    Ok(match essence.as_str() {
+        "application/json" | "" => BodyType::Json,
+        "application/merge-patch+json" => BodyType::MergePatch,
+        _ => BodyType::Other(value.to_owned()),
+    })
+}
+
+/// Reads a whole body of at most `limit` bytes.
+pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
+    let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > limit as u64) {
+        return Err(too_large());
+    }
+    match tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(_)) => Err(invalid("the body ended early or was not sent as announced")),
+        Err(_) => Err(ApiError::BodyTimeout),
+    }
+}
+
+/// Reads a JSON body's text, after checking its type and depth.
+pub async fn read_json(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
+    if body_type(headers)? != BodyType::Json {
+        return Err(ApiError::UnsupportedMediaType("application/json"));
+    }
+    read_body(headers, body, limit).await
+}
+
+/// Parses JSON that is nested no deeper than allowed. Errors name the field and the place.
+pub fn parse_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> ApiResult<T> {
+    check_depth(bytes)?;
+    let text = std::str::from_utf8(bytes).map_err(|_| invalid("the body is not UTF-8"))?;
+    serde_json::from_str(text).map_err(|e| invalid(format!("the body is not what this route takes: {e}")))
+}
+
+/// The conditions of a write: `if_revision` and the `If-Match`, `If-None-Match` headers.
+pub fn condition(headers: &HeaderMap, if_revision: Option<Revision>) -> ApiResult<Condition> {
+    Ok(Condition {
+        if_revision,
+        if_match: etags(headers, &header::IF_MATCH)?,
+        if_none_match: etags(headers, &header::IF_NONE_MATCH)?,
+    })
+}
+
+/// Parses a list of entity tags. Tags that are not of our form are kept out: they match nothing.
+pub fn etags(headers: &HeaderMap, name: &HeaderName) -> ApiResult<Option<ETags>> {
+    let mut found = None;
+    for value in headers.get_all(name) {
+        let text = value.to_str().map_err(|_| invalid(format!("the {name} header is not ASCII")))?;
+        for tag in text.split(',').map(str::trim) {
+            if tag == "*" {
+                return Ok(Some(ETags::Any));
+            }
+            let ETags::These(revisions) = found.get_or_insert_with(|| ETags::These(Vec::new())) else { continue };
+            let tag = tag.strip_prefix("W/").unwrap_or(tag);
+            let inner = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(tag);
+            revisions.extend(inner.parse().map(Revision));
+        }
+    }
+    Ok(found)
+}
+
+/// A vector from JSON: `[0.1,…]` as `vector`, or little-endian f32 as `vector_base64`. `None` when neither is given.
+pub fn vector(numbers: Option<&RawValue>, base64: Option<&str>) -> Result<Option<Vector>, Rejection> {
+    match (numbers, base64) {
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err(Rejection::invalid("give vector or vector_base64, not both")),
+        (Some(raw), None) => numbers_of(raw.get()).and_then(Vector::new).map(Some),
+        (None, Some(text)) => {
+            let bytes = base64::engine::general_purpose::STANDARD
+                .decode(text)
+                .map_err(|_| Rejection::invalid("vector_base64 is not standard base64 with padding"))?;
+            let (chunks, rest) = bytes.as_chunks::<4>();
+            if !rest.is_empty() {
+                return Err(Rejection::invalid("vector_base64 is not a whole number of 32-bit floats"));
+            }
+            Vector::new(chunks.iter().map(|b| f32::from_le_bytes(*b)).collect()).map(Some)
+        }
+    }
+}
+
+/// Numbers of a JSON array, rounded once to f32. The text is valid JSON already, so splitting at commas is enough:
+/// whatever is not a number fails to parse as one.
+fn numbers_of(text: &str) -> Result<Vec<f32>, Rejection> {
+    let not_numbers = || Rejection::invalid("vector is an array of numbers");
+    let inner = text.trim().strip_prefix('[').and_then(|t| t.strip_suffix(']')).ok_or_else(not_numbers)?;
+    if inner.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    inner.split(',').map(|n| n.trim().parse::<f32>().map_err(|_| not_numbers())).collect()
+}
+
+/// Metadata from JSON: an object, stored compact.
+pub fn meta(raw: Option<&RawValue>) -> Result<Option<VectorMeta>, Rejection> {
+    match raw.map(RawValue::get) {
+        None => Ok(None),
+        Some(text) => VectorMeta::new(&crate::engine::json::compact(text)).map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_owned()).unwrap()
+    }
+
+    #[test]
+    fn vectors_take_numbers_and_nothing_else() {
+        for (text, ok) in [
+            ("[1,2.5,-3e-2]", true),
+            (" [ 1 , 2 ] ", true),
+            ("[]", false),
+            ("[1e39]", false),
+            ("[1e400]", false),
+            ("[null]", false),
+            ("[\"1\"]", false),
+            ("[[1]]", false),
+            ("[true]", false),
+            ("{\"a\":1}", false),
+            ("\"1,2\"", false),
+        ] {
+            assert_eq!(vector(Some(&raw(text)), None).is_ok(), ok, "{text}");
+        }
+        assert_eq!(vector(None, Some("AACAPwAAAEA=")).unwrap().unwrap().as_slice(), [1.0, 2.0]);
+        assert!(vector(None, Some("AACAPwAA")).is_err());
+        assert!(vector(None, Some("AADAfw==")).is_err(), "NaN");
+    }
+
+    #[test]
+    fn numbers_are_rounded_once() {
+        // Through f64 this one would round twice and come out one step lower.
+        let text = "[1.00000017881393432617187499]";
+        assert_eq!(numbers_of(text).unwrap()[0].to_bits(), 1.000_000_178_813_934_326_171_874_99_f32.to_bits());
+    }
+}

@@ -1,0 +1,503 @@
+//! Keys: put, patch, get, delete, list, and batches over everything.
+
+use super::error::{ApiError, ApiResult, invalid};
+use super::extract::{BodyType, Params, body_type, condition, etags, meta, parse_json, path_tail, read_body, read_json, vector};
+use super::{App, json, json_with_etag};
+use crate::engine::codec::Entry;
+use crate::engine::command::{
+    BATCH_OPS_MAX, Blob, CONTENT_TYPE_BYTES_MAX, Command, Condition, EventType, KEY_BYTES_MAX, Key, Labels, Op, Outcome,
+    PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
+};
+use crate::engine::frame::{push_fmt, push_labels, push_value};
+use crate::engine::json::{compact, push_string};
+use crate::error::Rejection;
+use crate::revision::Revision;
+use crate::vector::{CollectionName, VectorId};
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use base64::Engine as _;
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// Where keys begin in the path.
+const PREFIX: &str = "/v1/state/";
+/// A page of entries ends early beyond this, so that large values cannot make an answer of gigabytes.
+const PAGE_BYTES_MAX: usize = 32 << 20;
+
+/// `job_id` and `tags` as clients send them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetaBody {
+    job_id: Option<String>,
+    #[serde(default)]
+    tags: Option<Vec<String>>,
+}
+
+impl MetaBody {
+    /// Checks the limits.
+    pub fn labels(self) -> Result<Option<Box<Labels>>, Rejection> {
+        Labels::new(self.job_id.as_deref(), &self.tags.unwrap_or_default())
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PutBody<'a> {
+    #[serde(borrow)]
+    value: &'a RawValue,
+    ttl_ms: Option<u64>,
+    if_revision: Option<Revision>,
+    meta: Option<MetaBody>,
+}
+
+fn key_of(uri: &Uri) -> ApiResult<Key> {
+    Ok(Key::new(&path_tail(uri, PREFIX)?)?)
+}
+
+/// Appends one outcome's JSON object.
+fn push_outcome(out: &mut String, outcome: &Outcome) {
+    let key_and_revision = |out: &mut String, key: &Key, revision| {
+        out.push_str("{\"key\":");
+        push_string(out, key.as_str());
+        push_fmt(out, format_args!(",\"revision\":{revision}"));
+    };
+    let id_and_revision = |out: &mut String, id: &VectorId, revision| {
+        out.push_str("{\"id\":");
+        push_string(out, id.as_str());
+        push_fmt(out, format_args!(",\"revision\":{revision}"));
+    };
+    match outcome {
+        Outcome::Put { key, revision, created, expires_at_ms } => {
+            key_and_revision(out, key, revision);
+            push_fmt(out, format_args!(",\"created\":{created}"));
+            push_deadline(out, *expires_at_ms);
+        }
+        Outcome::Patched { key, revision, created, expires_at_ms, value } => {
+            key_and_revision(out, key, revision);
+            push_fmt(out, format_args!(",\"created\":{created}"));
+            push_deadline(out, *expires_at_ms);
+            out.push(',');
+            push_value(out, value);
+        }
+        Outcome::Deleted { key, revision } => {
+            key_and_revision(out, key, revision);
+            out.push_str(",\"deleted\":true");
+        }
+        Outcome::Published { revision } => push_fmt(out, format_args!("{{\"revision\":{revision}")),
+        Outcome::Collection { created, revision } => {
+            push_fmt(out, format_args!("{{\"created\":{created},\"revision\":{revision}"));
+        }
+        Outcome::CollectionDeleted { count, revision } => {
+            push_fmt(out, format_args!("{{\"deleted\":true,\"count\":{count},\"revision\":{revision}"));
+        }
+        Outcome::VectorWritten { id, revision, created } => {
+            id_and_revision(out, id, revision);
+            push_fmt(out, format_args!(",\"created\":{created}"));
+        }
+        Outcome::VectorDeleted { id, revision } => {
+            id_and_revision(out, id, revision);
+            out.push_str(",\"deleted\":true");
+        }
+        Outcome::VectorsDeleted { deleted, missing, revision } => {
+            push_fmt(out, format_args!("{{\"deleted\":{deleted}"));
+            if !missing.is_empty() {
+                out.push_str(",\"missing\":[");
+                push_list(out, missing, |out, id| push_string(out, id.as_str()));
+                out.push(']');
+            }
+            push_fmt(out, format_args!(",\"revision\":{revision}"));
+        }
+    }
+    out.push('}');
+}
+
+/// Appends items with commas between.
+pub fn push_list<T>(out: &mut String, items: impl IntoIterator<Item = T>, mut push: impl FnMut(&mut String, T)) {
+    for (at, item) in items.into_iter().enumerate() {
+        if at > 0 {
+            out.push(',');
+        }
+        push(out, item);
+    }
+}
+
+/// One outcome's JSON object.
+pub fn outcome_json(outcome: &Outcome) -> String {
+    let mut out = String::with_capacity(128);
+    push_outcome(&mut out, outcome);
+    out
+}
+
+fn push_deadline(out: &mut String, expires_at_ms: Option<u64>) {
+    if let Some(at) = expires_at_ms {
+        push_fmt(out, format_args!(",\"expires_at_ms\":{at}"));
+    }
+}
+
+/// Appends an entry's JSON object.
+pub fn push_entry(out: &mut String, key: &Key, entry: &Entry, include_value: bool) {
+    out.push_str("{\"key\":");
+    push_string(out, key.as_str());
+    if include_value {
+        out.push(',');
+        push_value(out, &entry.value);
+    }
+    push_fmt(out, format_args!(",\"revision\":{},\"created_revision\":{}", entry.revision, entry.created_revision));
+    push_deadline(out, entry.expires_at_ms);
+    push_labels(out, entry.labels.as_deref());
+    out.push('}');
+}
+
+async fn commit_one(app: &App, op: Op) -> ApiResult {
+    let committed = app.engine.submit(Command::one(op)).await?;
+    let outcome = &committed.outcomes[0];
+    let status = match outcome {
+        Outcome::Put { created: true, .. } | Outcome::Patched { created: true, .. } => StatusCode::CREATED,
+        _ => StatusCode::OK,
+    };
+    Ok(json_with_etag(status, outcome_json(outcome), committed.last_revision))
+}
+
+/// `PUT /v1/state/{key}`
+pub async fn put(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let key = key_of(&uri)?;
+    let content_type = match body_type(&headers)? {
+        BodyType::Json => return put_json(&app, key, &uri, &headers, body).await,
+        BodyType::MergePatch => "application/merge-patch+json".to_owned(),
+        BodyType::Other(content_type) => content_type,
+    };
+    let params = Params::parse(&uri, &["ttl_ms", "if_revision", "job_id", "tag"])?;
+    if content_type.len() > CONTENT_TYPE_BYTES_MAX {
+        return Err(invalid(format!("the Content-Type is longer than {CONTENT_TYPE_BYTES_MAX} bytes")));
+    }
+    let tags: Vec<&str> = params.all("tag").collect();
+    let op = Op::Put {
+        key,
+        ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
+        labels: Labels::new(params.one("job_id")?, &tags)?,
+        condition: condition(&headers, params.revision("if_revision")?)?,
+        value: Value::Bytes(Box::new(Blob {
+            content_type: content_type.into(),
+            data: read_body(&headers, body, app.max_body_bytes).await?,
+        })),
+    };
+    commit_one(&app, op).await
+}
+
+async fn put_json(app: &App, key: Key, uri: &Uri, headers: &HeaderMap, body: Body) -> ApiResult {
+    Params::parse(uri, &[])?;
+    let bytes = read_body(headers, body, app.max_body_bytes).await?;
+    let body: PutBody<'_> = parse_json(&bytes)?;
+    let op = Op::Put {
+        key,
+        value: Value::Json(compact(body.value.get()).into()),
+        ttl_ms: body.ttl_ms.map(check_ttl).transpose()?,
+        labels: body.meta.map_or(Ok(None), MetaBody::labels)?,
+        condition: condition(headers, body.if_revision)?,
+    };
+    commit_one(app, op).await
+}
+
+/// `PATCH /v1/state/{key}`
+pub async fn patch(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let key = key_of(&uri)?;
+    let params = Params::parse(&uri, &["ttl_ms", "if_revision"])?;
+    if let BodyType::Other(_) = body_type(&headers)? {
+        return Err(ApiError::UnsupportedMediaType("application/merge-patch+json or application/json"));
+    }
+    let bytes = read_body(&headers, body, app.max_body_bytes.min(PATCH_BYTES_MAX)).await?;
+    let patch: &RawValue = parse_json(&bytes)?;
+    let op = Op::Patch {
+        key,
+        patch: compact(patch.get()).into(),
+        ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
+        condition: condition(&headers, params.revision("if_revision")?)?,
+    };
+    commit_one(&app, op).await
+}
+
+/// `GET /v1/state/{key}`
+pub async fn get(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiResult {
+    let key = key_of(&uri)?;
+    let params = Params::parse(&uri, &["raw"])?;
+    let is_raw = params.flag("raw")?;
+    let entry = app.engine.get(&key).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
+    if etags(&headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
+        return Ok(json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision));
+    }
+    if !is_raw {
+        let mut out = String::with_capacity(96 + key.as_str().len() + entry.value.len());
+        push_entry(&mut out, &key, &entry, true);
+        return Ok(json_with_etag(StatusCode::OK, out, entry.revision));
+    }
+    let (content_type, data) = match &entry.value {
+        Value::Json(text) => (HeaderValue::from_static("application/json"), Bytes::copy_from_slice(text.as_bytes())),
+        Value::Bytes(blob) => {
+            // It came in as a header value, so it is one.
+            let content_type = HeaderValue::from_str(&blob.content_type);
+            (content_type.unwrap_or(HeaderValue::from_static("application/octet-stream")), blob.data.clone())
+        }
+    };
+    let mut response = json_with_etag(StatusCode::OK, String::new(), entry.revision);
+    *response.body_mut() = Body::from(data);
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    // Stored bytes are somebody's upload: a browser must neither guess their type nor run them here.
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
+    Ok(response)
+}
+
+/// `DELETE /v1/state/{key}`
+pub async fn delete(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiResult {
+    let key = key_of(&uri)?;
+    let params = Params::parse(&uri, &["if_revision"])?;
+    let condition = condition(&headers, params.revision("if_revision")?)?;
+    commit_one(&app, Op::Delete { key, condition }).await
+}
+
+/// Makes a cursor of the last item's name.
+pub fn encode_cursor(last: &str) -> String {
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(last)
+}
+
+/// Reads a cursor back.
+pub fn decode_cursor(cursor: &str) -> ApiResult<String> {
+    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(cursor).ok();
+    let text = bytes.and_then(|b| String::from_utf8(b).ok()).filter(|t| !t.is_empty() && t.len() <= KEY_BYTES_MAX);
+    text.ok_or_else(|| invalid("cursor is not one this server gave out; start again without"))
+}
+
+/// Appends `"next_cursor":…`.
+pub fn push_next_cursor(out: &mut String, last: Option<&str>) {
+    out.push_str("\"next_cursor\":");
+    match last {
+        Some(last) => push_string(out, &encode_cursor(last)),
+        None => out.push_str("null"),
+    }
+}
+
+/// `GET /v1/state`
+pub async fn list(State(app): State<App>, uri: Uri) -> ApiResult {
+    let params = Params::parse(&uri, &["prefix", "limit", "cursor", "keys_only"])?;
+    let prefix = params.one("prefix")?.unwrap_or_default();
+    if prefix.len() > KEY_BYTES_MAX {
+        return Err(invalid(format!("prefix is at most {KEY_BYTES_MAX} bytes")));
+    }
+    let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
+    let after = params.one("cursor")?.map(decode_cursor).transpose()?;
+    let keys_only = params.flag("keys_only")?;
+    let (items, mut has_more, revision) = app.engine.list(prefix, after.as_deref(), limit);
+    let mut out = String::from("{\"items\":[");
+    let mut last = None;
+    for (key, entry) in &items {
+        if out.len() > PAGE_BYTES_MAX {
+            has_more = true;
+            break;
+        }
+        if last.is_some() {
+            out.push(',');
+        }
+        push_entry(&mut out, key, entry, !keys_only);
+        last = Some(key.as_str());
+    }
+    out.push_str("],");
+    push_next_cursor(&mut out, last.filter(|_| has_more));
+    push_fmt(&mut out, format_args!(",\"revision\":{revision}}}"));
+    Ok(json(StatusCode::OK, out))
+}
+
+/// One operation as clients send it: every field of every kind, because a tagged enum would re-parse values into
+/// numbers. Which fields an operation takes is checked after.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchOp<'a> {
+    op: &'a str,
+    key: Option<String>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    value: Option<&'a RawValue>,
+    value_base64: Option<String>,
+    content_type: Option<String>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    patch: Option<&'a RawValue>,
+    ttl_ms: Option<u64>,
+    if_revision: Option<Revision>,
+    #[serde(borrow)]
+    meta: Option<&'a RawValue>,
+    #[serde(rename = "type")]
+    event_type: Option<String>,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    collection: Option<String>,
+    id: Option<String>,
+    #[serde(borrow)]
+    vector: Option<&'a RawValue>,
+    vector_base64: Option<String>,
+}
+
+/// A field that was given, be it null: a plain `Option` would take null for absent.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchBody<'a> {
+    #[serde(borrow)]
+    ops: Vec<BatchOp<'a>>,
+}
+
+impl BatchOp<'_> {
+    fn refuse_fields_but(&self, taken: &[&str]) -> Result<(), Rejection> {
+        let given = [
+            ("key", self.key.is_some()),
+            ("value", self.value.is_some()),
+            ("value_base64", self.value_base64.is_some()),
+            ("content_type", self.content_type.is_some()),
+            ("patch", self.patch.is_some()),
+            ("ttl_ms", self.ttl_ms.is_some()),
+            ("if_revision", self.if_revision.is_some()),
+            ("meta", self.meta.is_some()),
+            ("type", self.event_type.is_some()),
+            ("data", self.data.is_some()),
+            ("collection", self.collection.is_some()),
+            ("id", self.id.is_some()),
+            ("vector", self.vector.is_some()),
+            ("vector_base64", self.vector_base64.is_some()),
+        ];
+        match given.iter().find(|(name, is_given)| *is_given && !taken.contains(name)) {
+            Some((name, _)) => Err(Rejection::invalid(format!("{} takes no field {name}; it takes {}", self.op, taken.join(", ")))),
+            None => Ok(()),
+        }
+    }
+
+    fn need<T>(&self, field: Option<T>, name: &str) -> Result<T, Rejection> {
+        field.ok_or_else(|| Rejection::invalid(format!("{} needs the field {name}", self.op)))
+    }
+
+    fn labels(&self) -> Result<Option<Box<Labels>>, Rejection> {
+        let Some(raw) = self.meta else { return Ok(None) };
+        let meta: MetaBody = serde_json::from_str(raw.get()).map_err(|e| Rejection::invalid(format!("meta: {e}")))?;
+        meta.labels()
+    }
+
+    fn value(&self) -> Result<Value, Rejection> {
+        match (&self.value, &self.value_base64) {
+            (Some(raw), None) => {
+                if self.content_type.is_some() {
+                    return Err(Rejection::invalid("content_type goes with value_base64"));
+                }
+                Ok(Value::Json(compact(raw.get()).into()))
+            }
+            (None, Some(text)) => {
+                let content_type = self.content_type.as_deref().unwrap_or("application/octet-stream");
+                if content_type.len() > CONTENT_TYPE_BYTES_MAX || HeaderValue::from_str(content_type).is_err() {
+                    return Err(Rejection::invalid("content_type is not a content type"));
+                }
+                let data = base64::engine::general_purpose::STANDARD
+                    .decode(text)
+                    .map_err(|_| Rejection::invalid("value_base64 is not standard base64 with padding"))?;
+                Ok(Value::Bytes(Box::new(Blob { content_type: content_type.into(), data: data.into() })))
+            }
+            _ => Err(Rejection::invalid("put needs value or value_base64, one of them")),
+        }
+    }
+
+    fn parse(self) -> Result<Op, Rejection> {
+        let write = match self.op {
+            "vector_add" => VectorWrite::Add,
+            "vector_upsert" => VectorWrite::Upsert,
+            "vector_update" => VectorWrite::Update,
+            _ => return self.parse_other(),
+        };
+        self.refuse_fields_but(&["collection", "id", "vector", "vector_base64", "meta", "if_revision"])?;
+        Ok(Op::WriteVector {
+            write,
+            collection: CollectionName::new(self.need(self.collection.as_deref(), "collection")?)?,
+            id: VectorId::new(self.need(self.id.as_deref(), "id")?)?,
+            vector: vector(self.vector, self.vector_base64.as_deref())?,
+            meta: meta(self.meta)?,
+            if_revision: self.if_revision,
+        })
+        .and_then(super::vectors::check_write)
+    }
+
+    fn parse_other(self) -> Result<Op, Rejection> {
+        let key = |op: &Self| Key::new(op.need(op.key.as_deref(), "key")?);
+        let condition = Condition { if_revision: self.if_revision, ..Condition::default() };
+        match self.op {
+            "put" => {
+                self.refuse_fields_but(&["key", "value", "value_base64", "content_type", "ttl_ms", "if_revision", "meta"])?;
+                Ok(Op::Put {
+                    key: key(&self)?,
+                    value: self.value()?,
+                    ttl_ms: self.ttl_ms.map(check_ttl).transpose()?,
+                    labels: self.labels()?,
+                    condition,
+                })
+            }
+            "patch" => {
+                self.refuse_fields_but(&["key", "patch", "value", "ttl_ms", "if_revision"])?;
+                if self.patch.is_some() && self.value.is_some() {
+                    return Err(Rejection::invalid("patch takes the merge patch in the field patch; leave out value"));
+                }
+                let patch = self.need(self.patch.or(self.value), "patch")?;
+                if patch.get().len() > PATCH_BYTES_MAX {
+                    return Err(Rejection::PayloadTooLarge { what: "a patch", limit_bytes: PATCH_BYTES_MAX });
+                }
+                Ok(Op::Patch {
+                    key: key(&self)?,
+                    patch: compact(patch.get()).into(),
+                    ttl_ms: self.ttl_ms.map(check_ttl).transpose()?,
+                    condition,
+                })
+            }
+            "delete" => {
+                self.refuse_fields_but(&["key", "if_revision"])?;
+                Ok(Op::Delete { key: key(&self)?, condition })
+            }
+            "event" => {
+                self.refuse_fields_but(&["type", "data", "key", "meta"])?;
+                Ok(Op::Event {
+                    event_type: EventType::new(self.need(self.event_type.as_deref(), "type")?)?,
+                    key: self.key.as_deref().map(Key::new).transpose()?,
+                    data: self.data.map(|d| compact(d.get()).into()),
+                    labels: self.labels()?,
+                })
+            }
+            "vector_delete" => {
+                self.refuse_fields_but(&["collection", "id", "if_revision"])?;
+                Ok(Op::DeleteVector {
+                    collection: CollectionName::new(self.need(self.collection.as_deref(), "collection")?)?,
+                    id: VectorId::new(self.need(self.id.as_deref(), "id")?)?,
+                    if_revision: self.if_revision,
+                })
+            }
+            other => Err(Rejection::invalid(format!(
+                "unknown op {other:?}; there are put, patch, delete, event, vector_add, vector_upsert, vector_update, vector_delete"
+            ))),
+        }
+    }
+}
+
+/// `POST /v1/batch`
+pub async fn batch(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    let body: BatchBody<'_> = parse_json(&bytes)?;
+    if body.ops.is_empty() || body.ops.len() > BATCH_OPS_MAX {
+        return Err(invalid(format!("a batch has 1 to {BATCH_OPS_MAX} ops, this one has {}", body.ops.len())));
+    }
+    let ops: Result<Vec<Op>, Rejection> =
+        body.ops.into_iter().enumerate().map(|(index, op)| op.parse().map_err(|e| e.at(index))).collect();
+    let committed = app.engine.submit(Command::batch(ops?)).await?;
+    let mut out = String::from("{\"results\":[");
+    push_list(&mut out, &committed.outcomes, push_outcome);
+    push_fmt(
+        &mut out,
+        format_args!("],\"first_revision\":{},\"last_revision\":{}}}", committed.first_revision, committed.last_revision),
+    );
+    Ok(json(StatusCode::OK, out))
+}
+

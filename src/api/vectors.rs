@@ -1,0 +1,494 @@
+//! Collections and vectors: create, write, delete, get, list, count, search.
+
+use super::error::{ApiError, ApiResult, invalid};
+use super::extract::{Params, meta, parse_json, read_json, vector};
+use super::state::{decode_cursor, outcome_json, push_list, push_next_cursor};
+use super::{App, json};
+use crate::engine::collections::{Found, Grouping, Search, SharedCollection};
+use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
+use crate::engine::frame::{push_fmt, push_numbers};
+use crate::engine::json::push_string;
+use crate::error::Rejection;
+use crate::revision::Revision;
+use crate::vector::collection::{Item, Query};
+use crate::vector::filter::{Filter, parse_path};
+use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, Uri};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// Items one request may write or delete: they are one log record.
+const ITEMS_MAX: usize = 10_000;
+/// Searches in one request.
+const QUERIES_MAX: usize = 256;
+/// Hits kept in one group.
+const GROUP_SIZE_MAX: usize = 100;
+/// Most scores one request may ask to keep: `queries` times (`offset` + `k`). Bounds memory for a search.
+const KEPT_MAX: usize = 500_000;
+
+fn name(path: Result<Path<String>, axum::extract::rejection::PathRejection>) -> ApiResult<CollectionName> {
+    let Path(text) = path.map_err(|_| invalid("the collection's name in the path is not UTF-8"))?;
+    Ok(CollectionName::new(&text)?)
+}
+
+type NamePath = Result<Path<String>, axum::extract::rejection::PathRejection>;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CreateBody {
+    dim: usize,
+    metric: String,
+}
+
+/// `POST /v1/vector/{collection}`
+pub async fn create(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    let body: CreateBody = parse_json(&bytes)?;
+    let spec = CollectionSpec::new(body.dim, Metric::parse(&body.metric)?)?;
+    let committed = app.engine.submit(Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
+    let Outcome::Collection { created, .. } = committed.outcomes[0] else { return Err(ApiError::Internal) };
+    let status = if created { StatusCode::CREATED } else { StatusCode::OK };
+    // It may be deleted again by now; then say so rather than invent an answer.
+    let shared = app.engine.collection(collection.as_str())?;
+    let mut out = String::new();
+    push_info(&mut out, collection.as_str(), &shared);
+    Ok(json(status, out))
+}
+
+fn push_info(out: &mut String, name: &str, collection: &SharedCollection) {
+    let spec = collection.spec();
+    let (count, memory_bytes, revision) = collection.read(|c| (c.len(), c.memory_bytes(), c.revision()));
+    out.push_str("{\"collection\":");
+    push_string(out, name);
+    push_fmt(
+        out,
+        format_args!(
+            ",\"dim\":{},\"metric\":\"{}\",\"count\":{count},\"index\":{{\"kind\":\"exact\",\"indexed\":{count},\"pending\":0}},\"memory_bytes\":{memory_bytes},\"revision\":{revision}}}",
+            spec.dim,
+            spec.metric.as_str()
+        ),
+    );
+}
+
+/// `GET /v1/vector`
+pub async fn collections(State(app): State<App>, uri: Uri) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let mut out = String::from("{\"collections\":[");
+    push_list(&mut out, app.engine.collections(), |out, (name, c)| push_info(out, &name, &c));
+    push_fmt(&mut out, format_args!("],\"revision\":{}}}", app.engine.head()));
+    Ok(json(StatusCode::OK, out))
+}
+
+/// `GET /v1/vector/{collection}`
+pub async fn info(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let shared = app.engine.collection(collection.as_str())?;
+    let mut out = String::new();
+    push_info(&mut out, collection.as_str(), &shared);
+    Ok(json(StatusCode::OK, out))
+}
+
+/// `DELETE /v1/vector/{collection}`
+pub async fn drop_collection(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let committed = app.engine.submit(Command::one(Op::DeleteCollection { collection })).await?;
+    Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ItemBody<'a> {
+    id: String,
+    #[serde(borrow)]
+    vector: Option<&'a RawValue>,
+    vector_base64: Option<String>,
+    #[serde(borrow)]
+    meta: Option<&'a RawValue>,
+    if_revision: Option<Revision>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WriteBody<'a> {
+    id: Option<String>,
+    #[serde(borrow)]
+    vector: Option<&'a RawValue>,
+    vector_base64: Option<String>,
+    #[serde(borrow)]
+    meta: Option<&'a RawValue>,
+    if_revision: Option<Revision>,
+    #[serde(borrow)]
+    items: Option<Vec<ItemBody<'a>>>,
+}
+
+/// What each kind of write must carry.
+pub fn check_write(op: Op) -> Result<Op, Rejection> {
+    if let Op::WriteVector { write, vector, meta, .. } = &op {
+        match write {
+            VectorWrite::Update if vector.is_none() && meta.is_none() => {
+                return Err(Rejection::invalid("update needs vector, vector_base64 or meta"));
+            }
+            VectorWrite::Add | VectorWrite::Upsert if vector.is_none() => {
+                return Err(Rejection::invalid("vector or vector_base64 is missing"));
+            }
+            _ => {}
+        }
+    }
+    Ok(op)
+}
+
+fn write_op(write: VectorWrite, collection: &CollectionName, item: &ItemBody<'_>) -> Result<Op, Rejection> {
+    check_write(Op::WriteVector {
+        write,
+        collection: collection.clone(),
+        id: VectorId::new(&item.id)?,
+        vector: vector(item.vector, item.vector_base64.as_deref())?,
+        meta: meta(item.meta)?,
+        if_revision: item.if_revision,
+    })
+}
+
+async fn write(app: App, write: VectorWrite, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    let body: WriteBody<'_> = parse_json(&bytes)?;
+    let Some(items) = body.items else {
+        let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
+        let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
+        let item = ItemBody { id, vector, vector_base64, meta, if_revision };
+        let committed = app.engine.submit(Command::one(write_op(write, &collection, &item)?)).await?;
+        return Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])));
+    };
+    if body.id.is_some() || body.vector.is_some() || body.vector_base64.is_some() || body.meta.is_some() || body.if_revision.is_some() {
+        return Err(invalid("give one item or items, not both"));
+    }
+    if items.is_empty() || items.len() > ITEMS_MAX {
+        return Err(invalid(format!("items holds 1 to {ITEMS_MAX} items, these are {}", items.len())));
+    }
+    let ops: Result<Vec<Op>, Rejection> =
+        items.iter().enumerate().map(|(index, item)| write_op(write, &collection, item).map_err(|e| e.at(index))).collect();
+    let committed = app.engine.submit(Command::batch(ops?)).await?;
+    let mut out = String::from("{\"results\":[");
+    push_list(&mut out, &committed.outcomes, |out, outcome| out.push_str(&outcome_json(outcome)));
+    push_fmt(&mut out, format_args!("],\"revision\":{}}}", committed.last_revision));
+    Ok(json(StatusCode::OK, out))
+}
+
+/// `POST /v1/vector/{collection}/add`
+pub async fn add(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    write(app, VectorWrite::Add, path, uri, headers, body).await
+}
+
+/// `POST /v1/vector/{collection}/upsert`
+pub async fn upsert(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    write(app, VectorWrite::Upsert, path, uri, headers, body).await
+}
+
+/// `POST /v1/vector/{collection}/update`
+pub async fn update(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    write(app, VectorWrite::Update, path, uri, headers, body).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeleteBody {
+    id: Option<String>,
+    if_revision: Option<Revision>,
+    ids: Option<Vec<String>>,
+    filters: Option<serde_json::Value>,
+}
+
+/// `POST /v1/vector/{collection}/delete`
+pub async fn delete(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    let body: DeleteBody = parse_json(&bytes)?;
+    if body.if_revision.is_some() && body.id.is_none() {
+        return Err(invalid("if_revision goes with id"));
+    }
+    let op = match (body.id, body.ids, body.filters) {
+        (Some(id), None, None) => {
+            Op::DeleteVector { collection, id: VectorId::new(&id)?, if_revision: body.if_revision }
+        }
+        (None, Some(ids), None) => {
+            if ids.len() > ITEMS_MAX {
+                return Err(invalid(format!("ids holds at most {ITEMS_MAX}")));
+            }
+            let ids: Result<Vec<_>, _> = ids.iter().map(|id| VectorId::new(id)).collect();
+            Op::DeleteVectors { collection, selection: VectorSelection { ids: ids?, filter: None } }
+        }
+        (None, None, Some(filters)) => {
+            let filter = Filter::parse(&filters)?;
+            let shared = app.engine.collection(collection.as_str())?;
+            // Looking at every vector's metadata is not the writer's work; it checks the found ones again.
+            let (ids, filter) = blocking(move || (shared.matching(&filter), filter)).await?;
+            Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: Some(filter) } }
+        }
+        _ => return Err(invalid("give one of id, ids or filters")),
+    };
+    let committed = app.engine.submit(Command::one(op)).await?;
+    Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ApiResult<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Internal)
+}
+
+fn push_item(out: &mut String, item: &Item) {
+    out.push_str("{\"id\":");
+    push_string(out, item.id.as_str());
+    if let Some(vector) = &item.vector {
+        out.push_str(",\"vector\":");
+        push_numbers(out, vector);
+    }
+    push_fmt(out, format_args!(",\"meta\":{},\"revision\":{}}}", item.meta.text(), item.revision));
+}
+
+/// `GET /v1/vector/{collection}/get`
+pub async fn get(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+    let collection = name(path)?;
+    let params = Params::parse(&uri, &["id"])?;
+    let id = VectorId::new(params.one("id")?.ok_or_else(|| invalid("the query parameter id is missing"))?)?;
+    let shared = app.engine.collection(collection.as_str())?;
+    let item = shared.read(|c| c.get(id.as_str(), true));
+    let item = item.ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
+    let mut out = String::new();
+    push_item(&mut out, &item);
+    Ok(json(StatusCode::OK, out))
+}
+
+/// `GET /v1/vector/{collection}/list`
+pub async fn list(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+    let collection = name(path)?;
+    let params = Params::parse(&uri, &["limit", "cursor", "include_vector"])?;
+    let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
+    let include_vector = params.flag("include_vector")?;
+    let after = params.one("cursor")?.map(decode_cursor).transpose()?;
+    let shared = app.engine.collection(collection.as_str())?;
+    let (mut items, revision) = shared.read(|c| (c.list(after.as_deref(), limit + 1, include_vector), c.revision()));
+    let has_more = items.len() > limit;
+    items.truncate(limit);
+    let mut out = String::from("{\"items\":[");
+    push_list(&mut out, &items, push_item);
+    out.push_str("],");
+    push_next_cursor(&mut out, items.last().filter(|_| has_more).map(|item| item.id.as_str()));
+    push_fmt(&mut out, format_args!(",\"revision\":{revision}}}"));
+    Ok(json(StatusCode::OK, out))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CountBody {
+    filters: Option<serde_json::Value>,
+}
+
+/// `POST /v1/vector/{collection}/count`
+pub async fn count(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    // No body at all counts everything.
+    let body: CountBody = if bytes.is_empty() { CountBody { filters: None } } else { parse_json(&bytes)? };
+    let shared = app.engine.collection(collection.as_str())?;
+    let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
+        None => shared.read(|c| (c.len(), c.revision())),
+        Some(filter) => blocking(move || (shared.matching(&filter).len(), shared.read(|c| c.revision()))).await?,
+    };
+    Ok(json(StatusCode::OK, format!("{{\"count\":{count},\"revision\":{revision}}}")))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SearchBody<'a> {
+    #[serde(borrow)]
+    vector: Option<&'a RawValue>,
+    vector_base64: Option<String>,
+    id: Option<String>,
+    k: Option<usize>,
+    filters: Option<serde_json::Value>,
+    include_meta: Option<bool>,
+    include_vector: Option<bool>,
+    min_score: Option<f32>,
+    offset: Option<usize>,
+    #[expect(dead_code, reason = "every search is exact so far")]
+    exact: Option<bool>,
+    ef: Option<usize>,
+    group_by: Option<String>,
+    group_size: Option<usize>,
+    #[serde(borrow)]
+    queries: Option<Vec<SearchBody<'a>>>,
+}
+
+/// Hits asked for when `k` is not given.
+const K_DEFAULT: usize = 10;
+
+impl SearchBody<'_> {
+    fn has_own_fields(&self) -> bool {
+        let Self { vector, vector_base64, id, k, filters, include_meta, include_vector, min_score, offset, exact: _, ef, group_by, group_size, queries: _ } = self;
+        vector.is_some()
+            || vector_base64.is_some()
+            || id.is_some()
+            || k.is_some()
+            || filters.is_some()
+            || include_meta.is_some()
+            || include_vector.is_some()
+            || min_score.is_some()
+            || offset.is_some()
+            || ef.is_some()
+            || group_by.is_some()
+            || group_size.is_some()
+    }
+
+    /// The search, once the collection is known: `id` stands for that vector.
+    fn prepare(&self, collection: &SharedCollection) -> Result<Search, Rejection> {
+        let k = self.k.unwrap_or(K_DEFAULT);
+        if k == 0 || k > K_MAX {
+            return Err(Rejection::invalid(format!("k is 1 to {K_MAX}")));
+        }
+        let offset = self.offset.unwrap_or(0);
+        if offset > OFFSET_MAX {
+            return Err(Rejection::invalid(format!("offset is at most {OFFSET_MAX}")));
+        }
+        if self.ef.is_some_and(|ef| ef == 0 || ef > 10_000) {
+            return Err(Rejection::invalid("ef is 1 to 10000"));
+        }
+        if self.min_score.is_some_and(|s| !s.is_finite()) {
+            return Err(Rejection::invalid("min_score is a finite number"));
+        }
+        let spec = collection.spec();
+        let given = vector(self.vector, self.vector_base64.as_deref())?;
+        let query = match (given, &self.id) {
+            (Some(vector), None) => vector,
+            (None, Some(id)) => {
+                let id = VectorId::new(id)?;
+                let item = collection.read(|c| c.get(id.as_str(), true));
+                let numbers = item.and_then(|i| i.vector).ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
+                Vector::new(numbers)?
+            }
+            _ => return Err(Rejection::invalid("give vector, vector_base64 or id, one of them")),
+        };
+        query.check(spec)?;
+        let group = match (&self.group_by, self.group_size) {
+            (None, None) => None,
+            (None, Some(_)) => return Err(Rejection::invalid("group_size goes with group_by")),
+            (Some(path), size) => {
+                let size = size.unwrap_or(1);
+                if size == 0 || size > GROUP_SIZE_MAX {
+                    return Err(Rejection::invalid(format!("group_size is 1 to {GROUP_SIZE_MAX}")));
+                }
+                Some(Grouping { path: parse_path(path)?, size })
+            }
+        };
+        Ok(Search {
+            query: Query::new(spec, query.as_slice()),
+            filter: self.filters.as_ref().map(Filter::parse).transpose()?,
+            k,
+            offset,
+            min_score: self.min_score,
+            include_vector: self.include_vector.unwrap_or(false),
+            group,
+        })
+    }
+}
+
+fn push_hit(out: &mut String, hit: &Hit, include_meta: bool) {
+    out.push_str("{\"id\":");
+    push_string(out, hit.id.as_str());
+    push_fmt(out, format_args!(",\"score\":{:?}", hit.score));
+    if include_meta {
+        out.push_str(",\"meta\":");
+        out.push_str(hit.meta.text());
+    }
+    if let Some(vector) = &hit.vector {
+        out.push_str(",\"vector\":");
+        push_numbers(out, vector);
+    }
+    out.push('}');
+}
+
+/// Appends `"hits":[…]` or `"groups":[…]`.
+fn push_found(out: &mut String, found: &Found, include_meta: bool) {
+    match found {
+        Found::Hits(hits) => {
+            out.push_str("\"hits\":[");
+            push_list(out, hits, |out, hit| push_hit(out, hit, include_meta));
+        }
+        Found::Groups(groups) => {
+            out.push_str("\"groups\":[");
+            push_list(out, groups, |out, (value, hits)| {
+                push_fmt(out, format_args!("{{\"value\":{value},\"hits\":["));
+                push_list(out, hits, |out, hit| push_hit(out, hit, include_meta));
+                out.push_str("]}");
+            });
+        }
+    }
+    out.push(']');
+}
+
+fn hit_count(found: &Found) -> usize {
+    match found {
+        Found::Hits(hits) => hits.len(),
+        Found::Groups(groups) => groups.iter().map(|(_, hits)| hits.len()).sum(),
+    }
+}
+
+/// `POST /v1/vector/{collection}/search`
+pub async fn search(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+    let collection = name(path)?;
+    Params::parse(&uri, &[])?;
+    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    let body: SearchBody<'_> = parse_json(&bytes)?;
+    let prepare = |shared: &SharedCollection| match &body.queries {
+        None => Ok(vec![body.prepare(shared)?]),
+        Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),
+        Some(queries) if queries.is_empty() || queries.len() > QUERIES_MAX => {
+            Err(Rejection::invalid(format!("queries holds 1 to {QUERIES_MAX}")))
+        }
+        Some(queries) => {
+            let prepared: Result<Vec<Search>, Rejection> = queries
+                .iter()
+                .enumerate()
+                .map(|(index, query)| {
+                    if query.queries.is_some() {
+                        return Err(Rejection::invalid("queries do not nest").at(index));
+                    }
+                    query.prepare(shared).map_err(|e| e.at(index))
+                })
+                .collect();
+            let prepared = prepared?;
+            if prepared.iter().map(|s| s.offset + s.k).sum::<usize>() > KEPT_MAX {
+                return Err(Rejection::invalid(format!("queries together keep at most {KEPT_MAX} hits (offset + k each)")));
+            }
+            Ok(prepared)
+        }
+    };
+    let (found, revision, took_us) = app.engine.search(collection.as_str(), prepare).await?;
+    let mut out = String::with_capacity(1024);
+    out.push('{');
+    match &body.queries {
+        None => push_found(&mut out, &found[0], body.include_meta.unwrap_or(false)),
+        Some(queries) => {
+            out.push_str("\"results\":[");
+            push_list(&mut out, found.iter().zip(queries), |out, (found, query)| {
+                out.push('{');
+                push_found(out, found, query.include_meta.unwrap_or(false));
+                out.push('}');
+            });
+            out.push(']');
+        }
+    }
+    push_fmt(&mut out, format_args!(",\"took_us\":{took_us},\"revision\":{revision}}}"));
+    let queries = body.queries.as_deref().unwrap_or(std::slice::from_ref(&body));
+    for (found, query) in found.iter().zip(queries) {
+        app.engine.publish_search(collection.as_str(), query.k.unwrap_or(K_DEFAULT), hit_count(found), took_us);
+    }
+    Ok(json(StatusCode::OK, out))
+}
