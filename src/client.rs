@@ -36,7 +36,13 @@ impl Target {
         format!("http://{}", self.authority)
     }
 
-    fn request(&self, method: Method, path: &str, headers: &[(&str, &str)], body: Bytes) -> anyhow::Result<Request<Full<Bytes>>> {
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Bytes,
+    ) -> anyhow::Result<Request<Full<Bytes>>> {
         let mut builder = Request::builder().method(method).uri(path).header("host", &self.authority);
         if let Some(key) = &self.api_key {
             builder = builder.header("authorization", format!("Bearer {key}"));
@@ -48,7 +54,8 @@ impl Target {
     }
 
     async fn connect(&self) -> anyhow::Result<SendRequest<Full<Bytes>>> {
-        let stream = TcpStream::connect(&self.authority).await.with_context(|| format!("cannot connect to {}", self.url()))?;
+        let stream =
+            TcpStream::connect(&self.authority).await.with_context(|| format!("cannot connect to {}", self.url()))?;
         stream.set_nodelay(true)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await?;
         // Ends with the sender; a broken connection shows as the request's error.
@@ -113,7 +120,13 @@ impl Client {
     }
 
     /// Sends a request with these headers and reads the answer.
-    pub async fn send(&mut self, method: Method, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> anyhow::Result<Answer> {
+    pub async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> anyhow::Result<Answer> {
         let request = self.target.request(method, path, headers, body.into())?;
         let mut sender = match self.sender.take() {
             Some(sender) if !sender.is_closed() => sender,

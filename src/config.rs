@@ -32,9 +32,19 @@ pub const SETTINGS: &[Setting] = &[
     setting("bind_addr", "BIND_ADDR", "127.0.0.1", "address; one that is not loopback needs api_key or allow_open"),
     setting("data_dir", "DATA_DIR", "./data", "data directory"),
     setting("ephemeral", "EPHEMERAL", "false", "keep everything in memory, nothing on disk"),
-    setting("fsync", "FSYNC", "always", "always: on disk before it is acknowledged; interval: synced every second; never: when the system likes"),
+    setting(
+        "fsync",
+        "FSYNC",
+        "always",
+        "always: on disk before it is acknowledged; interval: synced every second; never: when the system likes",
+    ),
     setting("snapshot_interval", "SNAPSHOT_INTERVAL", "60", "seconds between snapshots; 0 = only on shutdown"),
-    setting("max_log_mb", "MAX_LOG_MB", "1024", "log kept for replay; older sealed segments go once a snapshot covers them"),
+    setting(
+        "max_log_mb",
+        "MAX_LOG_MB",
+        "1024",
+        "log kept for replay; older sealed segments go once a snapshot covers them",
+    ),
     setting("max_memory_mb", "MAX_MEMORY_MB", "0", "budget for keys and vectors; 0 = none"),
     setting("max_body_mb", "MAX_BODY_MB", "32", "largest request body"),
     setting("max_connections", "MAX_CONNECTIONS", "20000", "connections at a time; more are answered 503 and closed"),
@@ -206,7 +216,12 @@ impl Resolved {
             max_connections: self.parse("max_connections", "a whole number")?,
             worker_threads: self.parse("worker_threads", "a whole number; 0 = one for each core")?,
             api_key: Some(self.text("api_key").trim().to_owned()).filter(|k| !k.is_empty()),
-            cors_origins: self.text("cors_origins").split(',').map(|o| o.trim().to_owned()).filter(|o| !o.is_empty()).collect(),
+            cors_origins: self
+                .text("cors_origins")
+                .split(',')
+                .map(|o| o.trim().to_owned())
+                .filter(|o| !o.is_empty())
+                .collect(),
             log_json: match self.text("log_format").trim() {
                 "text" => false,
                 "json" => true,
@@ -220,7 +235,11 @@ impl Resolved {
         if config.worker_threads > 1024 {
             return Err(self.bad("worker_threads", "at most 1024; 0 = one for each core"));
         }
-        if config.cors_origins.iter().any(|o| o != "*" && (axum::http::HeaderValue::from_str(o).is_err() || !o.contains("://"))) {
+        if config
+            .cors_origins
+            .iter()
+            .any(|o| o != "*" && (axum::http::HeaderValue::from_str(o).is_err() || !o.contains("://")))
+        {
             return Err(self.bad("cors_origins", "origins such as https://app.example, with commas between, or *"));
         }
         if !config.bind_addr.is_loopback() && config.api_key.is_none() && !self.flag("allow_open")? {
@@ -254,7 +273,12 @@ fn parse_file(path: &std::path::Path, text: &str) -> Result<Vec<(&'static str, S
             toml::Value::Array(list) if list.iter().all(toml::Value::is_str) => {
                 list.iter().filter_map(|v| v.as_str()).collect::<Vec<_>>().join(",")
             }
-            _ => return Err(Error::Config(format!("{}: {name} takes a text, a whole number or true/false", path.display()))),
+            _ => {
+                return Err(Error::Config(format!(
+                    "{}: {name} takes a text, a whole number or true/false",
+                    path.display()
+                )));
+            }
         };
         values.push((setting.name, value));
     }

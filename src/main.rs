@@ -158,7 +158,8 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     start_logging(&config)?;
     let file_limit = serve::raise_file_limit();
     // Some files are the engine's and the runtime's own.
-    let max_connections = config.max_connections.min(usize::try_from(file_limit.saturating_sub(128)).unwrap_or(usize::MAX).max(16));
+    let max_connections =
+        config.max_connections.min(usize::try_from(file_limit.saturating_sub(128)).unwrap_or(usize::MAX).max(16));
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if config.worker_threads > 0 {
         runtime.worker_threads(config.worker_threads);
@@ -199,11 +200,17 @@ fn print_banner(config: &Config, address: SocketAddr) -> anyhow::Result<()> {
     let url = format!("http://{address}");
     let (data, durability) = match &config.data_dir {
         None => ("in memory".to_owned(), "ephemeral"),
-        Some(dir) => (std::fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()).display().to_string(), config.fsync.as_str()),
+        Some(dir) => {
+            (std::fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()).display().to_string(), config.fsync.as_str())
+        }
     };
     let key = if config.api_key.is_some() { "key needed" } else { "open, no key" };
     let mut out = std::io::stdout().lock();
-    writeln!(out, "kiss-vdb {} ready at {url} · console {url}/ · data {data} · durability {durability} · {key}", kiss_vdb::VERSION)?;
+    writeln!(
+        out,
+        "kiss-vdb {} ready at {url} · console {url}/ · data {data} · durability {durability} · {key}",
+        kiss_vdb::VERSION
+    )?;
     out.flush()?;
     Ok(())
 }

@@ -100,6 +100,10 @@ impl<'a> Reader<'a> {
 
     /// Nothing may be left.
     pub fn end(&self, what: &str) -> Result<(), Malformed> {
-        if self.0.is_empty() { Ok(()) } else { Err(Malformed(format!("{what} is followed by {} stray bytes", self.0.len()))) }
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(Malformed(format!("{what} is followed by {} stray bytes", self.0.len())))
+        }
     }
 }

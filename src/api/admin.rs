@@ -83,7 +83,12 @@ impl Collector for Gauges {
             gauge("kiss_log", "Disk taken by log segments", bytes, engine.log().bytes() as f64)?;
             gauge("kiss_streams", "Open event streams", None, load(&stats.streams) as f64)?;
             gauge("kiss_connections", "Open connections", None, load(&self.0.connections) as f64)?;
-            gauge("kiss_poisoned", "1 after a failed write: restart the server", None, f64::from(u8::from(engine.is_poisoned())))?;
+            gauge(
+                "kiss_poisoned",
+                "1 after a failed write: restart the server",
+                None,
+                f64::from(u8::from(engine.is_poisoned())),
+            )?;
             gauge("kiss_uptime_seconds", "Seconds since the start", None, self.0.started.elapsed().as_secs_f64())?;
             gauge("process_resident_memory", "Resident memory", bytes, resident_bytes() as f64)?;
         }

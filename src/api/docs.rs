@@ -20,7 +20,9 @@ fn page(html: &'static str, scripts: &'static str) -> Response {
     // Inline only, this server only: nothing a stored value contains can load or run anything else.
     let policy = match scripts {
         "" => "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
-        _ => "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        _ => {
+            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        }
     };
     headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -106,7 +108,8 @@ fn render(openapi: &str) -> Option<String> {
             let verb = method.to_uppercase();
             let summary = escape(text(operation, "summary"));
             write!(out, "<li><a href='#{id}'><b>{verb}</b> {}</a> {summary}", escape(path)).ok()?;
-            write!(body, "<section id='{id}'><h2><b>{verb}</b> {}</h2><p class=summary>{summary}</p>", escape(path)).ok()?;
+            write!(body, "<section id='{id}'><h2><b>{verb}</b> {}</h2><p class=summary>{summary}</p>", escape(path))
+                .ok()?;
             body.push_str(&prose(text(operation, "description")));
             render_parameters(&mut body, root, &[&methods["parameters"], &operation["parameters"]])?;
             render_body(&mut body, root, &resolve(root, &operation["requestBody"])["content"])?;
@@ -153,7 +156,8 @@ fn render_schema(out: &mut String, root: &Yaml, schema: &Yaml) -> Option<()> {
         let property = resolve(root, property);
         let mark = if required.contains(&name) { "" } else { "?" };
         let meaning = prose(text(property, "description"));
-        write!(out, "<tr><td><code>{}{mark}</code><td>{}<td>{meaning}", escape(name), escape(text(property, "type"))).ok()?;
+        write!(out, "<tr><td><code>{}{mark}</code><td>{}<td>{meaning}", escape(name), escape(text(property, "type")))
+            .ok()?;
     }
     out.push_str("</table>");
     Some(())
@@ -167,7 +171,9 @@ fn render_responses(out: &mut String, root: &Yaml, operation: &Yaml) -> Option<(
         write!(out, "<tr><td><b>{status}</b><td>{}", prose(text(response, "description"))).ok()?;
     }
     out.push_str("</table>");
-    for (_, response) in operation["responses"].as_hash()?.iter().filter(|(s, _)| s.as_str().is_some_and(|s| s.starts_with('2'))) {
+    for (_, response) in
+        operation["responses"].as_hash()?.iter().filter(|(s, _)| s.as_str().is_some_and(|s| s.starts_with('2')))
+    {
         render_body(out, root, &resolve(root, response)["content"])?;
     }
     Some(())

@@ -74,7 +74,9 @@ fn members(rejection: &Rejection) -> String {
         Rejection::RevisionCompacted { oldest, head } => {
             push_fmt(&mut out, format_args!(",\"oldest\":{oldest},\"head\":{head}"));
         }
-        Rejection::PayloadTooLarge { limit_bytes, .. } => push_fmt(&mut out, format_args!(",\"limit_bytes\":{limit_bytes}")),
+        Rejection::PayloadTooLarge { limit_bytes, .. } => {
+            push_fmt(&mut out, format_args!(",\"limit_bytes\":{limit_bytes}"))
+        }
         Rejection::InBatch { index, rejection } => {
             out = members(rejection);
             push_fmt(&mut out, format_args!(",\"op\":{index}"));

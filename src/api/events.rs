@@ -43,7 +43,17 @@ const SLICES_PER_POLL: usize = 4;
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
 const PARAMS: &[&str] = &[
-    "key", "prefix", "collection", "types", "job_id", "tag", "since", "snapshot", "include_vector", "heartbeat_ms", "limit",
+    "key",
+    "prefix",
+    "collection",
+    "types",
+    "job_id",
+    "tag",
+    "since",
+    "snapshot",
+    "include_vector",
+    "heartbeat_ms",
+    "limit",
     "wait_ms",
 ];
 
@@ -375,7 +385,10 @@ impl http_body::Body for EventStream {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<BodyFrame<Bytes>, Self::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<BodyFrame<Bytes>, Self::Error>>> {
         let bytes = std::task::ready!(self.poll_bytes(cx));
         self.last_sent = Instant::now();
         Poll::Ready(bytes.map(|b| Ok(BodyFrame::data(b))))
@@ -383,7 +396,13 @@ impl http_body::Body for EventStream {
 }
 
 /// `GET /v1/events` with `Accept: application/json`: a page of history, or a long poll.
-async fn history(app: &App, params: &Params, filter: EventFilter, resume: Option<Revision>, include_vector: bool) -> ApiResult {
+async fn history(
+    app: &App,
+    params: &Params,
+    filter: EventFilter,
+    resume: Option<Revision>,
+    include_vector: bool,
+) -> ApiResult {
     if params.flag("snapshot")? || params.one("heartbeat_ms")?.is_some() {
         return Err(invalid("snapshot and heartbeat_ms go with Accept: text/event-stream"));
     }
@@ -429,7 +448,12 @@ async fn history(app: &App, params: &Params, filter: EventFilter, resume: Option
     out.push_str(&events);
     push_fmt(
         &mut out,
-        format_args!("],\"next_since\":{},\"head\":{},\"oldest\":{}}}", subscription.reached(), feed.head(), feed.oldest()),
+        format_args!(
+            "],\"next_since\":{},\"head\":{},\"oldest\":{}}}",
+            subscription.reached(),
+            feed.head(),
+            feed.oldest()
+        ),
     );
     Ok(json(StatusCode::OK, out))
 }

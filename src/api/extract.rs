@@ -30,7 +30,11 @@ impl Params {
         let mut pairs = Vec::new();
         for (name, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
             if !known.contains(&&*name) {
-                let list = if known.is_empty() { "this route takes none".to_owned() } else { format!("there are {}", known.join(", ")) };
+                let list = if known.is_empty() {
+                    "this route takes none".to_owned()
+                } else {
+                    format!("there are {}", known.join(", "))
+                };
                 return Err(invalid(format!("unknown query parameter {name:?}; {list}")));
             }
             if name.contains('\u{fffd}') || value.contains('\u{fffd}') {
@@ -63,7 +67,9 @@ impl Params {
         // `parse` would take a leading plus, which in a query string is a space gone wrong.
         let digits = text.bytes().all(|b| b.is_ascii_digit());
         let number = text.parse().ok().filter(|_| digits);
-        number.map(Some).ok_or_else(|| invalid(format!("the query parameter {name} takes a whole number, not {text:?}")))
+        number
+            .map(Some)
+            .ok_or_else(|| invalid(format!("the query parameter {name} takes a whole number, not {text:?}")))
     }
 
     /// A whole number within a range, or a default.
@@ -124,7 +130,8 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
     let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    let announced =
+        headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
     if announced.is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }

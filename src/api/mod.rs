@@ -114,10 +114,7 @@ pub fn router(app: App, config: &Config) -> Router {
         .route("/v1/batch", post(state::batch))
         .route("/v1/events", get(events::events).post(events::publish))
         .route("/v1/vector", get(vectors::collections))
-        .route(
-            "/v1/vector/{collection}",
-            get(vectors::info).post(vectors::create).delete(vectors::drop_collection),
-        )
+        .route("/v1/vector/{collection}", get(vectors::info).post(vectors::create).delete(vectors::drop_collection))
         .route("/v1/vector/{collection}/add", post(vectors::add))
         .route("/v1/vector/{collection}/upsert", post(vectors::upsert))
         .route("/v1/vector/{collection}/update", post(vectors::update))
@@ -178,12 +175,17 @@ async fn guard(State(app): State<App>, path: Option<MatchedPath>, request: Reque
     // The route, never the path: clients must not choose label values.
     let route = path.as_ref().map_or("(none)", |p| p.as_str()).replace("{*key}", "{key}");
     let method = match method {
-        Method::GET | Method::PUT | Method::POST | Method::PATCH | Method::DELETE | Method::HEAD => method.as_str().to_owned(),
+        Method::GET | Method::PUT | Method::POST | Method::PATCH | Method::DELETE | Method::HEAD => {
+            method.as_str().to_owned()
+        }
         _ => "(other)".to_owned(),
     };
     let metrics = app.engine.metrics();
     let status = response.status().as_u16();
-    metrics.request_seconds.get_or_create(&RouteLabels { route: route.clone(), method: method.clone() }).observe(started.elapsed().as_secs_f64());
+    metrics
+        .request_seconds
+        .get_or_create(&RouteLabels { route: route.clone(), method: method.clone() })
+        .observe(started.elapsed().as_secs_f64());
     metrics.requests.get_or_create(&RequestLabels { route, method, status }).inc();
     response
 }

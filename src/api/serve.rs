@@ -54,7 +54,13 @@ pub fn raise_file_limit() -> u64 {
 }
 
 /// Serves until `stop` turns true, then drains.
-pub async fn serve(listener: TcpListener, router: Router, app: App, max_connections: usize, mut stop: watch::Receiver<bool>) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    app: App,
+    max_connections: usize,
+    mut stop: watch::Receiver<bool>,
+) {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()

@@ -1,12 +1,14 @@
 //! Keys: put, patch, get, delete, list, and batches over everything.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{BodyType, Params, body_type, condition, etags, meta, parse_json, path_tail, read_body, read_json, vector};
+use super::extract::{
+    BodyType, Params, body_type, condition, etags, meta, parse_json, path_tail, read_body, read_json, vector,
+};
 use super::{App, json, json_with_etag};
 use crate::engine::codec::Entry;
 use crate::engine::command::{
-    BATCH_OPS_MAX, Blob, CONTENT_TYPE_BYTES_MAX, Command, Condition, EventType, KEY_BYTES_MAX, Key, Labels, Op, Outcome,
-    PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
+    BATCH_OPS_MAX, Blob, CONTENT_TYPE_BYTES_MAX, Command, Condition, EventType, KEY_BYTES_MAX, Key, Labels, Op,
+    Outcome, PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
 };
 use crate::engine::frame::{push_fmt, push_labels, push_value};
 use crate::engine::json::{compact, push_string};
@@ -367,7 +369,9 @@ impl BatchOp<'_> {
             ("vector_base64", self.vector_base64.is_some()),
         ];
         match given.iter().find(|(name, is_given)| *is_given && !taken.contains(name)) {
-            Some((name, _)) => Err(Rejection::invalid(format!("{} takes no field {name}; it takes {}", self.op, taken.join(", ")))),
+            Some((name, _)) => {
+                Err(Rejection::invalid(format!("{} takes no field {name}; it takes {}", self.op, taken.join(", "))))
+            }
             None => Ok(()),
         }
     }
@@ -428,7 +432,15 @@ impl BatchOp<'_> {
         let condition = Condition { if_revision: self.if_revision, ..Condition::default() };
         match self.op {
             "put" => {
-                self.refuse_fields_but(&["key", "value", "value_base64", "content_type", "ttl_ms", "if_revision", "meta"])?;
+                self.refuse_fields_but(&[
+                    "key",
+                    "value",
+                    "value_base64",
+                    "content_type",
+                    "ttl_ms",
+                    "if_revision",
+                    "meta",
+                ])?;
                 Ok(Op::Put {
                     key: key(&self)?,
                     value: self.value()?,
@@ -496,8 +508,10 @@ pub async fn batch(State(app): State<App>, uri: Uri, headers: HeaderMap, body: B
     push_list(&mut out, &committed.outcomes, push_outcome);
     push_fmt(
         &mut out,
-        format_args!("],\"first_revision\":{},\"last_revision\":{}}}", committed.first_revision, committed.last_revision),
+        format_args!(
+            "],\"first_revision\":{},\"last_revision\":{}}}",
+            committed.first_revision, committed.last_revision
+        ),
     );
     Ok(json(StatusCode::OK, out))
 }
-

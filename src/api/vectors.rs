@@ -49,7 +49,8 @@ pub async fn create(State(app): State<App>, path: NamePath, uri: Uri, headers: H
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
     let body: CreateBody = parse_json(&bytes)?;
     let spec = CollectionSpec::new(body.dim, Metric::parse(&body.metric)?)?;
-    let committed = app.engine.submit(Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
+    let committed =
+        app.engine.submit(Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
     let Outcome::Collection { created, .. } = committed.outcomes[0] else { return Err(ApiError::Internal) };
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
     // It may be deleted again by now; then say so rather than invent an answer.
@@ -166,14 +167,22 @@ async fn write(app: App, write: VectorWrite, path: NamePath, uri: Uri, headers: 
         let committed = app.engine.submit(Command::one(write_op(write, &collection, &item)?)).await?;
         return Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])));
     };
-    if body.id.is_some() || body.vector.is_some() || body.vector_base64.is_some() || body.meta.is_some() || body.if_revision.is_some() {
+    if body.id.is_some()
+        || body.vector.is_some()
+        || body.vector_base64.is_some()
+        || body.meta.is_some()
+        || body.if_revision.is_some()
+    {
         return Err(invalid("give one item or items, not both"));
     }
     if items.is_empty() || items.len() > ITEMS_MAX {
         return Err(invalid(format!("items holds 1 to {ITEMS_MAX} items, these are {}", items.len())));
     }
-    let ops: Result<Vec<Op>, Rejection> =
-        items.iter().enumerate().map(|(index, item)| write_op(write, &collection, item).map_err(|e| e.at(index))).collect();
+    let ops: Result<Vec<Op>, Rejection> = items
+        .iter()
+        .enumerate()
+        .map(|(index, item)| write_op(write, &collection, item).map_err(|e| e.at(index)))
+        .collect();
     let committed = app.engine.submit(Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, |out, outcome| out.push_str(&outcome_json(outcome)));
@@ -332,7 +341,22 @@ const K_DEFAULT: usize = 10;
 
 impl SearchBody<'_> {
     fn has_own_fields(&self) -> bool {
-        let Self { vector, vector_base64, id, k, filters, include_meta, include_vector, min_score, offset, exact: _, ef, group_by, group_size, queries: _ } = self;
+        let Self {
+            vector,
+            vector_base64,
+            id,
+            k,
+            filters,
+            include_meta,
+            include_vector,
+            min_score,
+            offset,
+            exact: _,
+            ef,
+            group_by,
+            group_size,
+            queries: _,
+        } = self;
         vector.is_some()
             || vector_base64.is_some()
             || id.is_some()
@@ -370,7 +394,8 @@ impl SearchBody<'_> {
             (None, Some(id)) => {
                 let id = VectorId::new(id)?;
                 let item = collection.read(|c| c.get(id.as_str(), true));
-                let numbers = item.and_then(|i| i.vector).ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
+                let numbers =
+                    item.and_then(|i| i.vector).ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
                 Vector::new(numbers)?
             }
             _ => return Err(Rejection::invalid("give vector, vector_base64 or id, one of them")),
@@ -465,7 +490,9 @@ pub async fn search(State(app): State<App>, path: NamePath, uri: Uri, headers: H
                 .collect();
             let prepared = prepared?;
             if prepared.iter().map(|s| s.offset + s.k).sum::<usize>() > KEPT_MAX {
-                return Err(Rejection::invalid(format!("queries together keep at most {KEPT_MAX} hits (offset + k each)")));
+                return Err(Rejection::invalid(format!(
+                    "queries together keep at most {KEPT_MAX} hits (offset + k each)"
+                )));
             }
             Ok(prepared)
         }

@@ -41,11 +41,32 @@ pub enum DeleteReason {
 #[expect(missing_docs, reason = "the fields are those of the HTTP contract under the same names")]
 pub enum Event {
     /// `patch` is set when the change came as a merge patch; `entry` holds the result either way.
-    StateUpdated { key: Key, prev_revision: Revision, entry: Arc<Entry>, patch: Option<Box<str>> },
-    StateDeleted { key: Key, prev_revision: Revision, reason: DeleteReason, labels: Option<Box<Labels>> },
-    Published { event_type: EventType, key: Option<Key>, data: Option<Box<str>>, labels: Option<Box<Labels>> },
-    CollectionCreated { collection: CollectionName, spec: CollectionSpec },
-    CollectionDeleted { collection: CollectionName, spec: CollectionSpec },
+    StateUpdated {
+        key: Key,
+        prev_revision: Revision,
+        entry: Arc<Entry>,
+        patch: Option<Box<str>>,
+    },
+    StateDeleted {
+        key: Key,
+        prev_revision: Revision,
+        reason: DeleteReason,
+        labels: Option<Box<Labels>>,
+    },
+    Published {
+        event_type: EventType,
+        key: Option<Key>,
+        data: Option<Box<str>>,
+        labels: Option<Box<Labels>>,
+    },
+    CollectionCreated {
+        collection: CollectionName,
+        spec: CollectionSpec,
+    },
+    CollectionDeleted {
+        collection: CollectionName,
+        spec: CollectionSpec,
+    },
     /// `vector` is absent when only the metadata changed; `meta` is whole either way.
     VectorWritten {
         collection: CollectionName,
@@ -55,7 +76,11 @@ pub enum Event {
         meta: VectorMeta,
         labels: Option<Box<Labels>>,
     },
-    VectorDeleted { collection: CollectionName, id: VectorId, labels: Option<Box<Labels>> },
+    VectorDeleted {
+        collection: CollectionName,
+        id: VectorId,
+        labels: Option<Box<Labels>>,
+    },
 }
 
 /// One decided command: all of it happens or nothing.
@@ -368,8 +393,18 @@ pub(crate) mod tests {
                     entry: entry(Value::Bytes(Box::new(blob)), Some(99), labels()),
                     patch: None,
                 },
-                Event::StateDeleted { key: key("k"), prev_revision: Revision(7), reason: DeleteReason::Expired, labels: None },
-                Event::Published { event_type: EventType::new("log").unwrap(), key: None, data: None, labels: labels() },
+                Event::StateDeleted {
+                    key: key("k"),
+                    prev_revision: Revision(7),
+                    reason: DeleteReason::Expired,
+                    labels: None,
+                },
+                Event::Published {
+                    event_type: EventType::new("log").unwrap(),
+                    key: None,
+                    data: None,
+                    labels: labels(),
+                },
                 Event::Published {
                     event_type: EventType::new("log").unwrap(),
                     key: Some(key("k")),

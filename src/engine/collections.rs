@@ -184,7 +184,11 @@ impl SharedCollection {
             .map(|search| {
                 // Grouping may have to look at every match before it has k groups.
                 let limit = if search.group.is_some() { usize::MAX } else { search.offset + search.k };
-                Scan { query: search.query.clone(), filter: search.filter.clone(), top: TopK::new(limit, search.min_score) }
+                Scan {
+                    query: search.query.clone(),
+                    filter: search.filter.clone(),
+                    top: TopK::new(limit, search.min_score),
+                }
             })
             .collect();
         let scan_slice = |mut scans: Vec<Scan>, slice: std::ops::Range<usize>| {
@@ -227,7 +231,11 @@ impl SharedCollection {
     /// Writes what changed since the last checkpoint to the collection's files. `head` tells the newest revision applied;
     /// `sync_log` makes all that was applied durable in the log, so that the files never show what the log could lose.
     /// Returns whether anything was written. Blocking; the collection's lock is held for slices only.
-    pub fn checkpoint(&self, head: impl FnOnce() -> Revision, sync_log: impl Fn() -> Result<(), Error>) -> Result<bool, Error> {
+    pub fn checkpoint(
+        &self,
+        head: impl FnOnce() -> Revision,
+        sync_log: impl Fn() -> Result<(), Error>,
+    ) -> Result<bool, Error> {
         let mut log = self.log.lock();
         let Some(log) = log.as_mut() else { return Ok(false) };
         // The head is read first: what is applied in between is then in both, the files and the replay.
@@ -347,5 +355,7 @@ impl SearchTicket {
 #[must_use]
 pub fn no_room(error: &Error) -> Rejection {
     tracing::warn!(%error, "no room for more vectors");
-    Rejection::StorageFull("there is no room for more vectors; delete some or give the server more disk or memory".into())
+    Rejection::StorageFull(
+        "there is no room for more vectors; delete some or give the server more disk or memory".into(),
+    )
 }

@@ -52,7 +52,10 @@ impl Key {
     /// Checks the limits.
     pub fn new(text: &str) -> Result<Self, Rejection> {
         if text.is_empty() || text.len() > KEY_BYTES_MAX {
-            return Err(Rejection::invalid(format!("a key is 1 to {KEY_BYTES_MAX} bytes, this one has {}", text.len())));
+            return Err(Rejection::invalid(format!(
+                "a key is 1 to {KEY_BYTES_MAX} bytes, this one has {}",
+                text.len()
+            )));
         }
         if text.chars().any(char::is_control) {
             return Err(Rejection::invalid("a key may not contain control characters"));
@@ -148,7 +151,8 @@ impl Labels {
             return None;
         }
         let object = meta.parse();
-        let job_id = object.get("job_id").and_then(|v| v.as_str()).filter(|j| !j.is_empty() && j.len() <= JOB_ID_BYTES_MAX);
+        let job_id =
+            object.get("job_id").and_then(|v| v.as_str()).filter(|j| !j.is_empty() && j.len() <= JOB_ID_BYTES_MAX);
         let tags: Vec<&str> = match object.get("tags") {
             Some(serde_json::Value::String(tag)) => vec![tag],
             Some(serde_json::Value::Array(tags)) => tags.iter().filter_map(|t| t.as_str()).collect(),
@@ -279,13 +283,37 @@ pub struct VectorSelection {
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the fields are those of the HTTP contract under the same names")]
 pub enum Op {
-    Put { key: Key, value: Value, ttl_ms: Option<u64>, labels: Option<Box<Labels>>, condition: Condition },
+    Put {
+        key: Key,
+        value: Value,
+        ttl_ms: Option<u64>,
+        labels: Option<Box<Labels>>,
+        condition: Condition,
+    },
     /// `patch` is compact JSON, at most [`PATCH_BYTES_MAX`].
-    Patch { key: Key, patch: Box<str>, ttl_ms: Option<u64>, condition: Condition },
-    Delete { key: Key, condition: Condition },
-    Event { event_type: EventType, key: Option<Key>, data: Option<Box<str>>, labels: Option<Box<Labels>> },
-    CreateCollection { collection: CollectionName, spec: CollectionSpec },
-    DeleteCollection { collection: CollectionName },
+    Patch {
+        key: Key,
+        patch: Box<str>,
+        ttl_ms: Option<u64>,
+        condition: Condition,
+    },
+    Delete {
+        key: Key,
+        condition: Condition,
+    },
+    Event {
+        event_type: EventType,
+        key: Option<Key>,
+        data: Option<Box<str>>,
+        labels: Option<Box<Labels>>,
+    },
+    CreateCollection {
+        collection: CollectionName,
+        spec: CollectionSpec,
+    },
+    DeleteCollection {
+        collection: CollectionName,
+    },
     WriteVector {
         write: VectorWrite,
         collection: CollectionName,
@@ -295,8 +323,15 @@ pub enum Op {
         meta: Option<VectorMeta>,
         if_revision: Option<Revision>,
     },
-    DeleteVector { collection: CollectionName, id: VectorId, if_revision: Option<Revision> },
-    DeleteVectors { collection: CollectionName, selection: VectorSelection },
+    DeleteVector {
+        collection: CollectionName,
+        id: VectorId,
+        if_revision: Option<Revision>,
+    },
+    DeleteVectors {
+        collection: CollectionName,
+        selection: VectorSelection,
+    },
 }
 
 impl Op {
@@ -305,7 +340,10 @@ impl Op {
     pub fn frees_space(&self) -> bool {
         matches!(
             self,
-            Self::Delete { .. } | Self::DeleteCollection { .. } | Self::DeleteVector { .. } | Self::DeleteVectors { .. }
+            Self::Delete { .. }
+                | Self::DeleteCollection { .. }
+                | Self::DeleteVector { .. }
+                | Self::DeleteVectors { .. }
         )
     }
 }
@@ -314,17 +352,50 @@ impl Op {
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the fields are those of the HTTP contract under the same names")]
 pub enum Outcome {
-    Put { key: Key, revision: Revision, created: bool, expires_at_ms: Option<u64> },
+    Put {
+        key: Key,
+        revision: Revision,
+        created: bool,
+        expires_at_ms: Option<u64>,
+    },
     /// As put, with the whole value after the patch.
-    Patched { key: Key, revision: Revision, created: bool, expires_at_ms: Option<u64>, value: Value },
-    Deleted { key: Key, revision: Revision },
-    Published { revision: Revision },
+    Patched {
+        key: Key,
+        revision: Revision,
+        created: bool,
+        expires_at_ms: Option<u64>,
+        value: Value,
+    },
+    Deleted {
+        key: Key,
+        revision: Revision,
+    },
+    Published {
+        revision: Revision,
+    },
     /// `created` is false when the collection was there with this very shape; `revision` is then the head.
-    Collection { created: bool, revision: Revision },
-    CollectionDeleted { count: usize, revision: Revision },
-    VectorWritten { id: VectorId, revision: Revision, created: bool },
-    VectorDeleted { id: VectorId, revision: Revision },
-    VectorsDeleted { deleted: usize, missing: Vec<VectorId>, revision: Revision },
+    Collection {
+        created: bool,
+        revision: Revision,
+    },
+    CollectionDeleted {
+        count: usize,
+        revision: Revision,
+    },
+    VectorWritten {
+        id: VectorId,
+        revision: Revision,
+        created: bool,
+    },
+    VectorDeleted {
+        id: VectorId,
+        revision: Revision,
+    },
+    VectorsDeleted {
+        deleted: usize,
+        missing: Vec<VectorId>,
+        revision: Revision,
+    },
 }
 
 /// What the sequencer decides as one: all operations or none, one record, consecutive revisions.

@@ -79,7 +79,12 @@ impl EventFilter {
     /// How many terms it has, for the limit.
     #[must_use]
     pub fn terms(&self) -> usize {
-        self.keys.len() + self.prefixes.len() + self.collections.len() + self.types.len() + self.job_ids.len() + self.tags.len()
+        self.keys.len()
+            + self.prefixes.len()
+            + self.collections.len()
+            + self.types.len()
+            + self.job_ids.len()
+            + self.tags.len()
     }
 
     /// Whether an entry's key and labels pass; types are about events and do not count here.
@@ -99,7 +104,9 @@ impl EventFilter {
 
     fn watches(&self, facets: &Facets<'_>) -> bool {
         self.watches_all()
-            || facets.key.is_some_and(|key| self.keys.contains(key) || self.prefixes.iter().any(|p| key.starts_with(&**p)))
+            || facets
+                .key
+                .is_some_and(|key| self.keys.contains(key) || self.prefixes.iter().any(|p| key.starts_with(&**p)))
             || facets.collection.is_some_and(|c| self.collections.contains(c))
     }
 
@@ -342,7 +349,10 @@ impl Feed {
         });
         let thread = {
             let feed = Arc::clone(&feed);
-            std::thread::Builder::new().name("feed".into()).spawn(move || feed.run()).expect("the system can start a thread")
+            std::thread::Builder::new()
+                .name("feed".into())
+                .spawn(move || feed.run())
+                .expect("the system can start a thread")
         };
         (feed, thread)
     }
@@ -434,7 +444,10 @@ impl Feed {
             for (position, frame) in (start..).zip(&frames) {
                 let facets = frame.facets();
                 registry.candidates(&facets, |topic| {
-                    if topic.filter.wants(&facets) && topic.note(position) && !touched.last().is_some_and(|t| Arc::ptr_eq(t, topic)) {
+                    if topic.filter.wants(&facets)
+                        && topic.note(position)
+                        && !touched.last().is_some_and(|t| Arc::ptr_eq(t, topic))
+                    {
                         touched.push(Arc::clone(topic));
                     }
                 });
@@ -509,7 +522,17 @@ impl Feed {
         if watches_searches {
             self.stats.search_watchers.fetch_add(1, Ordering::Relaxed);
         }
-        Subscription { feed: Arc::clone(self), topic, waiter, id, revision: after, position: None, catching_up: None, watches_searches, by_ring: false }
+        Subscription {
+            feed: Arc::clone(self),
+            topic,
+            waiter,
+            id,
+            revision: after,
+            position: None,
+            catching_up: None,
+            watches_searches,
+            by_ring: false,
+        }
     }
 }
 
@@ -726,7 +749,9 @@ impl Subscription {
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;
                 let head = feed.head();
-                let Some(history) = feed.log.read_after(after, head, bytes_max.min(CATCH_UP_BYTES))? else { return Ok(None) };
+                let Some(history) = feed.log.read_after(after, head, bytes_max.min(CATCH_UP_BYTES))? else {
+                    return Ok(None);
+                };
                 let mut frames = Vec::new();
                 for record in &history.records {
                     for frame in Frame::of_record(record) {
@@ -773,4 +798,3 @@ impl Subscription {
         self.catching_up = None;
     }
 }
-

@@ -120,7 +120,8 @@ impl Frame {
     /// What filters look at.
     #[must_use]
     pub fn facets(&self) -> Facets<'_> {
-        let facets = |event_type, key, collection, labels| Facets { event_type, key, collection, labels, on_request: false };
+        let facets =
+            |event_type, key, collection, labels| Facets { event_type, key, collection, labels, on_request: false };
         match &self.source {
             Source::Ephemeral(event) => Facets {
                 event_type: &event.event_type,
@@ -133,15 +134,20 @@ impl Frame {
                 let event = &record.events[*at];
                 let name = type_name(event);
                 match event {
-                    Event::StateUpdated { key, entry, .. } => facets(name, Some(key.as_str()), None, entry.labels.as_deref()),
-                    Event::StateDeleted { key, labels, .. } => facets(name, Some(key.as_str()), None, labels.as_deref()),
+                    Event::StateUpdated { key, entry, .. } => {
+                        facets(name, Some(key.as_str()), None, entry.labels.as_deref())
+                    }
+                    Event::StateDeleted { key, labels, .. } => {
+                        facets(name, Some(key.as_str()), None, labels.as_deref())
+                    }
                     Event::Published { key, labels, .. } => {
                         facets(name, key.as_ref().map(|k| k.as_str()), None, labels.as_deref())
                     }
                     Event::CollectionCreated { collection, .. } | Event::CollectionDeleted { collection, .. } => {
                         facets(name, None, Some(collection.as_str()), None)
                     }
-                    Event::VectorWritten { collection, labels, .. } | Event::VectorDeleted { collection, labels, .. } => {
+                    Event::VectorWritten { collection, labels, .. }
+                    | Event::VectorDeleted { collection, labels, .. } => {
                         facets(name, None, Some(collection.as_str()), labels.as_deref())
                     }
                 }

@@ -73,7 +73,11 @@ impl Metrics {
         let registry = registry.sub_registry_with_prefix("kiss");
         registry.register("http_requests", "Requests answered", self.requests.clone());
         registry.register("http_request_duration_seconds", "From request to answer", self.request_seconds.clone());
-        registry.register("fsync_duration_seconds", "One write and fdatasync of a commit batch", self.fsync_seconds.clone());
+        registry.register(
+            "fsync_duration_seconds",
+            "One write and fdatasync of a commit batch",
+            self.fsync_seconds.clone(),
+        );
         registry.register("commit_batch_records", "Records in a commit batch", self.batch_records.clone());
         registry.register("searches", "Vector searches run", self.searches.clone());
         registry.register("search_duration_seconds", "One vector search", self.search_seconds.clone());

@@ -294,7 +294,13 @@ impl Engine {
     }
 
     /// The next slice of a walk; see [`View::slice`].
-    pub fn view_slice(&self, view: &View, from: &str, prefix: &str, found: &mut Vec<(Key, Arc<Entry>)>) -> Option<String> {
+    pub fn view_slice(
+        &self,
+        view: &View,
+        from: &str,
+        prefix: &str,
+        found: &mut Vec<(Key, Arc<Entry>)>,
+    ) -> Option<String> {
         view.slice(&self.inner.state, from, prefix, found)
     }
 
@@ -306,7 +312,8 @@ impl Engine {
         }
         let now_ms = self.now_ms();
         let state = self.inner.state.read();
-        let entries = filter.keys.iter().filter_map(|key| Some((key.clone(), Arc::clone(state.get(key.as_str(), now_ms)?))));
+        let entries =
+            filter.keys.iter().filter_map(|key| Some((key.clone(), Arc::clone(state.get(key.as_str(), now_ms)?))));
         let wanted = entries.filter(|(key, entry)| filter.wants_entry(key.as_str(), entry.labels.as_deref()));
         Some((wanted.collect(), state.revision()))
     }

@@ -4,9 +4,9 @@
 //! nothing has been changed but a torn tail that was cut, and nobody was ever told of what was in that.
 
 use super::Paths;
+use super::codec::Event;
 use super::collections::SharedCollection;
 use super::snapshot::{self, Snapshot};
-use super::codec::Event;
 use super::state::State;
 use super::wal::{OpenedWal, Wal};
 use crate::error::Error;
@@ -38,7 +38,12 @@ impl Paths {
     /// The layout below a data directory.
     #[must_use]
     pub fn below(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), log: dir.join("log"), snapshots: dir.join("snapshots"), vectors: dir.join("vectors") }
+        Self {
+            dir: dir.to_owned(),
+            log: dir.join("log"),
+            snapshots: dir.join("snapshots"),
+            vectors: dir.join("vectors"),
+        }
     }
 
     fn create(&self) -> Result<(), Error> {
@@ -75,7 +80,8 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, E
     let lock = lock(&paths.dir)?;
     let started = Instant::now();
     let snapshot = newest_good_snapshot(&paths.snapshots)?;
-    let (revision, replay_after) = snapshot.as_ref().map_or((Revision::ZERO, Revision::ZERO), |s| (s.revision, s.replay_after));
+    let (revision, replay_after) =
+        snapshot.as_ref().map_or((Revision::ZERO, Revision::ZERO), |s| (s.revision, s.replay_after));
     let replay_needed = snapshot.iter().map(|s| (s.revision, s.replay_after)).collect();
     let gaps = snapshot.as_ref().map(|s| s.gaps.clone()).unwrap_or_default();
     let mut state = match snapshot {
@@ -106,8 +112,14 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, E
     check_checkpoints(&state, wal.wal.head())?;
     remove_orphans(&state, &paths.vectors)?;
     let keys = state.key_counts().0;
-    tracing::info!(revision = state.revision().0, snapshot = revision.0, keys, replayed = progress.records,
-        took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX), "recovered");
+    tracing::info!(
+        revision = state.revision().0,
+        snapshot = revision.0,
+        keys,
+        replayed = progress.records,
+        took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        "recovered"
+    );
     Ok(Recovered { state, wal, replay_needed, lock: Some(lock) })
 }
 
@@ -118,7 +130,11 @@ fn check_checkpoints(state: &State, head: Revision) -> Result<(), Error> {
         if checkpoint > head
             && let Some(dir) = collection.dir()
         {
-            return Err(Error::corrupt(dir, 0, format!("its files show revision {checkpoint}, but the log ends at {head}")));
+            return Err(Error::corrupt(
+                dir,
+                0,
+                format!("its files show revision {checkpoint}, but the log ends at {head}"),
+            ));
         }
     }
     Ok(())
@@ -181,7 +197,12 @@ impl Progress {
         // Looking at the clock for each record would cost as much as replaying it.
         if self.records.is_multiple_of(1024) && self.last.elapsed() >= PROGRESS_EVERY {
             self.last = Instant::now();
-            tracing::info!(records = self.records, revision = revision.0, seconds = self.started.elapsed().as_secs(), "replaying the log");
+            tracing::info!(
+                records = self.records,
+                revision = revision.0,
+                seconds = self.started.elapsed().as_secs(),
+                "replaying the log"
+            );
         }
     }
 }

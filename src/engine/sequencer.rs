@@ -15,8 +15,8 @@
 //! - A client that hangs up changes nothing: its answer goes nowhere, its commit stands.
 
 use super::Inner;
-use super::command::{Command, Committed, Op};
 use super::codec::Record;
+use super::command::{Command, Committed, Op};
 use super::recovery::Preparer;
 use super::state::{Decider, Overlay};
 use super::wal::{AppendError, Wal};

@@ -98,7 +98,8 @@ pub(super) fn take(inner: &Inner) -> Result<Taken, Error> {
     inner.sync_log()?;
     let (header, revision, replay_after) = header(inner, &view);
     let path = snapshot_path(&dir, revision);
-    let bytes = if path.exists() { path.metadata().map_or(0, |m| m.len()) } else { write(inner, &view, &dir, &path, &header)? };
+    let bytes =
+        if path.exists() { path.metadata().map_or(0, |m| m.len()) } else { write(inner, &view, &dir, &path, &header)? };
     drop(view);
     keep_newest(inner, &dir, revision, replay_after)?;
     Ok(Taken { revision, bytes, took_ms: millis(started) })
@@ -123,7 +124,12 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
         if is_behind {
             replay_after = replay_after.min(checkpoint);
         }
-        listed.push(SavedCollection { name: name.clone(), spec: collection.spec(), created: collection.created(), checkpoint });
+        listed.push(SavedCollection {
+            name: name.clone(),
+            spec: collection.spec(),
+            created: collection.created(),
+            checkpoint,
+        });
     }
     drop(state);
     let gaps = inner.log.gaps();
@@ -202,7 +208,8 @@ fn keep_newest(inner: &Inner, dir: &Path, revision: Revision, replay_after: Revi
     needed.retain(|(r, _)| kept.contains(r));
     // A kept snapshot that this process neither wrote nor read could need all of the log.
     let known = kept.iter().all(|k| needed.iter().any(|(r, _)| r == k));
-    let covered = if known { needed.iter().map(|(_, after)| *after).min().unwrap_or(Revision::ZERO) } else { Revision::ZERO };
+    let covered =
+        if known { needed.iter().map(|(_, after)| *after).min().unwrap_or(Revision::ZERO) } else { Revision::ZERO };
     let dropped = inner.log.drop_oldest(inner.max_log_bytes, covered)?;
     if dropped > 0 {
         tracing::info!(segments = dropped, oldest = inner.log.oldest().0, "dropped log segments beyond MAX_LOG_MB");

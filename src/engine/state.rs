@@ -9,7 +9,9 @@
 
 use super::codec::{DeleteReason, Entry, Event, Record};
 use super::collections::SharedCollection;
-use super::command::{Command, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite};
+use super::command::{
+    Command, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite,
+};
 use super::json::merge_patch;
 use super::view::View;
 use crate::error::Rejection;
@@ -57,7 +59,15 @@ impl State {
         let expiry = entries.iter().filter_map(|(key, e)| Some((e.expires_at_ms?, key.clone()))).collect();
         let vector_bytes = collections.values().map(|c| c.read(|c| c.memory_bytes())).sum();
         // Collecting from sorted entries builds the tree bottom up, without searching.
-        Self { keys: entries.into_iter().collect(), expiry, collections, revision, key_bytes, vector_bytes, ..Self::default() }
+        Self {
+            keys: entries.into_iter().collect(),
+            expiry,
+            collections,
+            revision,
+            key_bytes,
+            vector_bytes,
+            ..Self::default()
+        }
     }
 
     /// Newest revision applied.
@@ -78,7 +88,12 @@ impl State {
     }
 
     /// Live entries in key order from `after` (exclusive, where given) within `prefix`.
-    pub fn range<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, now_ms: u64) -> impl Iterator<Item = (&'a Key, &'a Arc<Entry>)> {
+    pub fn range<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        now_ms: u64,
+    ) -> impl Iterator<Item = (&'a Key, &'a Arc<Entry>)> {
         let from = match after {
             Some(after) if after >= prefix => Bound::Excluded(after),
             _ => Bound::Included(prefix),
@@ -165,7 +180,8 @@ impl State {
                 Event::StateDeleted { key, .. } => self.set(key, None),
                 Event::Published { .. } => {}
                 Event::CollectionCreated { collection, .. } => {
-                    let created = self.prepared.remove(&revision).expect("files are prepared before their record is applied");
+                    let created =
+                        self.prepared.remove(&revision).expect("files are prepared before their record is applied");
                     self.vector_bytes += created.read(|c| c.memory_bytes());
                     self.collections.insert(collection.clone(), created);
                 }
@@ -180,7 +196,12 @@ impl State {
         self.revision = self.revision.max(record.last_revision());
     }
 
-    fn on_collection(&mut self, name: &CollectionName, revision: Revision, change: impl FnOnce(&SharedCollection) -> isize) {
+    fn on_collection(
+        &mut self,
+        name: &CollectionName,
+        revision: Revision,
+        change: impl FnOnce(&SharedCollection) -> isize,
+    ) {
         // During replay the name may belong to a later collection, or to none any more.
         if let Some(collection) = self.collections.get(name)
             && collection.created() < revision
@@ -381,7 +402,12 @@ impl Decider<'_> {
                 let old = self.live_entry(&key, events);
                 let write = EntryWrite { value, patch: None, expires_at_ms: self.deadline(ttl_ms), labels };
                 let entry = self.write_entry(&key, old.as_deref(), &condition, write, events)?;
-                Ok(Outcome::Put { key, revision: entry.revision, created: old.is_none(), expires_at_ms: entry.expires_at_ms })
+                Ok(Outcome::Put {
+                    key,
+                    revision: entry.revision,
+                    created: old.is_none(),
+                    expires_at_ms: entry.expires_at_ms,
+                })
             }
             Op::Patch { key, patch, ttl_ms, condition } => {
                 let old = self.live_entry(&key, events);
@@ -390,10 +416,15 @@ impl Decider<'_> {
                     None => None,
                     Some(Value::Json(text)) if text.len() <= PATCH_BYTES_MAX => Some(&**text),
                     Some(Value::Json(_)) => {
-                        return Err(Rejection::PayloadTooLarge { what: "a value to patch", limit_bytes: PATCH_BYTES_MAX });
+                        return Err(Rejection::PayloadTooLarge {
+                            what: "a value to patch",
+                            limit_bytes: PATCH_BYTES_MAX,
+                        });
                     }
                     Some(Value::Bytes(_)) => {
-                        return Err(Rejection::invalid("the key holds bytes, which a JSON merge patch cannot change; PUT it"));
+                        return Err(Rejection::invalid(
+                            "the key holds bytes, which a JSON merge patch cannot change; PUT it",
+                        ));
                     }
                 };
                 let merged = merge_patch(target, &patch)?;
@@ -414,7 +445,8 @@ impl Decider<'_> {
                 })
             }
             Op::Delete { key, condition } => {
-                let old = self.live_entry(&key, events).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
+                let old =
+                    self.live_entry(&key, events).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
                 condition.check(old.revision)?;
                 let revision = self.next;
                 self.overlay.set_key(&key, None);
@@ -477,7 +509,12 @@ impl Decider<'_> {
         });
         self.check_budget(entry_bytes(key, &entry), old.map_or(0, |old| entry_bytes(key, old)))?;
         self.overlay.set_key(key, Some(Arc::clone(&entry)));
-        events.push(Event::StateUpdated { key: key.clone(), prev_revision, entry: Arc::clone(&entry), patch: write.patch });
+        events.push(Event::StateUpdated {
+            key: key.clone(),
+            prev_revision,
+            entry: Arc::clone(&entry),
+            patch: write.patch,
+        });
         Ok(entry)
     }
 

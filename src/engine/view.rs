@@ -40,8 +40,7 @@ impl View {
     /// Begins a walk at the state's current revision.
     pub fn begin(state: &RwLock<State>, preimages_max: usize) -> Arc<Self> {
         let mut state = state.write();
-        let view =
-            Arc::new(Self { revision: state.revision(), preimages_max, inner: Mutex::new(Inner::default()) });
+        let view = Arc::new(Self { revision: state.revision(), preimages_max, inner: Mutex::new(Inner::default()) });
         state.add_view(&view);
         view
     }
@@ -72,7 +71,13 @@ impl View {
 
     /// Appends the next entries in key order, from `from` on, as they were at this view's revision, and returns where to
     /// go on; `None` at the end. With `prefix`, ends after the last key that begins with it.
-    pub fn slice(&self, state: &RwLock<State>, from: &str, prefix: &str, found: &mut Vec<(Key, Arc<Entry>)>) -> Option<String> {
+    pub fn slice(
+        &self,
+        state: &RwLock<State>,
+        from: &str,
+        prefix: &str,
+        found: &mut Vec<(Key, Arc<Entry>)>,
+    ) -> Option<String> {
         let state = state.read();
         let mut inner = self.inner.lock();
         let mut current: Vec<(Key, Arc<Entry>)> = Vec::with_capacity(SLICE_KEYS);
@@ -113,5 +118,79 @@ impl View {
         let next = format!("{}\0", last.as_str());
         inner.passed = Some(last);
         Some(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::codec::{DeleteReason, Event, Record};
+    use crate::engine::command::Value;
+
+    fn key(n: usize) -> Key {
+        Key::new(&format!("k{n:05}")).unwrap()
+    }
+
+    fn put(n: usize, revision: u64) -> Event {
+        let entry = Entry {
+            value: Value::Json(revision.to_string().into()),
+            revision: Revision(revision),
+            created_revision: Revision(revision),
+            expires_at_ms: None,
+            labels: None,
+        };
+        Event::StateUpdated { key: key(n), prev_revision: Revision(0), entry: Arc::new(entry), patch: None }
+    }
+
+    fn delete(n: usize) -> Event {
+        Event::StateDeleted { key: key(n), prev_revision: Revision(0), reason: DeleteReason::Deleted, labels: None }
+    }
+
+    fn apply(state: &RwLock<State>, event: Event) {
+        let mut state = state.write();
+        let first_revision = state.revision().next();
+        state.apply(&Record { first_revision, ts_ms: 0, events: vec![event] });
+    }
+
+    /// A walk that showed what was written, or missed what was deleted, after it began would not be at one revision.
+    #[test]
+    fn a_walk_shows_the_keys_of_its_revision_whatever_is_written_meanwhile() {
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = |below: usize| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) as usize % below
+        };
+        for round in 0..20 {
+            let state = RwLock::new(State::default());
+            for n in 0..3000 {
+                if random(2) == 0 {
+                    apply(&state, put(n, n as u64 + 1));
+                }
+            }
+            let expected: Vec<_> = state.read().range("", None, 0).map(|(k, e)| (k.clone(), Arc::clone(e))).collect();
+            let view = View::begin(&state, usize::MAX);
+            let mut found = Vec::new();
+            let mut from = Some(String::new());
+            while let Some(at) = from {
+                for _ in 0..random(400) {
+                    let n = random(3000);
+                    let revision = state.read().revision().0 + 1;
+                    apply(&state, if random(2) == 0 { put(n, revision) } else { delete(n) });
+                }
+                from = view.slice(&state, &at, "", &mut found);
+            }
+            assert_eq!(found, expected, "round {round}");
+        }
+    }
+
+    #[test]
+    fn a_slow_walk_is_overrun_rather_than_keeping_everything() {
+        let state = RwLock::new(State::default());
+        (0..100).for_each(|n| apply(&state, put(n, n as u64 + 1)));
+        let view = View::begin(&state, 10);
+        (0..10).for_each(|n| apply(&state, delete(n)));
+        assert!(!view.is_overrun());
+        apply(&state, delete(11));
+        assert!(view.is_overrun());
     }
 }

@@ -155,7 +155,8 @@ impl FrameBuffer {
         let mut at = 0;
         while at < self.bytes.len() {
             let header = FrameHeader::parse(&self.bytes[at..]).expect("a frame just built");
-            let crc = crc32c::crc32c_append(salt, &self.bytes[at + 8..at + FRAME_HEADER_BYTES + header.length as usize]);
+            let crc =
+                crc32c::crc32c_append(salt, &self.bytes[at + 8..at + FRAME_HEADER_BYTES + header.length as usize]);
             self.bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
             at += header.frame_bytes();
         }
@@ -231,7 +232,12 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 
 impl Segment {
     /// Creates a segment whose first bytes are `frames` (not yet sealed with a salt).
-    fn create(dir: Option<&Path>, first_revision: Revision, size: u64, mut frames: FrameBuffer) -> Result<(Self, u64), Error> {
+    fn create(
+        dir: Option<&Path>,
+        first_revision: Revision,
+        size: u64,
+        mut frames: FrameBuffer,
+    ) -> Result<(Self, u64), Error> {
         let salt = new_salt();
         frames.seal(salt);
         let header = segment_header(first_revision, salt, size);
@@ -256,8 +262,7 @@ impl Segment {
                 let path = segment_path(dir, first_revision);
                 let beside = path.with_extension("tmp");
                 let create = || -> io::Result<File> {
-                    let file =
-                        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&beside)?;
+                    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&beside)?;
                     fill(&file)?;
                     std::fs::rename(&beside, &path)?;
                     sync_dir(dir)?;
@@ -292,7 +297,8 @@ impl Segment {
         }
         file.read_exact_at(&mut bytes, 0).map_err(Error::io("cannot read", path))?;
         let mut reader = Reader(&bytes[MAGIC.len()..]);
-        let fields = (|| Ok((reader.u32("version")?, reader.u32("salt")?, reader.revision("revision")?, reader.u64("size")?)))();
+        let fields =
+            (|| Ok((reader.u32("version")?, reader.u32("salt")?, reader.revision("revision")?, reader.u64("size")?)))();
         let (version, salt, first_revision, size) =
             fields.map_err(|e: crate::wire::Malformed| Error::corrupt(path, 0, e.0))?;
         if bytes[..MAGIC.len()] == *MAGIC && version != VERSION {
@@ -303,10 +309,18 @@ impl Segment {
         }
         let name = path.file_stem().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
         if name != Some(first_revision.0) {
-            return Err(Error::corrupt(path, 16, format!("the file name does not fit its first revision {first_revision}")));
+            return Err(Error::corrupt(
+                path,
+                16,
+                format!("the file name does not fit its first revision {first_revision}"),
+            ));
         }
         if length != size {
-            return Err(Error::corrupt(path, length.min(size), format!("the file has {length} bytes, it was created with {size}")));
+            return Err(Error::corrupt(
+                path,
+                length.min(size),
+                format!("the file has {length} bytes, it was created with {size}"),
+            ));
         }
         Ok(Self {
             first_revision,
@@ -335,7 +349,12 @@ impl Segment {
 
     /// Calls `visit` for each frame from `at` on until it says stop or the end is reached; returns where it stopped.
     /// Reads about `chunk` bytes at a time, more where a frame is larger.
-    fn walk(&self, mut at: u64, chunk: usize, mut visit: impl FnMut(u64, &Found<'_>) -> Result<bool, Error>) -> Result<u64, Error> {
+    fn walk(
+        &self,
+        mut at: u64,
+        chunk: usize,
+        mut visit: impl FnMut(u64, &Found<'_>) -> Result<bool, Error>,
+    ) -> Result<u64, Error> {
         let mut want = chunk;
         loop {
             let bytes = self.read(at, want)?;
@@ -621,7 +640,16 @@ impl Wal {
             }
             let first = Revision::ZERO.next();
             let (segment, at) = Segment::create(dir, first, segment_bytes, FrameBuffer { bytes: Vec::new() })?;
-            return Ok(Self::assemble(dir, vec![Arc::new(segment)], Vec::new(), at, Revision::ZERO, Revision::ZERO, segment_bytes, 0));
+            return Ok(Self::assemble(
+                dir,
+                vec![Arc::new(segment)],
+                Vec::new(),
+                at,
+                Revision::ZERO,
+                Revision::ZERO,
+                segment_bytes,
+                0,
+            ));
         }
         let segments = paths.iter().map(|p| Segment::open(p)).collect::<Result<Vec<_>, _>>()?;
         let first_needed = segments.partition_point(|s| s.first_revision <= replay_after.next());
@@ -629,10 +657,18 @@ impl Wal {
             return Err(Error::corrupt(
                 segments[0].name(),
                 16,
-                format!("the log begins at revision {}, but what is after {replay_after} is needed", segments[0].first_revision),
+                format!(
+                    "the log begins at revision {}, but what is after {replay_after} is needed",
+                    segments[0].first_revision
+                ),
             ));
         }
-        let mut scan = Scan { next: segments[first_needed - 1].first_revision, gaps: Vec::new(), reserved: Revision::ZERO, sealed: false };
+        let mut scan = Scan {
+            next: segments[first_needed - 1].first_revision,
+            gaps: Vec::new(),
+            reserved: Revision::ZERO,
+            sealed: false,
+        };
         let mut at = 0;
         let mut torn_bytes = 0;
         for (index, segment) in segments.iter().enumerate() {
@@ -646,7 +682,10 @@ impl Wal {
                 return Err(Error::corrupt(
                     segment.name(),
                     16,
-                    format!("the segment begins at revision {}, {} was expected: a segment is missing", segment.first_revision, scan.next),
+                    format!(
+                        "the segment begins at revision {}, {} was expected: a segment is missing",
+                        segment.first_revision, scan.next
+                    ),
                 ));
             }
             let is_last = index + 1 == segments.len();
@@ -940,7 +979,11 @@ impl Scan {
             let used = bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
             if used > at {
                 if !is_last {
-                    return Err(Error::corrupt(path, at as u64, "a frame does not match its checksum, and the log goes on behind it"));
+                    return Err(Error::corrupt(
+                        path,
+                        at as u64,
+                        "a frame does not match its checksum, and the log goes on behind it",
+                    ));
                 }
                 if let Some(durable) = durable_behind(&bytes[at..], used - at, segment.salt)
                     && durable >= self.next
@@ -948,7 +991,10 @@ impl Scan {
                     return Err(Error::corrupt(
                         path,
                         at as u64,
-                        format!("revision {} does not match its checksum, and a later frame says that it was durable", self.next),
+                        format!(
+                            "revision {} does not match its checksum, and a later frame says that it was durable",
+                            self.next
+                        ),
                     ));
                 }
                 // Nobody was ever told of what is here. Zeros, so that no frame behind can come back to life later.
@@ -987,7 +1033,8 @@ impl Scan {
             }
             Kind::Record => {
                 if header.first_revision != self.next {
-                    let detail = format!("the record has revision {}, {} was expected", header.first_revision, self.next);
+                    let detail =
+                        format!("the record has revision {}, {} was expected", header.first_revision, self.next);
                     return Err(Error::corrupt(path, at, detail));
                 }
                 let record = decode_record(header.first_revision, header.count, found.payload)
@@ -1025,4 +1072,237 @@ impl Segment {
 fn durable_behind(bytes: &[u8], used: usize, salt: u32) -> Option<Revision> {
     let places = (0..used).step_by(FRAME_ALIGN);
     places.filter_map(|at| frame_at(&bytes[at..], salt)).map(|found| found.header.durable).max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::codec::Event;
+    use crate::engine::command::EventType;
+
+    fn record(first: u64, events: usize, bytes: usize) -> Record {
+        let event = |n: usize| Event::Published {
+            event_type: EventType::new("t").unwrap(),
+            key: None,
+            data: Some(format!("\"{}{}\"", "x".repeat(bytes), first + n as u64).into()),
+            labels: None,
+        };
+        Record { first_revision: Revision(first), ts_ms: 1000 + first, events: (0..events).map(event).collect() }
+    }
+
+    fn open(dir: &Path, after: u64) -> Result<(OpenedWal, Vec<u64>), Error> {
+        let mut seen = Vec::new();
+        let opened = Wal::open(Some(dir), 2 << 20, Revision(after), |record| {
+            seen.extend(record.iter().map(|(revision, _)| revision.0));
+            Ok(())
+        })?;
+        Ok((opened, seen))
+    }
+
+    fn append(wal: &mut Wal, record: &Record) {
+        wal.stage(record);
+        wal.flush().unwrap();
+        wal.sync().unwrap();
+        wal.publish();
+    }
+
+    fn only_segment(dir: &Path) -> PathBuf {
+        let paths = list_segments(dir).unwrap();
+        assert_eq!(paths.len(), 1);
+        paths[0].clone()
+    }
+
+    #[test]
+    fn what_was_appended_is_replayed_in_order_and_numbers_go_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, seen) = open(dir.path(), 0).unwrap();
+        assert!(seen.is_empty());
+        append(&mut opened.wal, &record(1, 1, 10));
+        append(&mut opened.wal, &record(2, 3, 10));
+        append(&mut opened.wal, &record(5, 1, 10));
+        let (opened, seen) = open(dir.path(), 0).unwrap();
+        assert_eq!(seen, [1, 2, 3, 4, 5]);
+        assert_eq!(opened.wal.head(), Revision(5));
+        assert_eq!(open(dir.path(), 4).unwrap().1, [5]);
+        // A record is replayed whole when a snapshot stands in its middle; apply skips what is known.
+        assert_eq!(open(dir.path(), 3).unwrap().1, [2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_tail_torn_at_any_byte_is_cut_and_never_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        append(&mut opened.wal, &record(1, 1, 10));
+        let from = usize::try_from(opened.wal.at).unwrap();
+        append(&mut opened.wal, &record(2, 2, 20));
+        let to = usize::try_from(opened.wal.at).unwrap();
+        drop(opened);
+        let path = only_segment(dir.path());
+        let whole = std::fs::read(&path).unwrap();
+        for cut in from..to {
+            // What a lost write looks like on a preallocated file: zeros from somewhere on.
+            let mut torn = whole.clone();
+            torn[cut..to].fill(0);
+            if torn == whole {
+                continue;
+            }
+            std::fs::write(&path, &torn).unwrap();
+            let (mut opened, seen) = open(dir.path(), 0).unwrap();
+            assert_eq!(seen, [1], "cut at {cut}");
+            append(&mut opened.wal, &record(2, 1, 3));
+            drop(opened);
+            assert_eq!(open(dir.path(), 0).unwrap().1, [1, 2], "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_bad_frame_before_something_durable_stops_the_start_and_touches_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        append(&mut opened.wal, &record(1, 1, 10));
+        let from = usize::try_from(opened.wal.at).unwrap();
+        append(&mut opened.wal, &record(2, 1, 10));
+        let to = usize::try_from(opened.wal.at).unwrap();
+        // The mark says that 2 was durable.
+        opened.wal.mark().unwrap();
+        drop(opened);
+        let path = only_segment(dir.path());
+        let whole = std::fs::read(&path).unwrap();
+        for at in SEGMENT_HEADER_BYTES..to {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x40;
+            std::fs::write(&path, &damaged).unwrap();
+            match open(dir.path(), 0) {
+                Err(Error::Corrupt { path: named, offset, .. }) => {
+                    assert_eq!(named, path);
+                    assert!(
+                        offset as usize <= at && (at < from || offset as usize >= from),
+                        "flip at {at}: offset {offset}"
+                    );
+                }
+                // Padding between frames is not covered by a checksum, and means nothing.
+                Ok((_, seen)) => assert_eq!(seen, [1, 2], "flip at {at}"),
+                Err(other) => panic!("flip at {at}: {other}"),
+            }
+            assert_eq!(std::fs::read(&path).unwrap(), damaged, "flip at {at}: the file was changed");
+        }
+        for at in 0..SEGMENT_HEADER_BYTES {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x40;
+            std::fs::write(&path, &damaged).unwrap();
+            assert!(open(dir.path(), 0).is_err(), "flip at {at} of the header");
+        }
+        std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        assert!(open(dir.path(), 0).is_err(), "a file cut short is not a torn tail");
+    }
+
+    #[test]
+    fn segments_rotate_and_a_missing_one_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        for n in 1..=60 {
+            append(&mut opened.wal, &record(n, 1, 100_000));
+        }
+        drop(opened);
+        let paths = list_segments(dir.path()).unwrap();
+        assert!(paths.len() >= 4, "{}", paths.len());
+        assert_eq!(open(dir.path(), 0).unwrap().1, (1..=60).collect::<Vec<_>>());
+        for gone in 0..paths.len() {
+            let bytes = std::fs::read(&paths[gone]).unwrap();
+            std::fs::remove_file(&paths[gone]).unwrap();
+            assert!(open(dir.path(), 0).is_err(), "segment {gone} is missing");
+            std::fs::write(&paths[gone], bytes).unwrap();
+        }
+        assert_eq!(open(dir.path(), 0).unwrap().1.len(), 60);
+    }
+
+    #[test]
+    fn a_record_larger_than_a_segment_gets_one_of_its_own_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        append(&mut opened.wal, &record(1, 1, 3 << 20));
+        append(&mut opened.wal, &record(2, 1, 10));
+        append(&mut opened.wal, &record(3, 1, 3 << 20));
+        drop(opened);
+        let (opened, seen) = open(dir.path(), 0).unwrap();
+        assert_eq!(seen, [1, 2, 3]);
+        let history = opened.log.read_after(Revision(0), Revision(3), usize::MAX).unwrap().unwrap();
+        assert_eq!(history.records.len(), 3);
+    }
+
+    #[test]
+    fn history_can_be_read_from_any_revision_and_from_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        let mut next = 1;
+        while next < 400 {
+            let events = 1 + (next as usize % 3);
+            append(&mut opened.wal, &record(next, events, 20_000));
+            next += events as u64;
+        }
+        let head = opened.wal.head();
+        assert!(opened.log.segments.read().len() > 3);
+        for after in 0..head.0 {
+            let mut reached = Revision(after);
+            let mut seen = Vec::new();
+            while reached < head {
+                let history = opened.log.read_after(reached, head, 50_000).unwrap().unwrap();
+                assert!(history.reached > reached, "no progress after {reached}");
+                let fresh = history.records.iter().flat_map(|r| r.iter().map(|(n, _)| n).collect::<Vec<_>>());
+                seen.extend(fresh.filter(|n| *n > reached));
+                reached = history.reached;
+            }
+            assert!(seen.iter().map(|r| r.0).eq(after + 1..=head.0), "after {after}");
+        }
+        for (ts_ms, expected) in [(0, 0), (1001, 2), (1003, 2), (1004, 5), (u64::MAX, head.0)] {
+            // Record n has the time 1000 + n; records begin at 1, 3, 4, 6, …
+            let found = opened.log.revision_at(ts_ms).unwrap().0;
+            let by_scan = opened.log.read_after(Revision(0), head, usize::MAX).unwrap().unwrap();
+            let by_scan =
+                by_scan.records.iter().filter(|r| r.ts_ms <= ts_ms).map(|r| r.last_revision().0).max().unwrap_or(0);
+            assert_eq!(found, by_scan, "at {ts_ms}, expected about {expected}");
+        }
+    }
+
+    #[test]
+    fn old_segments_go_only_when_covered_and_then_say_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        for n in 1..=60 {
+            append(&mut opened.wal, &record(n, 1, 100_000));
+        }
+        let log = &opened.log;
+        assert_eq!(log.drop_oldest(2 << 20, Revision(0)).unwrap(), 0, "nothing is covered");
+        assert!(log.drop_oldest(2 << 20, Revision(60)).unwrap() > 0);
+        assert!(log.oldest() > Revision(1) && log.bytes() <= 2 << 20);
+        assert!(log.read_after(Revision(0), Revision(60), 1000).unwrap().is_none());
+        assert!(log.read_after(log.oldest().prev(), Revision(60), 1000).unwrap().is_some());
+        let oldest = log.oldest();
+        drop(opened);
+        assert!(open(dir.path(), 0).is_err(), "the log no longer reaches back to the start");
+        assert_eq!(open(dir.path(), oldest.0).unwrap().0.log.oldest(), oldest);
+    }
+
+    #[test]
+    fn revisions_handed_out_in_a_relaxed_mode_are_given_up_after_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        opened.wal.reserve(Revision(10)).unwrap();
+        append(&mut opened.wal, &record(1, 1, 10));
+        drop(opened);
+        let (mut opened, seen) = open(dir.path(), 0).unwrap();
+        assert_eq!(seen, [1]);
+        let head = opened.wal.head();
+        assert!(head > Revision(10));
+        assert!(opened.log.is_lost(Revision(2)) && opened.log.is_lost(head) && !opened.log.is_lost(Revision(1)));
+        append(&mut opened.wal, &record(head.0 + 1, 1, 10));
+        let history = opened.log.read_after(Revision(0), head.next(), usize::MAX).unwrap().unwrap();
+        assert_eq!(history.records.len(), 2);
+        // An orderly stop gives the rest of the reservation back.
+        opened.wal.release().unwrap();
+        drop(opened);
+        let (opened, _) = open(dir.path(), 0).unwrap();
+        assert_eq!(opened.wal.head(), head.next());
+        assert!(opened.log.is_lost(head), "gaps are remembered");
+    }
 }

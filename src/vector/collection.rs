@@ -229,7 +229,14 @@ impl Collection {
 
     /// Applies a vector write. The room must have been allocated. `oldest_search` is the revision of the oldest search
     /// still running, if any: slots it may see are not reused.
-    pub fn put(&mut self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision, oldest_search: Option<Revision>) {
+    pub fn put(
+        &mut self,
+        id: &VectorId,
+        numbers: &[f32],
+        meta: &VectorMeta,
+        revision: Revision,
+        oldest_search: Option<Revision>,
+    ) {
         let old = self.ids.get(id).copied();
         if self.is_known(old, revision) {
             return;
@@ -339,7 +346,11 @@ impl Collection {
     pub fn list(&self, after: Option<&str>, limit: usize, include_vector: bool) -> Vec<Item> {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = after.map_or(Unbounded, Excluded);
-        self.ids.range::<str, _>((from, Unbounded)).take(limit).map(|(_, &slot)| self.item(slot, include_vector)).collect()
+        self.ids
+            .range::<str, _>((from, Unbounded))
+            .take(limit)
+            .map(|(_, &slot)| self.item(slot, include_vector))
+            .collect()
     }
 
     /// Live ids in a slice of slots that satisfy a filter, as of now.

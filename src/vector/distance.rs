@@ -251,7 +251,8 @@ mod neon {
             let mut at = 0;
             while at + 16 <= a.len() {
                 for (lane, sum) in sums.iter_mut().enumerate() {
-                    *sum = step(vld1q_f32(a.as_ptr().add(at + 4 * lane)), vld1q_f32(b.as_ptr().add(at + 4 * lane)), *sum);
+                    *sum =
+                        step(vld1q_f32(a.as_ptr().add(at + 4 * lane)), vld1q_f32(b.as_ptr().add(at + 4 * lane)), *sum);
                 }
                 at += 16;
             }

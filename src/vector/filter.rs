@@ -53,9 +53,9 @@ impl Filter {
 }
 
 fn spend(budget: &mut usize, n: usize) -> Result<(), Rejection> {
-    *budget = budget
-        .checked_sub(n)
-        .ok_or_else(|| Rejection::invalid(format!("a filter has at most {FILTER_NODES_MAX} conditions and list elements")))?;
+    *budget = budget.checked_sub(n).ok_or_else(|| {
+        Rejection::invalid(format!("a filter has at most {FILTER_NODES_MAX} conditions and list elements"))
+    })?;
     Ok(())
 }
 

@@ -60,7 +60,8 @@ impl CollectionName {
     pub fn new(text: &str) -> Result<Self, Rejection> {
         let mut bytes = text.bytes();
         let first_ok = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
-        if !first_ok || !bytes.all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) || text.len() > NAME_BYTES_MAX {
+        if !first_ok || !bytes.all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) || text.len() > NAME_BYTES_MAX
+        {
             return Err(Rejection::invalid("a collection name is [A-Za-z0-9][A-Za-z0-9_.-]{0,63}"));
         }
         Ok(Self(text.into()))

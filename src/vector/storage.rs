@@ -104,7 +104,9 @@ impl RowStore {
             let bytes = chunk_rows * self.stride;
             let offset = (capacity * self.stride) as u64;
             let map = match &self.file {
-                None => MmapMut::map_anon(bytes).map_err(Error::io("cannot get memory for", Path::new("vector rows")))?,
+                None => {
+                    MmapMut::map_anon(bytes).map_err(Error::io("cannot get memory for", Path::new("vector rows")))?
+                }
                 Some((path, file)) => {
                     rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, bytes as u64)
                         .map_err(|e| Error::io("cannot grow", path)(e.into()))?;
@@ -220,7 +222,10 @@ impl SlotLog {
         let expected = header(spec, created);
         if bytes.len() < HEADER_BYTES {
             // Creation was cut short: nothing can have been checkpointed.
-            file.set_len(0).and_then(|()| file.write_all_at(&expected, 0)).and_then(|()| file.sync_all()).map_err(Error::io("cannot write", &path))?;
+            file.set_len(0)
+                .and_then(|()| file.write_all_at(&expected, 0))
+                .and_then(|()| file.sync_all())
+                .map_err(Error::io("cannot write", &path))?;
             let log = Self { path, file, bytes: HEADER_BYTES as u64 };
             return Ok(Opened { log, checkpoint: Revision::ZERO, entries: Vec::new() });
         }
@@ -322,7 +327,8 @@ pub fn encode_frame(checkpoint: Revision, entries: &[SlotEntry]) -> Vec<u8> {
             }
         }
     }
-    let length = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a checkpoint is written before it reaches 4 GiB");
+    let length =
+        u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a checkpoint is written before it reaches 4 GiB");
     let crc = crc32c::crc32c(&frame[FRAME_HEADER_BYTES..]);
     frame[..4].copy_from_slice(&length.to_le_bytes());
     frame[4..8].copy_from_slice(&crc.to_le_bytes());
@@ -396,11 +402,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("slots.log");
         let id = |n: u32| VectorId::new(&format!("v{n}")).unwrap();
-        let live = |n: u32| SlotEntry::Live { id: id(n), slot: Slot(n), revision: Revision(u64::from(n)), norm: 1.0, meta: VectorMeta::empty() };
+        let live = |n: u32| SlotEntry::Live {
+            id: id(n),
+            slot: Slot(n),
+            revision: Revision(u64::from(n)),
+            norm: 1.0,
+            meta: VectorMeta::empty(),
+        };
         let mut log = SlotLog::open(path.clone(), spec, Revision(1)).unwrap().log;
         let mut ends = vec![(log.bytes(), 0, 0)];
         for n in 1..4u32 {
-            log.append(&encode_frame(Revision(u64::from(n) * 10), &[live(n), SlotEntry::Gone { id: id(n + 9) }])).unwrap();
+            log.append(&encode_frame(Revision(u64::from(n) * 10), &[live(n), SlotEntry::Gone { id: id(n + 9) }]))
+                .unwrap();
             ends.push((log.bytes(), u64::from(n) * 10, 2 * n as usize));
         }
         let whole = std::fs::read(&path).unwrap();

@@ -87,7 +87,9 @@ mod tests {
     #[test]
     fn keeps_the_best_and_breaks_ties_by_id() {
         let mut top = TopK::new(3, Some(0.0));
-        for (at, (score, id)) in [(0.5, "d"), (0.9, "c"), (0.5, "b"), (-1.0, "x"), (0.5, "a"), (0.1, "e")].into_iter().enumerate() {
+        for (at, (score, id)) in
+            [(0.5, "d"), (0.9, "c"), (0.5, "b"), (-1.0, "x"), (0.5, "a"), (0.1, "e")].into_iter().enumerate()
+        {
             top.offer(score, Slot(at as u32), &VectorId::new(id).unwrap());
         }
         let ids: Vec<_> = top.into_sorted().into_iter().map(|c| c.id.as_str().to_owned()).collect();
