@@ -1,0 +1,478 @@
+//! Streams: in order, without a gap or a duplicate, resumable from any id, whatever comes and goes meanwhile.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::{Duration, Server, call, contains, ok, timeout};
+use kiss_vdb::client::{Client, EventStream, ServerEvent};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+async fn next(stream: &mut EventStream) -> ServerEvent {
+    let event = timeout(Duration::from_secs(20), stream.next_event()).await.expect("an event in time");
+    event.unwrap().expect("the stream goes on")
+}
+
+async fn frame(stream: &mut EventStream) -> ServerEvent {
+    timeout(Duration::from_secs(20), stream.next_frame()).await.expect("a frame in time").unwrap().expect("the stream goes on")
+}
+
+#[tokio::test]
+async fn frames_look_as_the_contract_draws_them() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/before {"value":1}"#).await;
+    let mut stream = server.target.events("?include_vector=true", None).await.unwrap();
+    let open = frame(&mut stream).await;
+    assert_eq!(open, ServerEvent { event: String::new(), id: Some(1), data: String::new() });
+    assert_eq!(stream.retry_ms(), Some(1000));
+    ok(c, r#"PUT /v1/state/k {"value": {"a": 1.0}, "ttl_ms": 60000, "meta": {"job_id": "j", "tags": ["t"]}}"#).await;
+    ok(c, r#"PATCH /v1/state/k {"b":2}"#).await;
+    ok(c, "DELETE /v1/state/k").await;
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"dot"}"#).await;
+    ok(c, r#"POST /v1/vector/v/add {"id":"x","vector":[1,2],"meta":{"job_id":"j"}}"#).await;
+    ok(c, r#"POST /v1/vector/v/update {"id":"x","meta":{"n":1}}"#).await;
+    ok(c, r#"POST /v1/vector/v/delete {"id":"x"}"#).await;
+    ok(c, "DELETE /v1/vector/v").await;
+    ok(c, r#"POST /v1/events {"type":"progress","key":"k","data":{"p":1}}"#).await;
+    let expected = [
+        json!({"type":"state_updated","key":"k","revision":2,"prev_revision":0,"value":{"a":1.0},"meta":{"job_id":"j","tags":["t"]}}),
+        json!({"type":"state_updated","key":"k","revision":3,"prev_revision":2,"patch":{"b":2}}),
+        json!({"type":"state_deleted","key":"k","revision":4,"prev_revision":3,"reason":"deleted"}),
+        json!({"type":"collection_created","collection":"v","revision":5,"dim":2,"metric":"dot"}),
+        json!({"type":"vector_added","collection":"v","id":"x","revision":6,"meta":{"job_id":"j"},"vector":[1.0,2.0]}),
+        json!({"type":"vector_updated","collection":"v","id":"x","revision":7,"meta":{"job_id":"j","n":1}}),
+        json!({"type":"vector_deleted","collection":"v","id":"x","revision":8}),
+        json!({"type":"collection_deleted","collection":"v","revision":9,"dim":2,"metric":"dot"}),
+        json!({"type":"progress","key":"k","revision":10,"data":{"p":1}}),
+    ];
+    for part in expected {
+        let event = next(&mut stream).await;
+        let data = event.json().unwrap();
+        assert!(contains(&data, &part), "{data}\nexpected {part}");
+        assert_eq!(Some(event.event.as_str()), part["type"].as_str());
+        assert_eq!(event.id, part["revision"].as_u64());
+        assert!(data["ts"].as_f64().unwrap() > 1.7e9);
+    }
+}
+
+#[tokio::test]
+async fn headers_tell_proxies_to_keep_out() {
+    let server = Server::start(&[]);
+    // A page of the stream cannot be read whole, so ask for the head alone.
+    let mut c = server.client();
+    let answer = c.send("HEAD".parse().unwrap(), "/v1/events", &[("accept-encoding", "gzip")], "").await.unwrap();
+    assert_eq!(answer.headers["content-type"], "text/event-stream");
+    assert_eq!(answer.headers["cache-control"], "no-store, no-transform");
+    assert_eq!(answer.headers["x-accel-buffering"], "no");
+    assert!(answer.headers.get("content-encoding").is_none());
+}
+
+#[tokio::test]
+async fn filters_select_and_combine() {
+    let writes = [
+        r#"PUT /v1/state/a/1 {"value":1,"meta":{"job_id":"j1","tags":["red"]}}"#,
+        r#"PUT /v1/state/a/2 {"value":1,"meta":{"tags":["blue","red"]}}"#,
+        r#"PUT /v1/state/b {"value":1}"#,
+        r#"DELETE /v1/state/a/1"#,
+        r#"POST /v1/events {"type":"log","key":"b","meta":{"job_id":"j1"}}"#,
+        r#"POST /v1/events {"type":"log"}"#,
+        r#"POST /v1/vector/v/add {"id":"x","vector":[1],"meta":{"tags":["red"],"job_id":"j2"}}"#,
+    ];
+    for (query, expected) in [
+        ("", vec![2, 3, 4, 5, 6, 7, 8]),
+        ("key=b", vec![4, 6]),
+        ("key=b&key=a/2", vec![3, 4, 6]),
+        ("prefix=a/", vec![2, 3, 5]),
+        ("prefix=a/&prefix=a", vec![2, 3, 5]),
+        ("prefix=a/&key=a/1&key=b", vec![2, 3, 4, 5, 6]),
+        ("collection=v", vec![8]),
+        ("collection=v&key=b", vec![4, 6, 8]),
+        ("types=log", vec![6, 7]),
+        ("types=log,state_deleted", vec![5, 6, 7]),
+        ("types=log&key=b", vec![6]),
+        ("job_id=j1", vec![2, 5, 6]),
+        ("job_id=j1&types=state_updated", vec![2]),
+        ("tag=red", vec![2, 3, 5, 8]),
+        ("tag=blue&tag=none", vec![3]),
+        ("tag=red&prefix=a/", vec![2, 3, 5]),
+        ("tag=red&job_id=j2", vec![8]),
+    ] {
+        // One stream live from the start, one that catches up afterwards: they must agree.
+        let server = Server::start(&[]);
+        let c = &mut server.client();
+        let mut live = server.target.events(&format!("?{query}"), None).await.unwrap();
+        frame(&mut live).await;
+        ok(c, r#"POST /v1/vector/v {"dim":1,"metric":"dot"}"#).await;
+        for line in writes {
+            ok(c, line).await;
+        }
+        let mut resumed = server.target.events(&format!("?{query}&since=1"), None).await.unwrap();
+        for (name, stream) in [("live", &mut live), ("resumed", &mut resumed)] {
+            for revision in &expected {
+                let mut event = next(stream).await;
+                if event.event == "collection_created" {
+                    event = next(stream).await;
+                }
+                assert_eq!(event.id, Some(*revision), "{name} {query:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn many_clients_see_every_event_exactly_once_in_order() {
+    // Small segments and a small log budget would drop history; small segments alone make readers cross many.
+    let server = Server::start(&["--max-log-mb", "16"]);
+    const WRITERS: usize = 4;
+    const WRITES: usize = 600;
+    const KEYS: usize = 7;
+    let readers: Vec<_> = (0..30)
+        .map(|reader| {
+            let target = server.target.clone();
+            tokio::spawn(async move {
+                let query = match reader % 3 {
+                    0 => "?since=0".to_owned(),
+                    1 => format!("?since=0&key=k{}", reader % KEYS),
+                    _ => format!("?since=0&prefix=k&tag=w{}", reader % WRITERS),
+                };
+                let mut seen: Vec<Value> = Vec::new();
+                let mut last_id = None;
+                'connections: loop {
+                    let mut stream = match last_id {
+                        None => target.events(&query, None).await.unwrap(),
+                        id => target.events(&query, id).await.unwrap(),
+                    };
+                    // Every reader drops its connection after a different number of events, again and again.
+                    for count in 0.. {
+                        let event = next(&mut stream).await;
+                        last_id = stream.last_id();
+                        if event.event == "done" {
+                            break 'connections;
+                        }
+                        assert_eq!(event.event, "state_updated");
+                        seen.push(event.json().unwrap());
+                        if count == 13 + reader * 7 {
+                            continue 'connections;
+                        }
+                    }
+                }
+                (reader, seen)
+            })
+        })
+        .collect();
+    let writers: Vec<_> = (0..WRITERS)
+        .map(|writer| {
+            let target = server.target.clone();
+            tokio::spawn(async move {
+                let mut c = Client::new(&target);
+                for n in 0..WRITES {
+                    let key = (n * 31 + writer) % KEYS;
+                    if n % 10 == 0 {
+                        let ops: Vec<String> = (0..3)
+                            .map(|i| format!("{{\"op\":\"put\",\"key\":\"k{key}\",\"value\":[{writer},{n},{i}],\"meta\":{{\"tags\":[\"w{writer}\"]}}}}"))
+                            .collect();
+                        ok(&mut c, &format!("POST /v1/batch {{\"ops\":[{}]}}", ops.join(","))).await;
+                    } else {
+                        ok(&mut c, &format!("PUT /v1/state/k{key} {{\"value\":[{writer},{n}],\"meta\":{{\"tags\":[\"w{writer}\"]}}}}")).await;
+                    }
+                }
+            })
+        })
+        .collect();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let c = &mut server.client();
+    let done: Vec<String> = (0..KEYS)
+        .flat_map(|k| (0..WRITERS).map(move |w| format!("{{\"op\":\"event\",\"type\":\"done\",\"key\":\"k{k}\",\"meta\":{{\"tags\":[\"w{w}\"]}}}}")))
+        .collect();
+    let committed = ok(c, &format!("POST /v1/batch {{\"ops\":[{}]}}", done.join(","))).await;
+    let total = committed["first_revision"].as_u64().unwrap() - 1;
+    assert_eq!(total as usize, WRITERS * (WRITES + WRITES / 10 * 2));
+    for reader in readers {
+        let (reader, seen) = timeout(Duration::from_secs(60), reader).await.unwrap().unwrap();
+        let revisions: Vec<u64> = seen.iter().map(|e| e["revision"].as_u64().unwrap()).collect();
+        assert!(revisions.is_sorted_by(|a, b| a < b), "reader {reader}: order");
+        match reader % 3 {
+            0 => assert!(revisions.iter().copied().eq(1..=total), "reader {reader}: all of them"),
+            1 => {
+                // The chain of one key's revisions has no gap.
+                let mut previous = 0;
+                for event in &seen {
+                    assert_eq!(event["prev_revision"], previous, "reader {reader}");
+                    previous = event["revision"].as_u64().unwrap();
+                }
+                let last = ok(c, &format!("GET /v1/state/k{}", reader % KEYS)).await;
+                assert_eq!(last["revision"], previous);
+            }
+            _ => assert_eq!(seen.len(), WRITES + WRITES / 10 * 2, "reader {reader}: all of one writer"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_and_what_follows_fold_to_the_state() {
+    let server = Server::start(&[]);
+    let mut c = server.client();
+    for n in 0..3000 {
+        ok(&mut c, &format!("PUT /v1/state/k{n:04} {{\"value\":{{\"n\":0}}}}")).await;
+    }
+    let target = server.target.clone();
+    let writer = tokio::spawn(async move {
+        let mut c = Client::new(&target);
+        for n in 0..4000usize {
+            let key = (n * 7919) % 3500;
+            match n % 4 {
+                0 => drop(call(&mut c, &format!("DELETE /v1/state/k{key:04}")).await),
+                1 => drop(ok(&mut c, &format!("PATCH /v1/state/k{key:04} {{\"p{}\":{n}}}", n % 3)).await),
+                _ => drop(ok(&mut c, &format!("PUT /v1/state/k{key:04} {{\"value\":{{\"n\":{n}}}}}")).await),
+            }
+        }
+        ok(&mut c, r#"PUT /v1/state/kzzz {"value":"end"}"#).await;
+    });
+    let folds: Vec<_> = ["?snapshot=true", "?snapshot=true&prefix=k", "?snapshot=true&prefix=k1&prefix=k2&prefix=kzzz"]
+        .into_iter()
+        .cycle()
+        .take(9)
+        .enumerate()
+        .map(|(n, query)| {
+            let target = server.target.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(20 * n as u64)).await;
+                let mut stream = target.events(query, None).await.unwrap();
+                let mut state: BTreeMap<String, Value> = BTreeMap::new();
+                let mut at = None;
+                loop {
+                    let event = next(&mut stream).await;
+                    let data = event.json().unwrap();
+                    let key = data["key"].as_str().unwrap_or_default().to_owned();
+                    match event.event.as_str() {
+                        "snapshot" => {
+                            assert_eq!(event.id, None, "no id before snapshot_end");
+                            assert!(at.is_none());
+                            state.insert(key, data["value"].clone());
+                        }
+                        "snapshot_end" => {
+                            assert_eq!(data["count"], state.len());
+                            assert_eq!(data["revision"].as_u64(), event.id);
+                            at = event.id;
+                        }
+                        "state_updated" => {
+                            assert!(event.id > at, "a delta the snapshot already shows");
+                            if let Some(patch) = data.get("patch") {
+                                let target = state.entry(key.clone()).or_insert_with(|| json!({}));
+                                for (name, value) in patch.as_object().unwrap() {
+                                    target[name] = value.clone();
+                                }
+                            } else {
+                                state.insert(key.clone(), data["value"].clone());
+                            }
+                            if key == "kzzz" {
+                                return (query, state);
+                            }
+                        }
+                        "state_deleted" => assert!(state.remove(&key).is_some(), "deleted what was not there: {key}"),
+                        other => panic!("{other}"),
+                    }
+                }
+            })
+        })
+        .collect();
+    writer.await.unwrap();
+    let mut real: BTreeMap<String, Value> = BTreeMap::new();
+    let mut cursor = String::new();
+    loop {
+        let page = ok(&mut c, &format!("GET /v1/state?limit=1000{cursor}")).await;
+        for item in page["items"].as_array().unwrap() {
+            real.insert(item["key"].as_str().unwrap().to_owned(), item["value"].clone());
+        }
+        match page["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    for fold in folds {
+        let (query, state) = timeout(Duration::from_secs(60), fold).await.unwrap().unwrap();
+        let mut expected = real.clone();
+        if query.contains("k1") {
+            expected.retain(|key, _| key.starts_with("k1") || key.starts_with("k2") || key == "kzzz");
+        }
+        assert!(state == expected, "{query}: the fold differs from the state");
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_of_keys_that_are_few_or_none() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/a {"value":1,"meta":{"job_id":"j"}}"#).await;
+    ok(c, r#"PUT /v1/state/b {"value":2}"#).await;
+    for (query, expected) in [
+        ("?snapshot=true&key=b&key=none", vec!["b"]),
+        ("?snapshot=true&key=none", vec![]),
+        ("?snapshot=true&job_id=j", vec!["a"]),
+        ("?snapshot=true&collection=v", vec![]),
+        ("?snapshot=true&collection=v&key=a", vec!["a"]),
+        ("?snapshot=true&types=state_deleted", vec!["a", "b"]),
+    ] {
+        let mut stream = server.target.events(query, None).await.unwrap();
+        for key in expected {
+            let row = next(&mut stream).await;
+            assert!(row.event == "snapshot" && row.json().unwrap()["key"] == key, "{query}: {row:?}");
+        }
+        let end = next(&mut stream).await;
+        assert!(end.event == "snapshot_end" && end.id == Some(2), "{query}: {end:?}");
+    }
+    // With an id that can be honoured the snapshot is not sent again.
+    let mut stream = server.target.events("?snapshot=true&key=b", Some(1)).await.unwrap();
+    assert_eq!(frame(&mut stream).await.id, Some(1));
+    assert_eq!(next(&mut stream).await.event, "state_updated");
+}
+
+#[tokio::test]
+async fn positions_that_cannot_be_honoured_are_reset_aloud() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
+    let mut stream = server.target.events("", Some(99)).await.unwrap();
+    let reset = next(&mut stream).await;
+    assert!(contains(&reset.json().unwrap(), &json!({"reason":"future","requested":99,"oldest":1,"head":1})), "{reset:?}");
+    assert_eq!((reset.event.as_str(), reset.id), ("reset", Some(1)));
+    ok(c, r#"PUT /v1/state/b {"value":1}"#).await;
+    assert_eq!(next(&mut stream).await.id, Some(2));
+
+    let mut stream = server.target.events("?snapshot=true", Some(99)).await.unwrap();
+    let reset = next(&mut stream).await;
+    assert_eq!((reset.event.as_str(), reset.id), ("reset", None), "no id before the snapshot is complete");
+    assert_eq!(next(&mut stream).await.event, "snapshot");
+}
+
+#[tokio::test]
+async fn history_beyond_the_log_is_compacted_and_says_so() {
+    let server = Server::start(&["--max-log-mb", "2", "--snapshot-interval", "0"]);
+    let c = &mut server.client();
+    let value = "x".repeat(200_000);
+    for n in 0..40 {
+        ok(c, &format!("PUT /v1/state/k{} {{\"value\":\"{value}\"}}", n % 3)).await;
+    }
+    ok(c, "POST /v1/admin/snapshot").await;
+    ok(c, r#"PUT /v1/state/k0 {"value":0}"#).await;
+    ok(c, "POST /v1/admin/snapshot").await;
+    let oldest = ok(c, "GET /v1/health").await["oldest"].as_u64().unwrap();
+    assert!(oldest > 1, "segments were dropped");
+    let mut stream = server.target.events("", Some(1)).await.unwrap();
+    let reset = next(&mut stream).await;
+    assert!(contains(&reset.json().unwrap(), &json!({"reason":"compacted","requested":1,"oldest":oldest,"head":41})), "{reset:?}");
+    let answer = c.send("GET".parse().unwrap(), "/v1/events?since=1", &[("accept", "application/json")], "").await.unwrap();
+    assert_eq!(answer.status, 410);
+    assert!(contains(&answer.json().unwrap(), &json!({"code":"revision_compacted","oldest":oldest,"head":41})));
+    let mut stream = server.target.events("?since=0", None).await.unwrap();
+    assert_eq!(next(&mut stream).await.id, Some(oldest), "0 means from the oldest");
+}
+
+#[tokio::test]
+async fn heartbeats_carry_the_position_reached() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let mut stream = server.target.events("?key=never&heartbeat_ms=1000", None).await.unwrap();
+    assert_eq!(frame(&mut stream).await.id, Some(0));
+    for _ in 0..5 {
+        ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
+    }
+    let beat = timeout(Duration::from_secs(3), stream.next_frame()).await.unwrap().unwrap().unwrap();
+    assert_eq!(beat, ServerEvent { event: String::new(), id: Some(5), data: String::new() });
+}
+
+#[tokio::test]
+async fn ephemeral_events_reach_live_streams_and_skip_the_log() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":1,"metric":"dot"}"#).await;
+    ok(c, r#"POST /v1/vector/v/add {"id":"x","vector":[1]}"#).await;
+    let mut all = server.target.events("", None).await.unwrap();
+    let mut searches = server.target.events("?types=vector_search,tick", None).await.unwrap();
+    frame(&mut all).await;
+    frame(&mut searches).await;
+    ok(c, r#"POST /v1/vector/v/search {"vector":[1],"k":3}"#).await;
+    assert_eq!(ok(c, r#"POST /v1/events {"type":"tick","data":1,"key":"k","ephemeral":true}"#).await["revision"], 2);
+    let search = next(&mut searches).await;
+    assert_eq!(search.id, Some(2));
+    assert!(contains(&search.json().unwrap(), &json!({"type":"vector_search","collection":"v","k":3,"hits":1})), "{search:?}");
+    assert!(contains(&next(&mut searches).await.json().unwrap(), &json!({"type":"tick","key":"k","data":1})));
+    assert_eq!(next(&mut all).await.event, "tick", "searches come only to streams that name them");
+    let history = c.send("GET".parse().unwrap(), "/v1/events?since=0", &[("accept", "application/json")], "").await.unwrap();
+    assert_eq!(history.json().unwrap()["events"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_slow_reader_falls_back_to_the_log_and_misses_nothing() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let mut slow = server.target.events("?since=0", None).await.unwrap();
+    frame(&mut slow).await;
+    // More than the socket buffers and the ring (64 MiB) hold.
+    let value = "x".repeat(1 << 20);
+    const EVENTS: u64 = 100;
+    for n in 0..EVENTS {
+        ok(c, &format!("PUT /v1/state/big{n} {{\"value\":\"{value}\"}}")).await;
+    }
+    for revision in 1..=EVENTS {
+        assert_eq!(next(&mut slow).await.id, Some(revision));
+    }
+    let metrics = String::from_utf8(call(c, "GET /v1/metrics").await.body.to_vec()).unwrap();
+    let misses = metrics.lines().find(|l| l.starts_with("kiss_stream_ring_misses_total")).unwrap();
+    assert!(!misses.ends_with(" 0"), "it was to fall behind the ring: {misses}");
+}
+
+#[tokio::test]
+async fn on_a_stop_streams_end_cleanly_and_clients_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    ok(&mut server.client(), r#"PUT /v1/state/a {"value":1}"#).await;
+    let mut streams = Vec::new();
+    for query in ["", "?key=a", "?snapshot=true", "?since=0"] {
+        streams.push(server.target.events(query, None).await.unwrap());
+    }
+    for stream in &mut streams {
+        frame(stream).await;
+    }
+    let started = std::time::Instant::now();
+    server.signal(rustix::process::Signal::TERM);
+    for stream in &mut streams {
+        // The end of a chunked body, not a broken connection.
+        while timeout(Duration::from_secs(5), stream.next_frame()).await.unwrap().expect("a clean end").is_some() {}
+        assert!(stream.retry_ms().is_some_and(|ms| ms != 1000), "told when to come back");
+    }
+    assert!(server.stop(), "exit 0");
+    assert!(started.elapsed() < Duration::from_secs(5));
+    let server = Server::start_in(dir.path(), &[]);
+    let mut stream = server.target.events("", streams[3].last_id()).await.unwrap();
+    ok(&mut server.client(), r#"PUT /v1/state/b {"value":1}"#).await;
+    assert_eq!(next(&mut stream).await.id, Some(2));
+}
+
+#[tokio::test]
+async fn in_a_relaxed_mode_a_crash_loses_a_range_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &["--fsync", "never"]);
+    ok(&mut server.client(), r#"PUT /v1/state/a {"value":1}"#).await;
+    server.kill();
+    let server = Server::start_in(dir.path(), &["--fsync", "never"]);
+    let c = &mut server.client();
+    let head = ok(c, "GET /v1/health").await["revision"].as_u64().unwrap();
+    assert!(head > 1, "the revisions that may have been seen are given up");
+    let mut stream = server.target.events("", Some(2)).await.unwrap();
+    let reset = next(&mut stream).await;
+    assert!(contains(&reset.json().unwrap(), &json!({"reason":"lost","requested":2,"head":head})), "{reset:?}");
+    let answer = c.send("GET".parse().unwrap(), "/v1/events?since=2", &[("accept", "application/json")], "").await.unwrap();
+    assert_eq!(answer.status, 410);
+    // Whoever saw all that is there goes on without a word.
+    let mut stream = server.target.events("", Some(1)).await.unwrap();
+    assert_eq!(ok(c, r#"PUT /v1/state/b {"value":1}"#).await["revision"], head + 1);
+    assert_eq!(next(&mut stream).await.id, Some(head + 1));
+    // After an orderly stop nothing is given up.
+    assert!(server.stop());
+    let server = Server::start_in(dir.path(), &["--fsync", "always"]);
+    assert_eq!(ok(&mut server.client(), "GET /v1/health").await["revision"], head + 1);
+}
