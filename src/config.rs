@@ -212,7 +212,7 @@ impl Resolved {
             snapshot_interval_s: self.parse("snapshot_interval", "a whole number of seconds; 0 = only on shutdown")?,
             max_log_bytes: self.mebibytes("max_log_mb", 2..=1 << 24)?,
             max_memory_bytes: to_usize(self.mebibytes("max_memory_mb", 0..=1 << 24)?),
-            max_body_bytes: to_usize(self.mebibytes("max_body_mb", 1..=1024)?),
+            max_body_bytes: to_usize(self.mebibytes("max_body_mb", 1..=256)?),
             max_connections: self.parse("max_connections", "a whole number")?,
             worker_threads: self.parse("worker_threads", "a whole number; 0 = one for each core")?,
             api_key: Some(self.text("api_key").trim().to_owned()).filter(|k| !k.is_empty()),

@@ -127,6 +127,9 @@ pub enum Error {
     /// Another server owns the data directory.
     #[error("the data directory {} is in use by another server (its LOCK file is held); stop that one or choose another DATA_DIR", .0.display())]
     Locked(PathBuf),
+    /// A write or sync failed earlier, so nothing more is written.
+    #[error("an earlier write to disk failed; nothing more is written until this server is restarted")]
+    Poisoned,
     /// A setting is wrong.
     #[error("{0}")]
     Config(String),

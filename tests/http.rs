@@ -47,43 +47,52 @@ async fn state_put_get_delete() {
     let c = &mut server.client();
     let bad = || code("invalid_argument");
     let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
-    check(c, vec![
-        row("create", r#"PUT /v1/state/a {"value":{"n":1.0}}"#, 201, json!({"key":"a","revision":1,"created":true})),
-        row("replace", r#"PUT /v1/state/a {"value":[1, 2]}"#, 200, json!({"key":"a","revision":2,"created":false})),
-        row("get", "GET /v1/state/a", 200, json!({"key":"a","value":[1,2],"revision":2,"created_revision":1})),
-        row("null is a value", r#"PUT /v1/state/null {"value":null}"#, 201, json!({"revision":3})),
-        row("null comes back", "GET /v1/state/null", 200, json!({"value":null})),
-        row("slash and percent", r#"PUT /v1/state/x/y%20%C3%A9 {"value":1}"#, 201, json!({"key":"x/y é"})),
-        row("same key, other escapes", "GET /v1/state/x%2Fy%20%c3%a9", 200, json!({"key":"x/y é"})),
-        row("leading slash is part of the key", r#"PUT /v1/state//v1 {"value":1}"#, 201, json!({"key":"/v1"})),
-        row("absent", "GET /v1/state/nope", 404, code("key_not_found")),
-        row("delete absent", "DELETE /v1/state/nope", 404, code("key_not_found")),
-        row("delete", "DELETE /v1/state/null", 200, json!({"key":"null","revision":6,"deleted":true})),
-        row("deleted", "GET /v1/state/null", 404, code("key_not_found")),
-        row("typo", r#"PUT /v1/state/a {"value":1,"ttl":5}"#, 400, bad()),
-        row("typo in the query", r#"PUT /v1/state/a?ttl=5 {"value":1}"#, 400, bad()),
-        row("typo in meta", r#"PUT /v1/state/a {"value":1,"meta":{"job":"x"}}"#, 400, bad()),
-        row("no value", r#"PUT /v1/state/a {}"#, 400, bad()),
-        row("not JSON", r#"PUT /v1/state/a {"value":"#, 400, bad()),
-        row("empty body", "PUT /v1/state/a", 400, bad()),
-        row("two documents", r#"PUT /v1/state/a {"value":1} {"value":2}"#, 400, bad()),
-        row("wrong type", r#"PUT /v1/state/a {"value":1,"ttl_ms":"5"}"#, 400, bad()),
-        row("negative ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":-1}"#, 400, bad()),
-        row("zero ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":0}"#, 400, bad()),
-        row("longest ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3155760000000}"#, 201, Value::Null),
-        row("longer ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3155760000001}"#, 400, bad()),
-        row("huge ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":18446744073709551615}"#, 400, bad()),
-        row("deepest", format!("PUT /v1/state/deep {{\"value\":{}}}", nested(127)), 201, Value::Null),
-        row("deeper", format!("PUT /v1/state/deep {{\"value\":{}}}", nested(128)), 400, bad()),
-        row("JSON bomb", format!("PUT /v1/state/deep {{\"value\":{}}}", nested(100_000)), 400, bad()),
-        row("longest key", format!("PUT /v1/state/{} {{\"value\":1}}", "k".repeat(1024)), 201, Value::Null),
-        row("longer key", format!("PUT /v1/state/{} {{\"value\":1}}", "k".repeat(1025)), 400, bad()),
-        row("control character", r#"PUT /v1/state/a%0Ab {"value":1}"#, 400, bad()),
-        row("not UTF-8", r#"PUT /v1/state/a%FF {"value":1}"#, 400, bad()),
-        row("bad raw flag", "GET /v1/state/a?raw=maybe", 400, bad()),
-        row("unknown route", "GET /v1/stat", 404, code("route_not_found")),
-        row("wrong method", "POST /v1/state/a {}", 405, code("method_not_allowed")),
-    ]).await;
+    check(
+        c,
+        vec![
+            row(
+                "create",
+                r#"PUT /v1/state/a {"value":{"n":1.0}}"#,
+                201,
+                json!({"key":"a","revision":1,"created":true}),
+            ),
+            row("replace", r#"PUT /v1/state/a {"value":[1, 2]}"#, 200, json!({"key":"a","revision":2,"created":false})),
+            row("get", "GET /v1/state/a", 200, json!({"key":"a","value":[1,2],"revision":2,"created_revision":1})),
+            row("null is a value", r#"PUT /v1/state/null {"value":null}"#, 201, json!({"revision":3})),
+            row("null comes back", "GET /v1/state/null", 200, json!({"value":null})),
+            row("slash and percent", r#"PUT /v1/state/x/y%20%C3%A9 {"value":1}"#, 201, json!({"key":"x/y é"})),
+            row("same key, other escapes", "GET /v1/state/x%2Fy%20%c3%a9", 200, json!({"key":"x/y é"})),
+            row("leading slash is part of the key", r#"PUT /v1/state//v1 {"value":1}"#, 201, json!({"key":"/v1"})),
+            row("absent", "GET /v1/state/nope", 404, code("key_not_found")),
+            row("delete absent", "DELETE /v1/state/nope", 404, code("key_not_found")),
+            row("delete", "DELETE /v1/state/null", 200, json!({"key":"null","revision":6,"deleted":true})),
+            row("deleted", "GET /v1/state/null", 404, code("key_not_found")),
+            row("typo", r#"PUT /v1/state/a {"value":1,"ttl":5}"#, 400, bad()),
+            row("typo in the query", r#"PUT /v1/state/a?ttl=5 {"value":1}"#, 400, bad()),
+            row("typo in meta", r#"PUT /v1/state/a {"value":1,"meta":{"job":"x"}}"#, 400, bad()),
+            row("no value", r#"PUT /v1/state/a {}"#, 400, bad()),
+            row("not JSON", r#"PUT /v1/state/a {"value":"#, 400, bad()),
+            row("empty body", "PUT /v1/state/a", 400, bad()),
+            row("two documents", r#"PUT /v1/state/a {"value":1} {"value":2}"#, 400, bad()),
+            row("wrong type", r#"PUT /v1/state/a {"value":1,"ttl_ms":"5"}"#, 400, bad()),
+            row("negative ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":-1}"#, 400, bad()),
+            row("zero ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":0}"#, 400, bad()),
+            row("longest ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3155760000000}"#, 201, Value::Null),
+            row("longer ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3155760000001}"#, 400, bad()),
+            row("huge ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":18446744073709551615}"#, 400, bad()),
+            row("deepest", format!("PUT /v1/state/deep {{\"value\":{}}}", nested(127)), 201, Value::Null),
+            row("deeper", format!("PUT /v1/state/deep {{\"value\":{}}}", nested(128)), 400, bad()),
+            row("JSON bomb", format!("PUT /v1/state/deep {{\"value\":{}}}", nested(100_000)), 400, bad()),
+            row("longest key", format!("PUT /v1/state/{} {{\"value\":1}}", "k".repeat(1024)), 201, Value::Null),
+            row("longer key", format!("PUT /v1/state/{} {{\"value\":1}}", "k".repeat(1025)), 400, bad()),
+            row("control character", r#"PUT /v1/state/a%0Ab {"value":1}"#, 400, bad()),
+            row("not UTF-8", r#"PUT /v1/state/a%FF {"value":1}"#, 400, bad()),
+            row("bad raw flag", "GET /v1/state/a?raw=maybe", 400, bad()),
+            row("unknown route", "GET /v1/stat", 404, code("route_not_found")),
+            row("wrong method", "POST /v1/state/a {}", 405, code("method_not_allowed")),
+        ],
+    )
+    .await;
     let answer = call(c, "POST /v1/state/a {}").await;
     assert!(answer.headers["allow"].to_str().unwrap().contains("PATCH"));
 }
@@ -92,7 +101,9 @@ async fn state_put_get_delete() {
 async fn values_come_back_as_they_were_sent() {
     let server = Server::start(&[]);
     let c = &mut server.client();
-    for literal in ["1.0", "1e400", "-0", "12345678901234567890123", "0.10", "\"\\u00e9\\n\"", "{\"b\":1,\"a\":2,\"b\":3}"] {
+    for literal in
+        ["1.0", "1e400", "-0", "12345678901234567890123", "0.10", "\"\\u00e9\\n\"", "{\"b\":1,\"a\":2,\"b\":3}"]
+    {
         ok(c, &format!("PUT /v1/state/n {{\"value\":{literal}}}")).await;
         let raw = call(c, "GET /v1/state/n?raw=true").await;
         assert_eq!(raw.body, literal, "raw");
@@ -101,12 +112,23 @@ async fn values_come_back_as_they_were_sent() {
         assert!(String::from_utf8_lossy(&whole.body).contains(&format!("\"value\":{literal},")), "{literal}");
     }
     let answer = c
-        .send("PUT".parse().unwrap(), "/v1/state/b?ttl_ms=60000&job_id=7&tag=x&tag=y", &[("content-type", "image/png")], "\u{0}png")
+        .send(
+            "PUT".parse().unwrap(),
+            "/v1/state/b?ttl_ms=60000&job_id=7&tag=x&tag=y",
+            &[("content-type", "image/png")],
+            "\u{0}png",
+        )
         .await
         .unwrap();
     assert_eq!(answer.status, 201);
     let entry = ok(c, "GET /v1/state/b").await;
-    assert!(contains(&entry, &json!({"value_base64":"AHBuZw==","content_type":"image/png","meta":{"job_id":"7","tags":["x","y"]}})), "{entry}");
+    assert!(
+        contains(
+            &entry,
+            &json!({"value_base64":"AHBuZw==","content_type":"image/png","meta":{"job_id":"7","tags":["x","y"]}})
+        ),
+        "{entry}"
+    );
     assert!(entry["expires_at_ms"].as_u64().unwrap() > 1_700_000_000_000);
     let raw = call(c, "GET /v1/state/b?raw=true").await;
     assert_eq!((raw.headers["content-type"].to_str().unwrap(), &raw.body[..]), ("image/png", &b"\0png"[..]));
@@ -116,18 +138,37 @@ async fn values_come_back_as_they_were_sent() {
 async fn conditions_by_body_query_and_header() {
     let server = Server::start(&[]);
     let c = &mut server.client();
-    check(c, vec![
-        row("only if absent", r#"PUT /v1/state/a {"value":1,"if_revision":0}"#, 201, json!({"revision":1})),
-        row("it is there", r#"PUT /v1/state/a {"value":2,"if_revision":0}"#, 409, json!({"code":"revision_conflict","expected":0,"actual":1})),
-        row("it is not", r#"PUT /v1/state/b {"value":2,"if_revision":9}"#, 409, json!({"code":"revision_conflict","expected":9,"actual":0})),
-        row("swap", r#"PUT /v1/state/a {"value":2,"if_revision":1}"#, 200, json!({"revision":2})),
-        row("swap too late", r#"PUT /v1/state/a {"value":3,"if_revision":1}"#, 409, json!({"expected":1,"actual":2})),
-        row("patch conflict", r#"PATCH /v1/state/a?if_revision=1 {"x":1}"#, 409, code("revision_conflict")),
-        row("delete conflict", "DELETE /v1/state/a?if_revision=1", 409, json!({"expected":1,"actual":2})),
-        row("delete absent with a condition", "DELETE /v1/state/zz?if_revision=1", 404, code("key_not_found")),
-        row("bad revision", "DELETE /v1/state/a?if_revision=x", 400, code("invalid_argument")),
-        row("refused ones took no revision", r#"PUT /v1/state/c {"value":1}"#, 201, json!({"revision":3})),
-    ]).await;
+    check(
+        c,
+        vec![
+            row("only if absent", r#"PUT /v1/state/a {"value":1,"if_revision":0}"#, 201, json!({"revision":1})),
+            row(
+                "it is there",
+                r#"PUT /v1/state/a {"value":2,"if_revision":0}"#,
+                409,
+                json!({"code":"revision_conflict","expected":0,"actual":1}),
+            ),
+            row(
+                "it is not",
+                r#"PUT /v1/state/b {"value":2,"if_revision":9}"#,
+                409,
+                json!({"code":"revision_conflict","expected":9,"actual":0}),
+            ),
+            row("swap", r#"PUT /v1/state/a {"value":2,"if_revision":1}"#, 200, json!({"revision":2})),
+            row(
+                "swap too late",
+                r#"PUT /v1/state/a {"value":3,"if_revision":1}"#,
+                409,
+                json!({"expected":1,"actual":2}),
+            ),
+            row("patch conflict", r#"PATCH /v1/state/a?if_revision=1 {"x":1}"#, 409, code("revision_conflict")),
+            row("delete conflict", "DELETE /v1/state/a?if_revision=1", 409, json!({"expected":1,"actual":2})),
+            row("delete absent with a condition", "DELETE /v1/state/zz?if_revision=1", 404, code("key_not_found")),
+            row("bad revision", "DELETE /v1/state/a?if_revision=x", 400, code("invalid_argument")),
+            row("refused ones took no revision", r#"PUT /v1/state/c {"value":1}"#, 201, json!({"revision":3})),
+        ],
+    )
+    .await;
     for (name, method, header, value, status) in [
         ("get, unchanged", "GET", "if-none-match", "\"2\"", 304),
         ("get, in a list", "GET", "if-none-match", "\"9\", W/\"2\"", 304),
@@ -159,16 +200,30 @@ async fn conditions_by_body_query_and_header() {
 async fn patch_merges_inside_the_commit() {
     let server = Server::start(&[]);
     let c = &mut server.client();
-    check(c, vec![
-        row("creates", r#"PATCH /v1/state/j {"a":{"b":1.50,"x":null}}"#, 201, json!({"created":true,"value":{"a":{"b":1.5}}})),
-        row("merges", r#"PATCH /v1/state/j {"a":{"c":2},"d":3}"#, 200, json!({"value":{"a":{"b":1.5,"c":2},"d":3}})),
-        row("removes", r#"PATCH /v1/state/j {"a":null}"#, 200, json!({"value":{"d":3}})),
-        row("replaces", r#"PATCH /v1/state/j [1]"#, 200, json!({"value":[1]})),
-        row("not JSON", "PATCH /v1/state/j {", 400, code("invalid_argument")),
-        row("unknown query", r#"PATCH /v1/state/j?x=1 {}"#, 400, code("invalid_argument")),
-        row("ttl", r#"PATCH /v1/state/t?ttl_ms=100000 {"a":1}"#, 201, Value::Null),
-        row("keeps the ttl", r#"PATCH /v1/state/t {"a":2}"#, 200, Value::Null),
-    ]).await;
+    check(
+        c,
+        vec![
+            row(
+                "creates",
+                r#"PATCH /v1/state/j {"a":{"b":1.50,"x":null}}"#,
+                201,
+                json!({"created":true,"value":{"a":{"b":1.5}}}),
+            ),
+            row(
+                "merges",
+                r#"PATCH /v1/state/j {"a":{"c":2},"d":3}"#,
+                200,
+                json!({"value":{"a":{"b":1.5,"c":2},"d":3}}),
+            ),
+            row("removes", r#"PATCH /v1/state/j {"a":null}"#, 200, json!({"value":{"d":3}})),
+            row("replaces", r#"PATCH /v1/state/j [1]"#, 200, json!({"value":[1]})),
+            row("not JSON", "PATCH /v1/state/j {", 400, code("invalid_argument")),
+            row("unknown query", r#"PATCH /v1/state/j?x=1 {}"#, 400, code("invalid_argument")),
+            row("ttl", r#"PATCH /v1/state/t?ttl_ms=100000 {"a":1}"#, 201, Value::Null),
+            row("keeps the ttl", r#"PATCH /v1/state/t {"a":2}"#, 200, Value::Null),
+        ],
+    )
+    .await;
     assert!(ok(c, "GET /v1/state/t").await["expires_at_ms"].is_u64());
     ok(c, r#"PUT /v1/state/t {"value":1}"#).await;
     assert!(ok(c, "GET /v1/state/t").await.get("expires_at_ms").is_none(), "a PUT without ttl_ms clears it");
@@ -225,14 +280,18 @@ async fn listing_pages_by_key_bytes() {
     assert_eq!(seen, ["a/1", "a/2", "a/3"]);
     let keys_only = ok(c, "GET /v1/state?keys_only=true&limit=1").await;
     assert!(keys_only["items"][0].get("value").is_none());
-    check(c, vec![
-        row("limit 0", "GET /v1/state?limit=0", 400, code("invalid_argument")),
-        row("limit too large", "GET /v1/state?limit=1001", 400, code("invalid_argument")),
-        row("bad cursor", "GET /v1/state?cursor=%25", 400, code("invalid_argument")),
-        row("twice", "GET /v1/state?limit=1&limit=2", 400, code("invalid_argument")),
-        row("unknown", "GET /v1/state?pre=a", 400, code("invalid_argument")),
-        row("empty page", "GET /v1/state?prefix=nothing", 200, json!({"items":[],"next_cursor":null})),
-    ]).await;
+    check(
+        c,
+        vec![
+            row("limit 0", "GET /v1/state?limit=0", 400, code("invalid_argument")),
+            row("limit too large", "GET /v1/state?limit=1001", 400, code("invalid_argument")),
+            row("bad cursor", "GET /v1/state?cursor=%25", 400, code("invalid_argument")),
+            row("twice", "GET /v1/state?limit=1&limit=2", 400, code("invalid_argument")),
+            row("unknown", "GET /v1/state?pre=a", 400, code("invalid_argument")),
+            row("empty page", "GET /v1/state?prefix=nothing", 200, json!({"items":[],"next_cursor":null})),
+        ],
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -247,7 +306,8 @@ async fn keys_expire_for_every_read_at_once_and_as_an_event() {
     stream.next_event().await.unwrap();
     stream.next_event().await.unwrap();
     for _ in 0..2 {
-        let event = common::timeout(common::Duration::from_secs(2), stream.next_event()).await.unwrap().unwrap().unwrap();
+        let event =
+            common::timeout(common::Duration::from_secs(2), stream.next_event()).await.unwrap().unwrap().unwrap();
         let data = event.json().unwrap();
         assert!(contains(&data, &json!({"type":"state_deleted","reason":"expired"})), "{data}");
         let late_ms = data["ts"].as_f64().unwrap() * 1000.0 - deadline as f64;
@@ -296,7 +356,10 @@ async fn batches_are_all_or_nothing() {
     assert!(contains(&answer, &json!({"first_revision":2,"last_revision":10})), "{answer}");
     assert_eq!(answer["results"].as_array().unwrap().len(), 9);
     assert_eq!(answer["results"][1]["value"], json!({"x":1}));
-    assert_eq!(ok(c, "GET /v1/vector/v/get?id=1").await, json!({"id":"1","vector":[1.0,2.0],"meta":{"n":1,"m":2},"revision":8}));
+    assert_eq!(
+        ok(c, "GET /v1/vector/v/get?id=1").await,
+        json!({"id":"1","vector":[1.0,2.0],"meta":{"n":1,"m":2},"revision":8})
+    );
     let many = |n: usize| {
         let ops: Vec<String> = (0..n).map(|i| format!("{{\"op\":\"put\",\"key\":\"m{i}\",\"value\":{i}}}")).collect();
         format!("POST /v1/batch {{\"ops\":[{}]}}", ops.join(","))
@@ -328,7 +391,9 @@ async fn bodies_have_limits_and_types() {
     let answer = call(&mut server.client(), &large).await;
     assert_eq!(answer.status, 413);
     assert!(contains(&answer.json().unwrap(), &json!({"code":"payload_too_large","limit_bytes":1 << 20})));
-    for (method, path) in [("POST", "/v1/batch"), ("POST", "/v1/events"), ("POST", "/v1/vector/v"), ("POST", "/v1/vector/v/search")] {
+    for (method, path) in
+        [("POST", "/v1/batch"), ("POST", "/v1/events"), ("POST", "/v1/vector/v"), ("POST", "/v1/vector/v/search")]
+    {
         let form = [("content-type", "application/x-www-form-urlencoded")];
         let answer = c.send(method.parse().unwrap(), path, &form, "{}").await.unwrap();
         assert_eq!(answer.status, 415, "{path}");
@@ -404,7 +469,13 @@ async fn searches() {
     let bad = || code("invalid_argument");
     ok(c, r#"POST /v1/vector/c {"dim":2,"metric":"l2"}"#).await;
     let items: Vec<String> = (0..20)
-        .map(|n| format!("{{\"id\":\"{n:02}\",\"vector\":[{n},0],\"meta\":{{\"n\":{n},\"even\":{},\"tags\":[\"t{}\"]}}}}", n % 2 == 0, n % 3))
+        .map(|n| {
+            format!(
+                "{{\"id\":\"{n:02}\",\"vector\":[{n},0],\"meta\":{{\"n\":{n},\"even\":{},\"tags\":[\"t{}\"]}}}}",
+                n % 2 == 0,
+                n % 3
+            )
+        })
         .collect();
     ok(c, &format!("POST /v1/vector/c/add {{\"items\":[{}]}}", items.join(","))).await;
     let search = |body: &str| format!("POST /v1/vector/c/search {body}");
@@ -445,7 +516,13 @@ async fn searches() {
     let mut cursor = String::new();
     loop {
         let page = ok(c, &format!("GET /v1/vector/c/list?limit=3&include_vector=true{cursor}")).await;
-        seen.extend(page["items"].as_array().unwrap().iter().map(|i| (i["id"].as_str().unwrap().to_owned(), i["vector"][0].as_f64().unwrap())));
+        seen.extend(
+            page["items"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|i| (i["id"].as_str().unwrap().to_owned(), i["vector"][0].as_f64().unwrap())),
+        );
         match page["next_cursor"].as_str() {
             Some(next) => cursor = format!("&cursor={next}"),
             None => break,
@@ -460,7 +537,9 @@ async fn extreme_vectors_are_scored_and_not_lost() {
     let c = &mut server.client();
     for metric in ["cosine", "dot", "l2"] {
         ok(c, &format!("POST /v1/vector/{metric} {{\"dim\":2,\"metric\":\"{metric}\"}}")).await;
-        for (id, vector) in [("big", "[3e38,3e38]"), ("tiny", "[1e-45,1e-45]"), ("one", "[1,1]"), ("mixed", "[1e30,-1e-30]")] {
+        for (id, vector) in
+            [("big", "[3e38,3e38]"), ("tiny", "[1e-45,1e-45]"), ("one", "[1,1]"), ("mixed", "[1e30,-1e-30]")]
+        {
             ok(c, &format!("POST /v1/vector/{metric}/add {{\"id\":\"{id}\",\"vector\":{vector}}}")).await;
         }
         let found = ok(c, &format!("POST /v1/vector/{metric}/search {{\"vector\":[2e38,2e38],\"k\":4}}")).await;
@@ -495,7 +574,12 @@ async fn events_publish_and_history() {
         c.send("GET".parse().unwrap(), &format!("/v1/events{query}"), &all, "").await.unwrap()
     };
     let revisions = |answer: &kiss_vdb::client::Answer| -> Vec<u64> {
-        answer.success().unwrap()["events"].as_array().unwrap().iter().map(|e| e["revision"].as_u64().unwrap()).collect()
+        answer.success().unwrap()["events"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|e| e["revision"].as_u64().unwrap())
+            .collect()
     };
     for (query, expected, next) in [
         ("?since=0", vec![1, 2, 3], 3),
@@ -521,9 +605,24 @@ async fn events_publish_and_history() {
         assert!(contains(&body, &json!({"next_since":next,"head":3,"oldest":1})), "{query}: {body}");
     }
     let first = get(c, "?since=0&limit=1", &[]).await.json().unwrap();
-    assert!(contains(&first["events"][0], &json!({"type":"progress","key":"job:1","data":{"p":1},"meta":{"job_id":"1","tags":["x"]}})));
+    assert!(contains(
+        &first["events"][0],
+        &json!({"type":"progress","key":"job:1","data":{"p":1},"meta":{"job_id":"1","tags":["x"]}})
+    ));
     assert_eq!(revisions(&get(c, "?since=0", &[("last-event-id", "2")]).await), [3], "Last-Event-ID beats since");
-    for query in ["?since=x", "?since=-1", "?since=99999999999999999999", "?since=9", "?limit=0", "?limit=1001", "?wait_ms=60001", "?types=Bad", "?kez=1", "?key=", "?snapshot=true"] {
+    for query in [
+        "?since=x",
+        "?since=-1",
+        "?since=99999999999999999999",
+        "?since=9",
+        "?limit=0",
+        "?limit=1001",
+        "?wait_ms=60001",
+        "?types=Bad",
+        "?kez=1",
+        "?key=",
+        "?snapshot=true",
+    ] {
         assert_eq!(get(c, query, &[]).await.status, 400, "{query}");
     }
     assert_eq!(get(c, "", &[("last-event-id", "abc")]).await.status, 400);
@@ -538,7 +637,9 @@ async fn events_publish_and_history() {
     let target = server.target.clone();
     let poll = tokio::spawn(async move {
         let mut c = Client::new(&target);
-        c.send("GET".parse().unwrap(), "/v1/events?since=3&wait_ms=30000&key=k", &[("accept", "application/json")], "").await.unwrap()
+        c.send("GET".parse().unwrap(), "/v1/events?since=3&wait_ms=30000&key=k", &[("accept", "application/json")], "")
+            .await
+            .unwrap()
     });
     ok(c, r#"PUT /v1/state/other {"value":1}"#).await;
     ok(c, r#"PUT /v1/state/k {"value":2}"#).await;
@@ -552,7 +653,9 @@ async fn a_key_guards_everything_but_health_and_preflights() {
     let open = kiss_vdb::client::Target::new(&server.target.url(), None).unwrap();
     let c = &mut Client::new(&open);
     assert_eq!(call(c, "GET /v1/health").await.status, 200);
-    for line in ["GET /v1/state", "PUT /v1/state/a {\"value\":1}", "GET /v1/events", "GET /v1/metrics", "GET /", "GET /nope"] {
+    for line in
+        ["GET /v1/state", "PUT /v1/state/a {\"value\":1}", "GET /v1/events", "GET /v1/metrics", "GET /", "GET /nope"]
+    {
         let answer = call(c, line).await;
         assert_eq!(answer.status, 401, "{line}");
         assert_eq!(answer.json().unwrap()["code"], "unauthorized");
@@ -563,7 +666,11 @@ async fn a_key_guards_everything_but_health_and_preflights() {
         assert_eq!(answer.status, 401, "{wrong}");
     }
     assert_eq!(call(&mut server.client(), "GET /v1/state").await.status, 200);
-    let preflight = [("origin", "https://app.example"), ("access-control-request-method", "PUT"), ("access-control-request-headers", "authorization,if-match")];
+    let preflight = [
+        ("origin", "https://app.example"),
+        ("access-control-request-method", "PUT"),
+        ("access-control-request-headers", "authorization,if-match"),
+    ];
     let answer = c.send("OPTIONS".parse().unwrap(), "/v1/state/a", &preflight, "").await.unwrap();
     assert_eq!(answer.status, 200);
     assert_eq!(answer.headers["access-control-allow-origin"], "https://app.example");
@@ -576,17 +683,31 @@ async fn a_key_guards_everything_but_health_and_preflights() {
 async fn admin_pages_and_metrics() {
     let server = Server::start(&[]);
     let c = &mut server.client();
-    assert!(server.banner.contains("http://127.0.0.1:") && server.banner.contains("durability always"), "{}", server.banner);
+    assert!(
+        server.banner.contains("http://127.0.0.1:") && server.banner.contains("durability always"),
+        "{}",
+        server.banner
+    );
     ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
     let health = ok(c, "GET /v1/health").await;
     assert!(contains(&health, &json!({"status":"ok","revision":1,"oldest":1,"durability":"always"})), "{health}");
     let snapshot = ok(c, "POST /v1/admin/snapshot").await;
     assert!(snapshot["revision"] == 1 && snapshot["bytes"].as_u64().unwrap() > 0 && snapshot["took_ms"].is_u64());
     let metrics = String::from_utf8(call(c, "GET /v1/metrics").await.body.to_vec()).unwrap();
-    for name in ["kiss_revision 1", "kiss_keys 1", "kiss_http_requests_total{route=\"/v1/state/{key}\",method=\"PUT\",status=\"201\"} 1", "kiss_fsync_duration_seconds_count", "# EOF"] {
+    for name in [
+        "kiss_revision 1",
+        "kiss_keys 1",
+        "kiss_http_requests_total{route=\"/v1/state/{key}\",method=\"PUT\",status=\"201\"} 1",
+        "kiss_fsync_duration_seconds_count",
+        "# EOF",
+    ] {
         assert!(metrics.contains(name), "{name} is not in\n{metrics}");
     }
-    for (path, content_type) in [("/", "text/html; charset=utf-8"), ("/docs", "text/html; charset=utf-8"), ("/openapi.yaml", "application/yaml; charset=utf-8")] {
+    for (path, content_type) in [
+        ("/", "text/html; charset=utf-8"),
+        ("/docs", "text/html; charset=utf-8"),
+        ("/openapi.yaml", "application/yaml; charset=utf-8"),
+    ] {
         let answer = call(c, &format!("GET {path}")).await;
         assert_eq!(answer.status, 200, "{path}");
         assert_eq!(answer.headers["content-type"], content_type);

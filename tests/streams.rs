@@ -14,7 +14,11 @@ async fn next(stream: &mut EventStream) -> ServerEvent {
 }
 
 async fn frame(stream: &mut EventStream) -> ServerEvent {
-    timeout(Duration::from_secs(20), stream.next_frame()).await.expect("a frame in time").unwrap().expect("the stream goes on")
+    timeout(Duration::from_secs(20), stream.next_frame())
+        .await
+        .expect("a frame in time")
+        .unwrap()
+        .expect("the stream goes on")
 }
 
 #[tokio::test]
@@ -185,7 +189,11 @@ async fn many_clients_see_every_event_exactly_once_in_order() {
     }
     let c = &mut server.client();
     let done: Vec<String> = (0..KEYS)
-        .flat_map(|k| (0..WRITERS).map(move |w| format!("{{\"op\":\"event\",\"type\":\"done\",\"key\":\"k{k}\",\"meta\":{{\"tags\":[\"w{w}\"]}}}}")))
+        .flat_map(|k| {
+            (0..WRITERS).map(move |w| {
+                format!("{{\"op\":\"event\",\"type\":\"done\",\"key\":\"k{k}\",\"meta\":{{\"tags\":[\"w{w}\"]}}}}")
+            })
+        })
         .collect();
     let committed = ok(c, &format!("POST /v1/batch {{\"ops\":[{}]}}", done.join(","))).await;
     let total = committed["first_revision"].as_u64().unwrap() - 1;
@@ -337,7 +345,10 @@ async fn positions_that_cannot_be_honoured_are_reset_aloud() {
     ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
     let mut stream = server.target.events("", Some(99)).await.unwrap();
     let reset = next(&mut stream).await;
-    assert!(contains(&reset.json().unwrap(), &json!({"reason":"future","requested":99,"oldest":1,"head":1})), "{reset:?}");
+    assert!(
+        contains(&reset.json().unwrap(), &json!({"reason":"future","requested":99,"oldest":1,"head":1})),
+        "{reset:?}"
+    );
     assert_eq!((reset.event.as_str(), reset.id), ("reset", Some(1)));
     ok(c, r#"PUT /v1/state/b {"value":1}"#).await;
     assert_eq!(next(&mut stream).await.id, Some(2));
@@ -363,8 +374,12 @@ async fn history_beyond_the_log_is_compacted_and_says_so() {
     assert!(oldest > 1, "segments were dropped");
     let mut stream = server.target.events("", Some(1)).await.unwrap();
     let reset = next(&mut stream).await;
-    assert!(contains(&reset.json().unwrap(), &json!({"reason":"compacted","requested":1,"oldest":oldest,"head":41})), "{reset:?}");
-    let answer = c.send("GET".parse().unwrap(), "/v1/events?since=1", &[("accept", "application/json")], "").await.unwrap();
+    assert!(
+        contains(&reset.json().unwrap(), &json!({"reason":"compacted","requested":1,"oldest":oldest,"head":41})),
+        "{reset:?}"
+    );
+    let answer =
+        c.send("GET".parse().unwrap(), "/v1/events?since=1", &[("accept", "application/json")], "").await.unwrap();
     assert_eq!(answer.status, 410);
     assert!(contains(&answer.json().unwrap(), &json!({"code":"revision_compacted","oldest":oldest,"head":41})));
     let mut stream = server.target.events("?since=0", None).await.unwrap();
@@ -398,10 +413,14 @@ async fn ephemeral_events_reach_live_streams_and_skip_the_log() {
     assert_eq!(ok(c, r#"POST /v1/events {"type":"tick","data":1,"key":"k","ephemeral":true}"#).await["revision"], 2);
     let search = next(&mut searches).await;
     assert_eq!(search.id, Some(2));
-    assert!(contains(&search.json().unwrap(), &json!({"type":"vector_search","collection":"v","k":3,"hits":1})), "{search:?}");
+    assert!(
+        contains(&search.json().unwrap(), &json!({"type":"vector_search","collection":"v","k":3,"hits":1})),
+        "{search:?}"
+    );
     assert!(contains(&next(&mut searches).await.json().unwrap(), &json!({"type":"tick","key":"k","data":1})));
     assert_eq!(next(&mut all).await.event, "tick", "searches come only to streams that name them");
-    let history = c.send("GET".parse().unwrap(), "/v1/events?since=0", &[("accept", "application/json")], "").await.unwrap();
+    let history =
+        c.send("GET".parse().unwrap(), "/v1/events?since=0", &[("accept", "application/json")], "").await.unwrap();
     assert_eq!(history.json().unwrap()["events"].as_array().unwrap().len(), 2);
 }
 
@@ -465,7 +484,8 @@ async fn in_a_relaxed_mode_a_crash_loses_a_range_and_says_so() {
     let mut stream = server.target.events("", Some(2)).await.unwrap();
     let reset = next(&mut stream).await;
     assert!(contains(&reset.json().unwrap(), &json!({"reason":"lost","requested":2,"head":head})), "{reset:?}");
-    let answer = c.send("GET".parse().unwrap(), "/v1/events?since=2", &[("accept", "application/json")], "").await.unwrap();
+    let answer =
+        c.send("GET".parse().unwrap(), "/v1/events?since=2", &[("accept", "application/json")], "").await.unwrap();
     assert_eq!(answer.status, 410);
     // Whoever saw all that is there goes on without a word.
     let mut stream = server.target.events("", Some(1)).await.unwrap();

@@ -89,15 +89,33 @@ fn filter(params: &Params) -> ApiResult<EventFilter> {
     Ok(filter)
 }
 
+/// Where a client wants to resume.
+#[derive(Clone, Copy)]
+struct Resume {
+    after: Revision,
+    /// A time before everything in a log that no longer reaches back to its beginning.
+    before_oldest: bool,
+}
+
+impl Resume {
+    fn check(self, engine: &Engine) -> Option<ResetReason> {
+        if self.before_oldest {
+            return Some(ResetReason::Compacted);
+        }
+        engine.feed().check_resume(self.after, engine.head())
+    }
+}
+
 /// Where a client wants to resume, if it says so. `Last-Event-ID` beats `since`.
-async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiResult<Option<Revision>> {
+async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiResult<Option<Resume>> {
+    let at = |revision| Some(Resume { after: Revision(revision), before_oldest: false });
     if let Some(value) = headers.get("last-event-id").filter(|v| !v.is_empty()) {
         let id = value.to_str().ok().filter(|v| v.bytes().all(|b| b.is_ascii_digit())).and_then(|v| v.parse().ok());
-        return id.map(Revision).map(Some).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"));
+        return id.map(at).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"));
     }
     let Some(since) = params.one("since")? else { return Ok(None) };
     if !since.is_empty() && since.bytes().all(|b| b.is_ascii_digit()) {
-        return since.parse().map(Revision).map(Some).map_err(|_| invalid("since is larger than any revision"));
+        return since.parse().map(at).map_err(|_| invalid("since is larger than any revision"));
     }
     // A plus sign that was not encoded arrives as a space.
     let time: jiff::Timestamp = since
@@ -106,13 +124,16 @@ async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiRes
         .map_err(|_| invalid("since is a revision or a time such as 2026-01-31T12:00:00Z"))?;
     let ts_ms = u64::try_from(time.as_millisecond()).unwrap_or(0);
     let log = Arc::clone(app.engine.log());
-    let head = app.engine.feed().head();
     let found = tokio::task::spawn_blocking(move || log.revision_at(ts_ms)).await.map_err(|_| ApiError::Internal)?;
-    let revision = found.map_err(|error| {
+    let found = found.map_err(|error| {
         tracing::error!(%error, "cannot look up a time in the log");
         ApiError::Internal
     })?;
-    Ok(Some(revision.min(head)))
+    let feed = app.engine.feed();
+    Ok(Some(match found {
+        Some(revision) => Resume { after: revision.min(feed.head()), before_oldest: false },
+        None => Resume { after: feed.oldest().prev(), before_oldest: feed.oldest() > Revision(1) },
+    }))
 }
 
 fn wants_json(headers: &HeaderMap) -> bool {
@@ -137,9 +158,9 @@ pub async fn events(State(app): State<App>, uri: Uri, headers: HeaderMap) -> Api
     let heartbeat = Duration::from_millis(params.number_in("heartbeat_ms", 1000..=60_000, 15_000)?);
     let wants_snapshot = params.flag("snapshot")?;
     let feed = app.engine.feed();
-    let reset = resume.and_then(|revision| Some((feed.check_resume(revision)?, revision)));
+    let reset = resume.and_then(|resume| Some((resume.check(&app.engine)?, resume.after)));
     let after = match (resume, reset) {
-        (Some(revision), None) => revision,
+        (Some(resume), None) => resume.after,
         _ => feed.head(),
     };
     let resumes = resume.is_some() && reset.is_none();
@@ -150,7 +171,12 @@ pub async fn events(State(app): State<App>, uri: Uri, headers: HeaderMap) -> Api
         if let Some((reason, requested)) = reset {
             push_reset(&mut out, &app.engine, reason, requested, None);
         }
-        Phase::Snapshot(Box::new(Walk::new(filter)))
+        let mut walk = Walk::new(filter);
+        if walk.needs_view() {
+            // Many walks at once would make every write keep many old versions.
+            walk.permit = Arc::clone(&app.walks).acquire_owned().await.ok();
+        }
+        Phase::Snapshot(Box::new(walk))
     } else {
         match reset {
             Some((reason, requested)) => push_reset(&mut out, &app.engine, reason, requested, Some(after)),
@@ -207,6 +233,8 @@ struct Walk {
     prefixes: Vec<String>,
     from: String,
     count: u64,
+    /// One of [`super::WALKS_MAX`] while it lasts.
+    permit: Option<tokio::sync::OwnedSemaphorePermit>,
 }
 
 impl Walk {
@@ -224,7 +252,12 @@ impl Walk {
         } else {
             prefixes.push(String::new());
         }
-        Self { filter, view: None, prefixes, from: String::new(), count: 0 }
+        Self { filter, view: None, prefixes, from: String::new(), count: 0, permit: None }
+    }
+
+    /// Whether it walks the keys, rather than looking up a few.
+    fn needs_view(&self) -> bool {
+        !self.prefixes.is_empty() && (self.filter.keys.is_empty() || !self.filter.prefixes.is_empty())
     }
 
     /// Appends rows of the next slices; the revision once it is complete, an error when the view was overrun.
@@ -237,7 +270,7 @@ impl Walk {
             }
             return Ok(Some(revision));
         }
-        let view = Arc::clone(self.view.get_or_insert_with(|| engine.begin_view()));
+        let view = Arc::clone(self.view.get_or_insert_with(|| engine.begin_view(self.prefixes.clone())));
         let now_ms = engine.now_ms();
         for _ in 0..SLICES_PER_POLL {
             let Some(prefix) = self.prefixes.last() else {
@@ -400,7 +433,7 @@ async fn history(
     app: &App,
     params: &Params,
     filter: EventFilter,
-    resume: Option<Revision>,
+    resume: Option<Resume>,
     include_vector: bool,
 ) -> ApiResult {
     if params.flag("snapshot")? || params.one("heartbeat_ms")?.is_some() {
@@ -409,9 +442,9 @@ async fn history(
     let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
     let wait = Duration::from_millis(params.number_in("wait_ms", 0..=60_000, 0)?);
     let feed = app.engine.feed();
-    let after = resume.unwrap_or_else(|| feed.head());
+    let after = resume.map_or_else(|| feed.head(), |r| r.after);
     let compacted = || Rejection::RevisionCompacted { oldest: feed.oldest(), head: feed.head() };
-    match feed.check_resume(after) {
+    match resume.and_then(|r| r.check(&app.engine)) {
         Some(ResetReason::Future) => return Err(invalid(format!("since is newer than the head, {}", feed.head()))),
         Some(ResetReason::Compacted | ResetReason::Lost) => return Err(compacted().into()),
         None => {}
@@ -470,8 +503,7 @@ struct PublishBody<'a> {
     data: Option<&'a RawValue>,
     key: Option<String>,
     meta: Option<MetaBody>,
-    #[serde(default)]
-    ephemeral: bool,
+    ephemeral: Option<bool>,
 }
 
 /// `POST /v1/events`
@@ -483,7 +515,7 @@ pub async fn publish(State(app): State<App>, uri: Uri, headers: HeaderMap, body:
     let key = body.key.as_deref().map(Key::new).transpose()?;
     let data = body.data.map(|d| compact(d.get()));
     let labels = body.meta.map_or(Ok(None), MetaBody::labels)?;
-    let revision = if body.ephemeral {
+    let revision = if body.ephemeral.unwrap_or(false) {
         app.engine.feed().publish_ephemeral(Ephemeral {
             ts_ms: app.engine.now_ms(),
             event_type: event_type.as_str().into(),

@@ -177,9 +177,12 @@ pub fn etags(headers: &HeaderMap, name: &HeaderName) -> ApiResult<Option<ETags>>
                 return Ok(Some(ETags::Any));
             }
             let ETags::These(revisions) = found.get_or_insert_with(|| ETags::These(Vec::new())) else { continue };
-            let tag = tag.strip_prefix("W/").unwrap_or(tag);
+            // A weak tag never matches in If-Match, which compares strongly (RFC 9110, 13.1.1).
+            let tag = if *name == header::IF_NONE_MATCH { tag.strip_prefix("W/").unwrap_or(tag) } else { tag };
             let inner = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(tag);
-            revisions.extend(inner.parse().map(Revision));
+            if inner.bytes().all(|b| b.is_ascii_digit()) {
+                revisions.extend(inner.parse().map(Revision));
+            }
         }
     }
     Ok(found)
@@ -219,7 +222,15 @@ fn numbers_of(text: &str) -> Result<Vec<f32>, Rejection> {
 pub fn meta(raw: Option<&RawValue>) -> Result<Option<VectorMeta>, Rejection> {
     match raw.map(RawValue::get) {
         None => Ok(None),
-        Some(text) => VectorMeta::new(&crate::engine::json::compact(text)).map(Some),
+        Some(text) => {
+            // A number no float can hold would hide the whole object from filters.
+            if serde_json::from_str::<serde_json::Value>(text).is_err() {
+                return Err(Rejection::invalid(
+                    "meta holds a number beyond 64-bit floats, or text that is not Unicode",
+                ));
+            }
+            VectorMeta::new(&crate::engine::json::compact(text)).map(Some)
+        }
     }
 }
 

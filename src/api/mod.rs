@@ -25,6 +25,7 @@ pub mod vectors;
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::engine::metrics::{RequestLabels, RouteLabels};
+use crate::error::Rejection;
 use crate::revision::Revision;
 use axum::Router;
 use axum::body::Body;
@@ -34,9 +35,11 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::ApiError;
+use http_body::Body as _;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 /// What handlers share. Cheap to clone.
@@ -52,8 +55,21 @@ pub struct App {
     pub started: Instant,
     /// Open connections.
     pub connections: Arc<AtomicU64>,
+    /// Snapshots being walked for streams, at most [`WALKS_MAX`].
+    pub walks: Arc<Semaphore>,
+    /// KiB of request bodies held in memory at a time; see [`App::admit`].
+    bodies_kib: Arc<Semaphore>,
     api_key: Option<Arc<str>>,
 }
+
+/// Snapshots walked for streams at the same time; more wait before their stream opens.
+pub const WALKS_MAX: usize = 64;
+/// Bodies in memory together: this, and never less than four of the largest.
+const BODIES_BYTES_MIN: usize = 256 << 20;
+/// Bodies smaller than this are not counted: the connection limit bounds them.
+const BODY_FREE_BYTES: u64 = 64 << 10;
+/// How long a large body waits for others to go.
+const BODY_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 impl App {
     /// Over an open engine.
@@ -65,7 +81,24 @@ impl App {
             durability: if config.data_dir.is_some() { config.fsync.as_str() } else { "ephemeral" },
             started: Instant::now(),
             connections: Arc::new(AtomicU64::new(0)),
+            walks: Arc::new(Semaphore::new(WALKS_MAX)),
+            bodies_kib: Arc::new(Semaphore::new(BODIES_BYTES_MIN.max(4 * config.max_body_bytes) >> 10)),
             api_key: config.api_key.as_deref().map(Into::into),
+        }
+    }
+
+    /// Room for a request's body, held until it is answered. A body of unknown length counts as the largest.
+    async fn admit(&self, announced_bytes: Option<u64>) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        let largest = self.max_body_bytes as u64;
+        let bytes = announced_bytes.unwrap_or(largest).min(largest);
+        if bytes <= BODY_FREE_BYTES {
+            return Ok(None);
+        }
+        let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
+        let permit = tokio::time::timeout(BODY_PATIENCE, Arc::clone(&self.bodies_kib).acquire_many_owned(kib)).await;
+        match permit {
+            Ok(Ok(permit)) => Ok(Some(permit)),
+            _ => Err(Rejection::Overloaded("too many large bodies at once; retry in a moment").into()),
         }
     }
 }
@@ -171,7 +204,14 @@ async fn guard(State(app): State<App>, path: Option<MatchedPath>, request: Reque
         Some(key) if request.uri().path() != "/v1/health" => bearer(&request).is_some_and(|given| same(given, key)),
         _ => true,
     };
-    let response = if is_allowed { next.run(request).await } else { ApiError::Unauthorized.into_response() };
+    let response = if !is_allowed {
+        ApiError::Unauthorized.into_response()
+    } else {
+        match app.admit(request.body().size_hint().upper()).await {
+            Ok(_room) => next.run(request).await,
+            Err(error) => error.into_response(),
+        }
+    };
     // The route, never the path: clients must not choose label values.
     let route = path.as_ref().map_or("(none)", |p| p.as_str()).replace("{*key}", "{key}");
     let method = match method {

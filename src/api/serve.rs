@@ -22,7 +22,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 
 /// A request's head must be complete by then; keeps slow senders from holding connections.
-pub const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
+/// Also how long a connection may be idle between requests.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// A connection whose peer takes no byte for this long is cut.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// What was begun may take this long after a stop.
@@ -67,7 +68,6 @@ pub async fn serve(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
-        .pipeline_flush(true)
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(H2_STREAMS_MAX)
@@ -97,12 +97,21 @@ pub async fn serve(
         }
         tune(&stream);
         let service = TowerToHyperService::new(router.clone());
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-        let connection = graceful.watch(connection);
+        let (builder, watcher) = (Arc::clone(&builder), graceful.watcher());
         let connections = Arc::clone(&app.connections);
+        let mut stop = stop.clone();
         tokio::spawn(async move {
-            // A broken connection is the client's affair.
-            connection.await.ok();
+            // hyper's own timer starts with the first byte, so the wait for that one is ours.
+            let mut byte = [0];
+            let is_silent = tokio::select! {
+                first = tokio::time::timeout(HEAD_TIMEOUT, stream.peek(&mut byte)) => !matches!(first, Ok(Ok(1..))),
+                _ = stop.wait_for(|stop| *stop) => true,
+            };
+            if !is_silent {
+                let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+                // A broken connection is the client's affair.
+                watcher.watch(connection).await.ok();
+            }
             connections.fetch_sub(1, Ordering::Relaxed);
         });
     }
@@ -116,6 +125,8 @@ pub async fn serve(
 fn tune(stream: &TcpStream) {
     // Answers are written whole; waiting to fill a segment would only delay them.
     stream.set_nodelay(true).ok();
+    // A peer that vanished without a word is noticed in the end.
+    rustix::net::sockopt::set_socket_keepalive(stream, true).ok();
     // The kernel closes a connection whose data the peer does not take, also when its window is closed.
     let stall_ms = u32::try_from(STALL_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
     rustix::net::sockopt::set_tcp_user_timeout(stream, stall_ms).ok();

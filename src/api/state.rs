@@ -26,7 +26,7 @@ use serde_json::value::RawValue;
 /// Where keys begin in the path.
 const PREFIX: &str = "/v1/state/";
 /// A page of entries ends early beyond this, so that large values cannot make an answer of gigabytes.
-const PAGE_BYTES_MAX: usize = 32 << 20;
+pub const PAGE_BYTES_MAX: usize = 32 << 20;
 
 /// `job_id` and `tags` as clients send them.
 #[derive(Debug, Default, Deserialize)]
@@ -159,7 +159,12 @@ async fn commit_one(app: &App, op: Op) -> ApiResult {
         Outcome::Put { created: true, .. } | Outcome::Patched { created: true, .. } => StatusCode::CREATED,
         _ => StatusCode::OK,
     };
-    Ok(json_with_etag(status, outcome_json(outcome), committed.last_revision))
+    let body = outcome_json(outcome);
+    Ok(match outcome {
+        // What is gone has no tag.
+        Outcome::Deleted { .. } => json(status, body),
+        _ => json_with_etag(status, body, committed.last_revision),
+    })
 }
 
 /// `PUT /v1/state/{key}`

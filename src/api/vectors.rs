@@ -2,7 +2,7 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Params, meta, parse_json, read_json, vector};
-use super::state::{decode_cursor, outcome_json, push_list, push_next_cursor};
+use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::{Found, Grouping, Search, SharedCollection};
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
@@ -25,6 +25,10 @@ const ITEMS_MAX: usize = 10_000;
 const QUERIES_MAX: usize = 256;
 /// Hits kept in one group.
 const GROUP_SIZE_MAX: usize = 100;
+/// Searches with `group_by` in one request: each keeps a list for every value it meets.
+const GROUPED_MAX: usize = 8;
+/// Numbers of vectors one answer may carry (`include_vector`): 10,000,000 are 100 MB of JSON.
+const ANSWER_NUMBERS_MAX: usize = 10_000_000;
 /// Most scores one request may ask to keep: `queries` times (`offset` + `k`). Bounds memory for a search.
 const KEPT_MAX: usize = 500_000;
 
@@ -234,17 +238,30 @@ pub async fn delete(State(app): State<App>, path: NamePath, uri: Uri, headers: H
             let ids: Result<Vec<_>, _> = ids.iter().map(|id| VectorId::new(id)).collect();
             Op::DeleteVectors { collection, selection: VectorSelection { ids: ids?, filter: None } }
         }
-        (None, None, Some(filters)) => {
-            let filter = Filter::parse(&filters)?;
-            let shared = app.engine.collection(collection.as_str())?;
-            // Looking at every vector's metadata is not the writer's work; it checks the found ones again.
-            let (ids, filter) = blocking(move || (shared.matching(&filter), filter)).await?;
-            Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: Some(filter) } }
-        }
+        (None, None, Some(filters)) => return delete_matching(&app, collection, Filter::parse(&filters)?).await,
         _ => return Err(invalid("give one of id, ids or filters")),
     };
     let committed = app.engine.submit(Command::one(op)).await?;
     Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
+}
+
+/// Deletes what matches, in commands of at most [`ITEMS_MAX`]: one command for a million would keep every other write
+/// waiting. Looking at every vector's metadata is not the writer's work; it checks the found ones again.
+async fn delete_matching(app: &App, collection: CollectionName, filter: Filter) -> ApiResult {
+    let shared = app.engine.collection(collection.as_str())?;
+    let (ids, filter) = blocking(move || (shared.matching(&filter), filter)).await?;
+    let (mut total, mut last) = (0, app.engine.head());
+    for ids in ids.chunks(ITEMS_MAX) {
+        let selection = VectorSelection { ids: ids.to_vec(), filter: Some(filter.clone()) };
+        let op = Op::DeleteVectors { collection: collection.clone(), selection };
+        let committed = app.engine.submit(Command::one(op)).await?;
+        if let Outcome::VectorsDeleted { deleted, revision, .. } = committed.outcomes[0] {
+            total += deleted;
+            last = revision;
+        }
+    }
+    let all = Outcome::VectorsDeleted { deleted: total, missing: Vec::new(), revision: last };
+    Ok(json(StatusCode::OK, outcome_json(&all)))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ApiResult<T> {
@@ -283,10 +300,22 @@ pub async fn list(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult
     let after = params.one("cursor")?.map(decode_cursor).transpose()?;
     let shared = app.engine.collection(collection.as_str())?;
     let (mut items, revision) = shared.read(|c| (c.list(after.as_deref(), limit + 1, include_vector), c.revision()));
-    let has_more = items.len() > limit;
+    let mut has_more = items.len() > limit;
     items.truncate(limit);
     let mut out = String::from("{\"items\":[");
-    push_list(&mut out, &items, push_item);
+    let mut count = 0;
+    for item in &items {
+        if out.len() > PAGE_BYTES_MAX {
+            has_more = true;
+            break;
+        }
+        if count > 0 {
+            out.push(',');
+        }
+        push_item(&mut out, item);
+        count += 1;
+    }
+    items.truncate(count);
     out.push_str("],");
     push_next_cursor(&mut out, items.last().filter(|_| has_more).map(|item| item.id.as_str()));
     push_fmt(&mut out, format_args!(",\"revision\":{revision}}}"));
@@ -458,6 +487,11 @@ fn push_found(out: &mut String, found: &Found, include_meta: bool) {
     out.push(']');
 }
 
+/// Hits a search may answer with.
+fn carried_vectors(search: &Search) -> usize {
+    search.k * search.group.as_ref().map_or(1, |g| g.size)
+}
+
 fn hit_count(found: &Found) -> usize {
     match found {
         Found::Hits(hits) => hits.len(),
@@ -493,6 +527,16 @@ pub async fn search(State(app): State<App>, path: NamePath, uri: Uri, headers: H
                 return Err(Rejection::invalid(format!(
                     "queries together keep at most {KEPT_MAX} hits (offset + k each)"
                 )));
+            }
+            if prepared.iter().filter(|s| s.group.is_some()).count() > GROUPED_MAX {
+                return Err(Rejection::invalid(format!("at most {GROUPED_MAX} of queries may have group_by")));
+            }
+            let carried: usize = prepared.iter().filter(|s| s.include_vector).map(carried_vectors).sum();
+            if carried * shared.spec().dim > ANSWER_NUMBERS_MAX {
+                let detail = format!(
+                    "with include_vector an answer carries at most {ANSWER_NUMBERS_MAX} numbers; ask for fewer"
+                );
+                return Err(Rejection::invalid(detail));
             }
             Ok(prepared)
         }

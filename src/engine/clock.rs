@@ -4,7 +4,7 @@
 //! wrong, by hand or by NTP, therefore neither kills a fresh key nor keeps a stale one: ten seconds stay ten seconds,
 //! give or take a twentieth. After a restart the wall clock is believed again.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// The correction changes by at most this many milliseconds for each second that passes.
@@ -16,6 +16,8 @@ pub struct Clock {
     started: Instant,
     wall_ms: u64,
     correction_ms: AtomicI64,
+    /// The latest time told: leaning back must not bring a key back that was told to be gone.
+    latest_ms: AtomicU64,
 }
 
 fn wall_ms() -> u64 {
@@ -27,14 +29,21 @@ impl Clock {
     /// Starts from the wall clock.
     #[must_use]
     pub fn start() -> Self {
-        Self { started: Instant::now(), wall_ms: wall_ms(), correction_ms: AtomicI64::new(0) }
+        Self {
+            started: Instant::now(),
+            wall_ms: wall_ms(),
+            correction_ms: AtomicI64::new(0),
+            latest_ms: AtomicU64::new(0),
+        }
     }
 
-    /// Unix milliseconds.
+    /// Unix milliseconds; never less than was told before.
     #[must_use]
     pub fn now_ms(&self) -> u64 {
         let elapsed = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.wall_ms.saturating_add(elapsed).saturating_add_signed(self.correction_ms.load(Ordering::Relaxed))
+        let correction = self.correction_ms.load(Ordering::Relaxed);
+        let now = self.wall_ms.saturating_add(elapsed).saturating_add_signed(correction);
+        self.latest_ms.fetch_max(now, Ordering::Relaxed).max(now)
     }
 
     /// Leans towards the wall clock. Call it about once a second.

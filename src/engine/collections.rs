@@ -2,29 +2,32 @@
 //!
 //! Locks, and why each
 //! - `inner` (read/write): the writer applies a record under it for microseconds; a search holds it for one slice of
-//!   [`SLICE_ROWS`] rows at a time, so that a long scan never makes the writer wait longer than one slice takes.
+//!   about [`SLICE_COST`] at a time, so that a long scan never makes the writer wait longer than one slice takes.
 //! - `searches`: revisions of running searches. The writer asks for the oldest before it reuses a slot.
 //! - `log`: the slot log, taken by the one checkpoint at a time. Never held together with `inner` over I/O.
 
 use crate::error::{Error, Rejection};
 use crate::revision::Revision;
-use crate::vector::collection::{Collection, Query, Scan};
-use crate::vector::filter::{Filter, any_at};
+use crate::vector::collection::{Collection, Groups, Query, Scan};
+use crate::vector::filter::Filter;
 use crate::vector::storage::{NewChunk, SlotLog, encode_frame};
-use crate::vector::topk::TopK;
+use crate::vector::topk::{Candidate, TopK};
 use crate::vector::{CollectionSpec, Hit, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Rows scanned under one hold of the lock: some tens of microseconds.
-pub const SLICE_ROWS: usize = 2048;
+/// Work done under one hold of the lock, in numbers multiplied: about a hundred microseconds.
+const SLICE_COST: usize = 1 << 20;
+/// Rows in a slice at most, however cheap they are.
+const SLICE_ROWS_MAX: usize = 4096;
 /// Ids encoded under one hold of the lock during a checkpoint.
 const CHECKPOINT_IDS: usize = 1000;
-/// Scans of fewer numbers than this run where they are: handing them to other threads would take longer.
-pub const INLINE_NUMBERS: usize = 1 << 18;
+/// Searches cheaper than this run where they are: handing them to other threads would take longer.
+pub const INLINE_COST: usize = 1 << 18;
 
 /// A collection, shared between the writer, searches and checkpoints.
 #[derive(Debug)]
@@ -35,7 +38,13 @@ pub struct SharedCollection {
     searches: Mutex<BTreeMap<Revision, usize>>,
     log: Mutex<Option<SlotLog>>,
     dir: Option<PathBuf>,
+    /// Slots freed after this revision may not be reused yet; see [`Durable`].
+    durable: Durable,
 }
+
+/// How far the log is durable, for the reuse of slots: what a crash of a relaxed mode could undo must not have been
+/// overwritten. `u64::MAX` in `always` mode, where everything applied is durable.
+pub type Durable = Arc<AtomicU64>;
 
 /// One search, valid for its collection.
 #[derive(Clone, Debug)]
@@ -76,8 +85,13 @@ pub enum Found {
 
 impl SharedCollection {
     /// Opens or creates the collection's directory below `vectors`, or lives in memory.
-    pub fn open(vectors: Option<&Path>, spec: CollectionSpec, created: Revision) -> Result<Arc<Self>, Error> {
-        let dir = vectors.map(|v| v.join(format!("{:020}", created.0)));
+    pub fn open(
+        vectors: Option<&Path>,
+        spec: CollectionSpec,
+        created: Revision,
+        durable: &Durable,
+    ) -> Result<Arc<Self>, Error> {
+        let dir = vectors.map(|v| Self::dir_below(v, created));
         if let (Some(dir), Some(vectors)) = (&dir, vectors)
             && !dir.exists()
         {
@@ -85,6 +99,9 @@ impl SharedCollection {
             std::fs::File::open(vectors).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", vectors))?;
         }
         let (collection, log) = Collection::open(dir.as_deref(), spec, created)?;
+        if let Some(dir) = &dir {
+            std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+        }
         Ok(Arc::new(Self {
             spec,
             created,
@@ -92,7 +109,14 @@ impl SharedCollection {
             searches: Mutex::new(BTreeMap::new()),
             log: Mutex::new(log),
             dir,
+            durable: Arc::clone(durable),
         }))
+    }
+
+    /// Where a collection's files are.
+    #[must_use]
+    pub fn dir_below(vectors: &Path, created: Revision) -> PathBuf {
+        vectors.join(format!("{:020}", created.0))
     }
 
     /// Dimension and metric.
@@ -118,7 +142,7 @@ impl SharedCollection {
         look(&self.inner.read())
     }
 
-    /// Prepares room for `more` vectors beyond those applied. Does I/O without the lock.
+    /// Prepares room for `more` vectors beyond those applied. Does I/O under the read lock only: searches go on.
     pub fn reserve(&self, more: usize) -> Result<(), Error> {
         let chunks: Vec<NewChunk> = self.inner.read().allocate(more)?;
         if !chunks.is_empty() {
@@ -127,10 +151,11 @@ impl SharedCollection {
         Ok(())
     }
 
-    /// Applies a write of numbers and metadata; returns by how many bytes the collection grew.
+    /// Applies a write of numbers and metadata; returns by how much the charge against the memory budget changed.
     pub fn put(&self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision) -> isize {
-        let oldest = self.searches.lock().keys().next().copied();
-        self.change(|inner| inner.put(id, numbers, meta, revision, oldest))
+        let durable = Revision(self.durable.load(Ordering::Acquire));
+        let reusable = self.searches.lock().keys().next().map_or(durable, |oldest| durable.min(*oldest));
+        self.change(|inner| inner.put(id, numbers, meta, revision, reusable))
     }
 
     /// Applies a write of metadata alone.
@@ -145,30 +170,39 @@ impl SharedCollection {
 
     fn change(&self, apply: impl FnOnce(&mut Collection)) -> isize {
         let mut inner = self.inner.write();
-        let before = inner.memory_bytes();
+        let before = inner.charged_bytes();
         apply(&mut inner);
-        inner.memory_bytes().cast_signed() - before.cast_signed()
+        inner.charged_bytes().cast_signed() - before.cast_signed()
     }
 
     /// Ids that satisfy a filter now.
     #[must_use]
     pub fn matching(&self, filter: &Filter) -> Vec<VectorId> {
         let mut found = Vec::new();
-        for slice in self.slices() {
+        for slice in self.slices(0, true) {
             self.inner.read().matching(slice, filter, &mut found);
         }
         found
     }
 
-    fn slices(&self) -> Vec<std::ops::Range<usize>> {
-        let slots = self.inner.read().slot_count();
-        (0..slots).step_by(SLICE_ROWS).map(|start| start..(start + SLICE_ROWS).min(slots)).collect()
+    /// Slices of slots, each of about [`SLICE_COST`] for so many scans, with or without looking at metadata.
+    fn slices(&self, scans: usize, looks_at_meta: bool) -> Vec<std::ops::Range<usize>> {
+        let (slots, meta_bytes) = self.read(|c| (c.slot_count(), c.text_bytes_average()));
+        let rows = (SLICE_COST / self.row_cost(scans, looks_at_meta, meta_bytes)).clamp(16, SLICE_ROWS_MAX);
+        (0..slots).step_by(rows).map(|start| start..(start + rows).min(slots)).collect()
     }
 
-    /// How many numbers a scan reads: what decides where it runs.
+    /// In units of one number multiplied. Parsing a byte of metadata costs as much as some tens of those.
+    fn row_cost(&self, scans: usize, looks_at_meta: bool, meta_bytes: usize) -> usize {
+        const META_BYTE_COST: usize = 32;
+        self.spec.dim * scans + if looks_at_meta { (meta_bytes + 16) * META_BYTE_COST } else { 0 } + 1
+    }
+
+    /// What these searches cost, in numbers multiplied: decides where they run.
     #[must_use]
-    pub fn scan_numbers(&self) -> usize {
-        self.inner.read().slot_count() * self.spec.dim
+    pub fn cost(&self, searches: &[Search]) -> usize {
+        let (slots, meta_bytes) = self.read(|c| (c.slot_count(), c.text_bytes_average()));
+        slots * self.row_cost(searches.len(), looks_at_meta(searches), meta_bytes)
     }
 
     /// Keeps everything visible at `at` in place until the ticket is dropped. The caller holds the state's read lock, so
@@ -182,50 +216,50 @@ impl SharedCollection {
         let scans: Vec<Scan> = searches
             .iter()
             .map(|search| {
-                // Grouping may have to look at every match before it has k groups.
-                let limit = if search.group.is_some() { usize::MAX } else { search.offset + search.k };
-                Scan {
-                    query: search.query.clone(),
-                    filter: search.filter.clone(),
-                    top: TopK::new(limit, search.min_score),
-                }
+                let groups = search.group.as_ref().map(|grouping| Groups {
+                    path: grouping.path.clone(),
+                    size: grouping.size,
+                    min_score: search.min_score,
+                    best: HashMap::new(),
+                });
+                let top = TopK::new(search.offset + search.k, search.min_score);
+                Scan { query: search.query.clone(), filter: search.filter.clone(), top, groups }
             })
             .collect();
         let scan_slice = |mut scans: Vec<Scan>, slice: std::ops::Range<usize>| {
             self.inner.read().scan(slice, at, &mut scans);
             scans
         };
-        if self.scan_numbers() * searches.len() < INLINE_NUMBERS {
-            return self.slices().into_iter().fold(scans, scan_slice);
+        let slices = self.slices(searches.len(), looks_at_meta(searches));
+        if self.cost(searches) < INLINE_COST {
+            return slices.into_iter().fold(scans, scan_slice);
         }
-        let merge = |a: Vec<Scan>, b: Vec<Scan>| {
-            a.into_iter().zip(b).map(|(a, b)| Scan { top: a.top.merge(b.top), ..a }).collect()
+        let merge_one = |a: Scan, b: Scan| Scan {
+            top: a.top.merge(b.top),
+            groups: a.groups.zip(b.groups).map(|(a, b)| a.merge(b)),
+            ..a
         };
-        self.slices().into_par_iter().fold(|| scans.clone(), scan_slice).reduce(|| scans.clone(), merge)
+        let merge = |a: Vec<Scan>, b: Vec<Scan>| a.into_iter().zip(b).map(|(a, b)| merge_one(a, b)).collect();
+        slices.into_par_iter().fold(|| scans.clone(), scan_slice).reduce(|| scans.clone(), merge)
     }
 
     fn finish(&self, search: &Search, scan: Scan) -> Found {
-        let candidates = scan.top.into_sorted();
         let inner = self.inner.read();
-        let hit = |c: &crate::vector::topk::Candidate| inner.hit(c.slot, c.score, search.include_vector);
-        let Some(grouping) = &search.group else {
-            return Found::Hits(candidates.iter().skip(search.offset).take(search.k).map(hit).collect());
+        let hit = |c: Candidate| inner.hit(c.slot, c.score, search.include_vector);
+        let Some(groups) = scan.groups else {
+            let best = scan.top.into_sorted().into_iter();
+            return Found::Hits(best.skip(search.offset).take(search.k).map(hit).collect());
         };
-        let mut groups: Vec<(serde_json::Value, Vec<Hit>)> = Vec::new();
-        let mut places: std::collections::HashMap<String, usize> = std::collections::HashMap::new();
-        for candidate in &candidates {
-            let hit = hit(candidate);
-            for value in group_values(&hit.meta, &grouping.path) {
-                let place = *places.entry(value.to_string()).or_insert_with(|| {
-                    groups.push((value, Vec::new()));
-                    groups.len() - 1
-                });
-                if groups[place].1.len() < grouping.size {
-                    groups[place].1.push(hit.clone());
-                }
-            }
-        }
-        Found::Groups(groups.into_iter().skip(search.offset).take(search.k).collect())
+        let mut groups: Vec<(Candidate, String, serde_json::Value, TopK)> = groups
+            .best
+            .into_iter()
+            .filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top)))
+            .collect();
+        groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+        let wanted = groups.into_iter().skip(search.offset).take(search.k);
+        Found::Groups(
+            wanted.map(|(_, _, value, top)| (value, top.into_sorted().into_iter().map(hit).collect())).collect(),
+        )
     }
 
     /// Writes what changed since the last checkpoint to the collection's files. `head` tells the newest revision applied;
@@ -244,7 +278,8 @@ impl SharedCollection {
         if changes.is_empty() {
             return Ok(false);
         }
-        let result = self.write_checkpoint(log, revision, &changes, sync_log);
+        let ids: Vec<VectorId> = changes.iter().cloned().collect();
+        let result = self.write_checkpoint(log, revision, &ids, sync_log);
         let mut inner = self.inner.write();
         match result {
             Ok(()) => inner.set_checkpoint(revision),
@@ -260,9 +295,9 @@ impl SharedCollection {
         changes: &[VectorId],
         sync_log: impl Fn() -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let (previous, rewrite, rows) = {
+        let (previous, newest, rewrite, rows) = {
             let inner = self.inner.read();
-            (inner.checkpoint().0, inner.wants_rewrite(log.bytes()), inner.sync_handle()?)
+            (inner.checkpoint().0, inner.revision(), inner.wants_rewrite(log.bytes()), inner.sync_handle()?)
         };
         let sync_rows = || match (&rows, &self.dir) {
             (Some(rows), Some(dir)) => rows.sync_data().map_err(Error::io("cannot sync the rows in", dir)),
@@ -280,7 +315,7 @@ impl SharedCollection {
                     inner.slot_entries(&ids)
                 };
                 let is_last = entries.len() < CHECKPOINT_IDS;
-                successor.write(&encode_frame(if is_last { revision } else { previous }, &entries))?;
+                successor.write(&encode_frame(if is_last { revision } else { previous }, newest, &entries))?;
                 if is_last {
                     break;
                 }
@@ -294,7 +329,7 @@ impl SharedCollection {
         for (at, page) in pages.iter().enumerate() {
             let entries = self.inner.read().slot_entries(page);
             let is_last = at + 1 == pages.len();
-            frames.extend_from_slice(&encode_frame(if is_last { revision } else { previous }, &entries));
+            frames.extend_from_slice(&encode_frame(if is_last { revision } else { previous }, newest, &entries));
         }
         sync_log()?;
         sync_rows()?;
@@ -302,19 +337,8 @@ impl SharedCollection {
     }
 }
 
-fn group_values(meta: &VectorMeta, path: &[Box<str>]) -> Vec<serde_json::Value> {
-    let mut values = Vec::new();
-    any_at(&meta.parse(), path, &mut |value| {
-        match value {
-            serde_json::Value::Array(list) => values.extend(list.iter().cloned()),
-            other => values.push(other.clone()),
-        }
-        false
-    });
-    values.retain(|v| !v.is_object() && !v.is_array() && !v.is_null());
-    values.sort_by_key(ToString::to_string);
-    values.dedup();
-    values
+fn looks_at_meta(searches: &[Search]) -> bool {
+    searches.iter().any(|s| s.filter.is_some() || s.group.is_some())
 }
 
 /// The right to search at one revision. Dropping it lets the slots go.

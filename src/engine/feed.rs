@@ -433,7 +433,9 @@ impl Feed {
             let skip = usize::try_from(start - ring.first).unwrap_or(usize::MAX);
             (start, ring.frames.iter().skip(skip).take(RING_SCAN_FRAMES).cloned().collect::<Vec<_>>())
         };
-        let Some(newest) = frames.last() else { return false };
+        if frames.is_empty() {
+            return false;
+        }
         let registry = self.registry.lock();
         if start > from {
             // The ring moved on before these were matched: streams must look for themselves.
@@ -453,7 +455,10 @@ impl Feed {
                 });
             }
         }
-        self.matched_revision.store(newest.revision.0, Ordering::Release);
+        // A position within a batch is none to resume from.
+        if let Some(whole) = frames.iter().rev().find(|f| f.ends_record()) {
+            self.matched_revision.store(whole.revision.0, Ordering::Release);
+        }
         self.matched.store(start + frames.len() as u64, Ordering::Release);
         drop(registry);
         touched.sort_by_key(|topic| Arc::as_ptr(topic));
@@ -476,15 +481,16 @@ impl Feed {
         self.ring.read().head
     }
 
-    /// Why a stream cannot start after `revision`, if it cannot.
+    /// Why a stream cannot start after `revision`, if it cannot. `applied` is what reads show by now: it may be ahead of
+    /// what is published by a moment.
     #[must_use]
-    pub fn check_resume(&self, revision: Revision) -> Option<ResetReason> {
+    pub fn check_resume(&self, revision: Revision, applied: Revision) -> Option<ResetReason> {
         if revision == Revision::ZERO {
             return None;
         }
         if self.log.is_lost(revision) {
             Some(ResetReason::Lost)
-        } else if revision > self.head() {
+        } else if revision > applied.max(self.head()) {
             Some(ResetReason::Future)
         } else if revision.next() < self.oldest() {
             Some(ResetReason::Compacted)

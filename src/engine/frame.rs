@@ -96,6 +96,15 @@ impl Frame {
         matches!(self.source, Source::Logged(..))
     }
 
+    /// Whether the next event begins a new record.
+    #[must_use]
+    pub fn ends_record(&self) -> bool {
+        match &self.source {
+            Source::Logged(record, at) => *at + 1 == record.events.len(),
+            Source::Ephemeral(_) => true,
+        }
+    }
+
     /// About how much memory it keeps alive, for the ring's bound.
     #[must_use]
     pub fn weight(&self) -> usize {

@@ -47,7 +47,7 @@ use crate::error::{Error, Rejection};
 use crate::revision::Revision;
 use clock::Clock;
 use codec::Entry;
-use collections::{Found, INLINE_NUMBERS, Search, SearchTicket, SharedCollection};
+use collections::{Durable, Found, INLINE_COST, Search, SearchTicket, SharedCollection};
 use command::{Command, Committed, Key};
 use feed::{EventFilter, Feed};
 use frame::{Ephemeral, push_fmt};
@@ -58,7 +58,7 @@ use sequencer::{Request, Sequencer};
 use state::State;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -68,6 +68,10 @@ use wal::Log;
 
 /// Commands waiting for the sequencer. At 100,000 a second this is a tenth of a second of work.
 pub const QUEUE_COMMANDS_MAX: usize = 16_384;
+/// A record may be at least this large, and twice the largest body: a small batch of patches can write large values.
+const RECORD_BYTES_MIN: usize = 64 << 20;
+/// How often the files of deleted collections are removed, and the log in memory is trimmed.
+const TIDY_EVERY: Duration = Duration::from_secs(2);
 /// Searches waiting for a thread. Beyond that, waiting longer helps nobody.
 pub const SEARCHES_WAITING_MAX: usize = 1024;
 /// Old versions a stream's snapshot may make the state keep; a slower one starts over.
@@ -95,24 +99,35 @@ pub struct Inner {
     metrics: Metrics,
     fsync: Fsync,
     memory_bytes_max: usize,
+    /// Largest record one command may become.
+    record_bytes_max: usize,
     max_log_bytes: u64,
     paths: Option<Paths>,
     snapshot_lock: Mutex<()>,
     /// Kept snapshots: revision, and after which revision the log must be replayed over each.
     replay_needed: Mutex<Vec<(Revision, Revision)>>,
     searches_waiting: AtomicUsize,
+    /// For the reuse of slots; see [`Durable`].
+    durable: Durable,
 }
 
 impl Inner {
-    /// Makes everything applied durable in the log. In `always` mode it is already.
+    /// Makes everything applied durable in the log. In `always` mode it is already. Refused once poisoned: a second sync
+    /// would report success for pages the kernel has dropped.
     fn sync_log(&self) -> Result<(), Error> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(Error::Poisoned);
+        }
         if self.fsync == Fsync::Always {
             return Ok(());
         }
+        let applied = self.state.read().revision();
         let result = self.log.sync();
         if let Err(error) = &result {
             tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
             self.poisoned.store(true, Ordering::Release);
+        } else {
+            self.durable.fetch_max(applied.0, Ordering::AcqRel);
         }
         result
     }
@@ -146,11 +161,16 @@ impl Engine {
         const MEMORY_LOG_BYTES_MAX: u64 = 256 << 20;
         let max_log_bytes =
             if paths.is_some() { config.max_log_bytes } else { config.max_log_bytes.min(MEMORY_LOG_BYTES_MAX) };
-        let recovered = recovery::recover(paths.as_ref(), max_log_bytes)?;
+        // While recovering, everything is durable; in the relaxed modes the sequencer takes over from there.
+        let durable: Durable = Arc::new(AtomicU64::new(u64::MAX));
+        let recovered = recovery::recover(paths.as_ref(), max_log_bytes, &durable)?;
         let log = Arc::clone(&recovered.wal.log);
         let head = recovered.wal.wal.head();
+        if config.fsync != Fsync::Always && paths.is_some() {
+            durable.store(head.0, Ordering::Release);
+        }
         let (feed, feed_thread) = Feed::start(Arc::clone(&log), head);
-        let preparer = Preparer::new(paths.as_ref().map(|p| p.vectors.clone()));
+        let preparer = Preparer::new(paths.as_ref().map(|p| p.vectors.clone()), &durable);
         let inner = Arc::new(Inner {
             state: RwLock::new(recovered.state),
             feed,
@@ -160,11 +180,13 @@ impl Engine {
             metrics: Metrics::default(),
             fsync: config.fsync,
             memory_bytes_max: config.max_memory_bytes,
+            record_bytes_max: RECORD_BYTES_MIN.max(2 * config.max_body_bytes),
             max_log_bytes,
             paths,
             snapshot_lock: Mutex::new(()),
             replay_needed: Mutex::new(recovered.replay_needed),
             searches_waiting: AtomicUsize::new(0),
+            durable,
         });
         let (queue, commands) = sync_channel(QUEUE_COMMANDS_MAX);
         let sequencer = Sequencer::new(Arc::clone(&inner), recovered.wal.wal, preparer, commands, config.fsync);
@@ -240,7 +262,7 @@ impl Engine {
             (collection.begin_search(state.revision()), state.revision())
         };
         let count = searches.len() as u64;
-        let found = if collection.scan_numbers() * searches.len() < INLINE_NUMBERS {
+        let found = if collection.cost(&searches) < INLINE_COST {
             ticket.run(&searches)
         } else {
             self.search_on_pool(ticket, searches).await?
@@ -289,8 +311,8 @@ impl Engine {
 
     /// A consistent walk over the keys for a stream that wants a snapshot.
     #[must_use]
-    pub fn begin_view(&self) -> Arc<View> {
-        View::begin(&self.inner.state, STREAM_PREIMAGES_MAX)
+    pub fn begin_view(&self, prefixes: Vec<String>) -> Arc<View> {
+        View::begin(&self.inner.state, prefixes, STREAM_PREIMAGES_MAX)
     }
 
     /// The next slice of a walk; see [`View::slice`].
@@ -406,29 +428,32 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// The `snapshots` thread. With interval zero it only waits to be stopped.
+/// The `snapshots` thread: tidies every [`TIDY_EVERY`], takes snapshots every `interval` (zero: never).
 fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condvar)) {
     let mut last_revision = Revision::ZERO;
+    let mut last_snapshot = Instant::now();
     loop {
         {
             let mut stopped = stop.0.lock();
-            let deadline = Instant::now() + if interval.is_zero() { Duration::from_secs(3600) } else { interval };
-            while !*stopped {
-                if stop.1.wait_until(&mut stopped, deadline).timed_out() {
-                    break;
-                }
+            if !*stopped {
+                // A wake-up for another reason only tidies early.
+                stop.1.wait_for(&mut stopped, TIDY_EVERY.min(interval.max(Duration::from_secs(1))));
             }
             if *stopped {
                 return;
             }
         }
-        let revision = inner.state.read().revision();
-        if interval.is_zero() || revision == last_revision {
+        snapshot::tidy(inner);
+        if interval.is_zero() || last_snapshot.elapsed() < interval || inner.poisoned.load(Ordering::Acquire) {
+            continue;
+        }
+        last_snapshot = Instant::now();
+        if inner.state.read().revision() == last_revision {
             continue;
         }
         match snapshot::take(inner) {
             Ok(taken) => {
-                last_revision = revision;
+                last_revision = taken.revision;
                 inner.metrics.snapshots.inc();
                 tracing::debug!(revision = taken.revision.0, bytes = taken.bytes, took_ms = taken.took_ms, "snapshot");
             }

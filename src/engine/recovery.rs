@@ -5,7 +5,7 @@
 
 use super::Paths;
 use super::codec::Event;
-use super::collections::SharedCollection;
+use super::collections::{Durable, SharedCollection};
 use super::snapshot::{self, Snapshot};
 use super::state::State;
 use super::wal::{OpenedWal, Wal};
@@ -50,7 +50,11 @@ impl Paths {
         for dir in [&self.dir, &self.log, &self.snapshots, &self.vectors] {
             std::fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
         }
-        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", &self.dir))
+        let parent = self.dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        for dir in [self.dir.as_path(), parent] {
+            File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+        }
+        Ok(())
     }
 }
 
@@ -71,7 +75,7 @@ fn lock(dir: &Path) -> Result<File, Error> {
 }
 
 /// Recovers a data directory, or starts empty in memory when there is none.
-pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, Error> {
+pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, durable: &Durable) -> Result<Recovered, Error> {
     let Some(paths) = paths else {
         let wal = Wal::open(None, max_log_bytes, Revision::ZERO, |_| Ok(()))?;
         return Ok(Recovered { state: State::default(), wal, replay_needed: Vec::new(), lock: None });
@@ -84,11 +88,11 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, E
         snapshot.as_ref().map_or((Revision::ZERO, Revision::ZERO), |s| (s.revision, s.replay_after));
     let replay_needed = snapshot.iter().map(|s| (s.revision, s.replay_after)).collect();
     let gaps = snapshot.as_ref().map(|s| s.gaps.clone()).unwrap_or_default();
-    let mut state = match snapshot {
-        Some(snapshot) => load(snapshot, &paths.vectors)?,
-        None => State::default(),
+    let (mut state, missing) = match snapshot {
+        Some(snapshot) => load(snapshot, &paths.vectors, durable)?,
+        None => (State::default(), Vec::new()),
     };
-    let mut preparer = Preparer::new(Some(paths.vectors.clone()));
+    let mut preparer = Preparer::new(Some(paths.vectors.clone()), durable);
     let mut progress = Progress { started, last: started, records: 0 };
     let wal = Wal::open(Some(&paths.log), max_log_bytes, replay_after, |record| {
         preparer.prepare(&state, record.first_revision, &record.events)?;
@@ -109,7 +113,7 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, E
         tracing::info!(bytes = wal.torn_bytes, "cut a torn tail off the log: writes that were never acknowledged");
     }
     state.skip_to(wal.wal.head());
-    check_checkpoints(&state, wal.wal.head())?;
+    check_checkpoints(&state, wal.wal.head(), &missing)?;
     remove_orphans(&state, &paths.vectors)?;
     let keys = state.key_counts().0;
     tracing::info!(
@@ -123,9 +127,14 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64) -> Result<Recovered, E
     Ok(Recovered { state, wal, replay_needed, lock: Some(lock) })
 }
 
-/// A collection's files cannot be ahead of the log: then the log lost its end.
-fn check_checkpoints(state: &State, head: Revision) -> Result<(), Error> {
+/// A collection's files cannot be ahead of the log: then the log lost its end. And they can be missing only if the log
+/// deleted the collection after the snapshot.
+fn check_checkpoints(state: &State, head: Revision, missing: &[Revision]) -> Result<(), Error> {
     for collection in state.collections().values() {
+        if missing.contains(&collection.created()) {
+            let path = Path::new("vectors").join(format!("{:020}", collection.created().0));
+            return Err(Error::corrupt(&path, 0, "the collection's files are missing"));
+        }
         let (checkpoint, _) = collection.read(|c| c.checkpoint());
         if checkpoint > head
             && let Some(dir) = collection.dir()
@@ -156,10 +165,17 @@ fn newest_good_snapshot(dir: &Path) -> Result<Option<Snapshot>, Error> {
     first_error.map_or(Ok(None), Err)
 }
 
-fn load(snapshot: Snapshot, vectors: &Path) -> Result<State, Error> {
+/// The snapshot's state, and the collections whose files are missing.
+fn load(snapshot: Snapshot, vectors: &Path, durable: &Durable) -> Result<(State, Vec<Revision>), Error> {
     let mut collections = BTreeMap::new();
+    let mut missing = Vec::new();
     for saved in &snapshot.collections {
-        let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created)?;
+        if saved.checkpoint > saved.created && !SharedCollection::dir_below(vectors, saved.created).exists() {
+            missing.push(saved.created);
+            collections.insert(saved.name.clone(), SharedCollection::open(None, saved.spec, saved.created, durable)?);
+            continue;
+        }
+        let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created, durable)?;
         let (checkpoint, _) = collection.read(|c| c.checkpoint());
         // The files may show a later checkpoint than the snapshot saw, never an earlier one.
         if checkpoint < saved.checkpoint
@@ -170,7 +186,7 @@ fn load(snapshot: Snapshot, vectors: &Path) -> Result<State, Error> {
         }
         collections.insert(saved.name.clone(), collection);
     }
-    Ok(State::from_snapshot(snapshot.entries, collections, snapshot.revision))
+    Ok((State::from_snapshot(snapshot.entries, collections, snapshot.revision), missing))
 }
 
 /// Directories of collections that are gone, or whose creation never became durable.
@@ -212,6 +228,7 @@ impl Progress {
 #[derive(Debug)]
 pub struct Preparer {
     vectors: Option<PathBuf>,
+    durable: Durable,
     created: Vec<(CollectionName, Arc<SharedCollection>)>,
     /// Vectors prepared for and not yet applied, by the collection's creating revision.
     pending: HashMap<Revision, usize>,
@@ -220,8 +237,8 @@ pub struct Preparer {
 impl Preparer {
     /// `None` prepares collections in memory.
     #[must_use]
-    pub fn new(vectors: Option<PathBuf>) -> Self {
-        Self { vectors, created: Vec::new(), pending: HashMap::new() }
+    pub fn new(vectors: Option<PathBuf>, durable: &Durable) -> Self {
+        Self { vectors, durable: Arc::clone(durable), created: Vec::new(), pending: HashMap::new() }
     }
 
     /// Prepares for a record. What `state` already shows needs nothing. After an error nothing is prepared for it.
@@ -239,7 +256,7 @@ impl Preparer {
         for event in events {
             match event {
                 Event::CollectionCreated { collection, spec } if revision > state.revision() => {
-                    let files = SharedCollection::open(self.vectors.as_deref(), *spec, revision)?;
+                    let files = SharedCollection::open(self.vectors.as_deref(), *spec, revision, &self.durable)?;
                     self.created.push((collection.clone(), files));
                 }
                 Event::VectorWritten { collection, vector: Some(_), .. } => {
@@ -275,6 +292,6 @@ impl Preparer {
 fn remove_files(collection: &SharedCollection) {
     if let Some(dir) = collection.dir() {
         // If this fails, the next start removes what no collection owns.
-        std::fs::remove_dir_all(dir).ok();
+        snapshot::remove_collection(dir).ok();
     }
 }

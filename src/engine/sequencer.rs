@@ -23,6 +23,7 @@ use super::wal::{AppendError, Wal};
 use crate::config::Fsync;
 use crate::error::Rejection;
 use crate::revision::Revision;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -33,6 +34,8 @@ use tokio::sync::oneshot;
 const BATCH_COMMANDS_MAX: usize = 4096;
 /// Operations after which a batch takes no further command, for the same reason.
 const BATCH_OPS_MAX: usize = 16_384;
+/// Bytes after which a batch decides no further command: bounds memory and how long its first command waits.
+const BATCH_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
 const EXPIRIES_MAX: usize = 1000;
 /// Housekeeping: a mark in the log, the clock, a sync in `interval` mode.
@@ -49,6 +52,8 @@ pub enum Request {
     Stop,
 }
 
+/// A command and where its answer goes.
+type Waiting = (Command, oneshot::Sender<Result<Committed, Rejection>>);
 type Answer = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, Rejection>);
 
 /// See the module.
@@ -63,6 +68,18 @@ pub struct Sequencer {
     unsynced: bool,
     full_since_check: Option<Instant>,
     last_ts_ms: u64,
+    /// Ended as told, rather than in a panic.
+    ended: bool,
+}
+
+impl Drop for Sequencer {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Without a writer the server must not look healthy.
+            tracing::error!("the writer ended in a panic: no more writes until this server is restarted");
+            self.inner.poisoned.store(true, Ordering::Release);
+        }
+    }
 }
 
 impl Sequencer {
@@ -79,6 +96,7 @@ impl Sequencer {
             unsynced: false,
             full_since_check: None,
             last_ts_ms: 0,
+            ended: false,
         }
     }
 
@@ -103,6 +121,7 @@ impl Sequencer {
             tracing::error!(%error, "the log could not be closed in order");
         }
         self.wal.publish();
+        self.ended = true;
         // What still waits is told, rather than left hanging.
         for request in self.queue.try_iter() {
             if let Request::Commit(_, reply) = request {
@@ -119,14 +138,14 @@ impl Sequencer {
     fn patience(&self) -> Duration {
         let tick = TICK.saturating_sub(self.last_tick.elapsed());
         let Some(deadline) = self.inner.state.read().next_deadline() else { return tick };
-        if self.is_poisoned() {
-            return tick;
+        if self.is_poisoned() || self.full_since_check.is_some() {
+            return tick.min(FULL_RETRY);
         }
         let now = self.inner.clock.now_ms();
         tick.min(Duration::from_millis(deadline.saturating_sub(now))).max(Duration::from_millis(1))
     }
 
-    fn gather(&self, first: Option<Request>) -> (Vec<(Command, oneshot::Sender<Result<Committed, Rejection>>)>, bool) {
+    fn gather(&self, first: Option<Request>) -> (Vec<Waiting>, bool) {
         let mut commands = Vec::new();
         let mut ops = 0;
         let mut next = first;
@@ -146,9 +165,18 @@ impl Sequencer {
         (commands, false)
     }
 
-    fn commit(&mut self, commands: Vec<(Command, oneshot::Sender<Result<Committed, Rejection>>)>) {
+    /// Commits in one batch, or in several where the commands would write very much.
+    fn commit(&mut self, commands: Vec<Waiting>) {
+        let mut commands = VecDeque::from(commands);
+        self.commit_batch(&mut commands);
+        while !commands.is_empty() {
+            self.commit_batch(&mut commands);
+        }
+    }
+
+    fn commit_batch(&mut self, commands: &mut VecDeque<Waiting>) {
         if self.is_poisoned() {
-            commands.into_iter().for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
+            commands.drain(..).for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
             return;
         }
         let head = self.wal.head();
@@ -156,7 +184,7 @@ impl Sequencer {
         self.last_ts_ms = self.last_ts_ms.max(now_ms);
         let is_full = self.is_full();
         if !self.reserve(head) {
-            commands.into_iter().for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
+            commands.drain(..).for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
             return;
         }
         let (records, answers) = self.decide(commands, head, now_ms, is_full);
@@ -216,7 +244,7 @@ impl Sequencer {
 
     fn decide(
         &mut self,
-        commands: Vec<(Command, oneshot::Sender<Result<Committed, Rejection>>)>,
+        commands: &mut VecDeque<Waiting>,
         head: Revision,
         now_ms: u64,
         is_full: bool,
@@ -230,7 +258,9 @@ impl Sequencer {
             overlay: &mut overlay,
             now_ms,
             memory_bytes_max: self.inner.memory_bytes_max,
+            record_bytes_max: self.inner.record_bytes_max,
             next: head.next(),
+            bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
         let mut stage = |wal: &mut Wal, first_revision, events| {
@@ -239,11 +269,13 @@ impl Sequencer {
             records.push(record);
         };
         let first = decider.next;
-        let expired = decider.decide_expiry(state.due(now_ms, EXPIRIES_MAX));
+        // On a full disk the reserve is for deletes; expired keys are gone for readers anyway, their events wait.
+        let due = if is_full { Vec::new() } else { state.due(now_ms, EXPIRIES_MAX) };
+        let expired = decider.decide_expiry(due);
         if !expired.is_empty() {
             stage(&mut self.wal, first, expired);
         }
-        for (command, reply) in commands {
+        while let Some((command, reply)) = commands.pop_front() {
             if is_full && !command.ops.iter().all(Op::frees_space) {
                 let detail = "the disk is full; delete something or free space, and writes resume by themselves";
                 answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
@@ -269,6 +301,9 @@ impl Sequencer {
                 Committed { outcomes: decision.outcomes, first_revision, last_revision }
             });
             answers.push((reply, answer));
+            if decider.bytes >= BATCH_BYTES_MAX {
+                break;
+            }
         }
         (records, answers)
     }
@@ -303,7 +338,10 @@ impl Sequencer {
         self.preparer.give_up();
         let rejection = match error {
             AppendError::Full(error) => {
-                tracing::error!(%error, "the disk is full");
+                if self.full_since_check.is_none() {
+                    tracing::error!(%error, "the disk is full: writes that need space are refused until there is some");
+                }
+                self.full_since_check = Some(Instant::now());
                 Rejection::StorageFull("the disk is full; free space and try again".into())
             }
             AppendError::Failed(error) => {
@@ -339,6 +377,7 @@ impl Sequencer {
                 self.poison(&error);
                 return;
             }
+            self.inner.durable.fetch_max(self.wal.head().0, Ordering::AcqRel);
         }
         match self.wal.mark() {
             // A mark is a courtesy to the next recovery; without room it waits.

@@ -86,23 +86,47 @@ pub(super) fn take(inner: &Inner) -> Result<Taken, Error> {
     for collection in collections {
         collection.checkpoint(|| inner.state.read().revision(), || inner.sync_log())?;
     }
-    remove_dropped(inner);
     let Some(dir) = inner.paths.as_ref().map(|p| p.snapshots.clone()) else {
-        // In memory there is nothing to recover: history may go as soon as there is too much of it.
         let revision = inner.state.read().revision();
-        inner.log.drop_oldest(inner.max_log_bytes, revision)?;
         return Ok(Taken { revision, bytes: 0, took_ms: millis(started) });
     };
-    let view = View::begin(&inner.state, usize::MAX);
+    let view = View::begin(&inner.state, vec![String::new()], usize::MAX);
     // In the relaxed modes the log may be behind what is applied; a snapshot must not be ahead of it.
     inner.sync_log()?;
     let (header, revision, replay_after) = header(inner, &view);
     let path = snapshot_path(&dir, revision);
+    // A file of this revision is left alone only if it is known to be good and to say the same.
+    let is_there = path.exists() && inner.replay_needed.lock().contains(&(revision, replay_after));
     let bytes =
-        if path.exists() { path.metadata().map_or(0, |m| m.len()) } else { write(inner, &view, &dir, &path, &header)? };
+        if is_there { path.metadata().map_or(0, |m| m.len()) } else { write(inner, &view, &dir, &path, &header)? };
     drop(view);
     keep_newest(inner, &dir, revision, replay_after)?;
     Ok(Taken { revision, bytes, took_ms: millis(started) })
+}
+
+/// Removes the files of deleted collections and, in memory, the oldest history. A kept snapshot may still list such a
+/// collection; recovery knows that its files may be missing when the log deletes it later.
+pub(super) fn tidy(inner: &Inner) {
+    for collection in inner.state.read().take_dropped() {
+        if let Some(dir) = collection.dir()
+            && let Err(error) = remove_collection(dir)
+        {
+            tracing::warn!(%error, dir = %dir.display(), "cannot remove a deleted collection; the next start will");
+        }
+    }
+    if inner.paths.is_none() {
+        let revision = inner.state.read().revision();
+        if let Err(error) = inner.log.drop_oldest(inner.max_log_bytes, revision) {
+            tracing::warn!(%error, "cannot trim the log");
+        }
+    }
+}
+
+/// Renames first, so that a removal cut short leaves nothing that could be taken for a collection.
+pub(super) fn remove_collection(dir: &Path) -> std::io::Result<()> {
+    let gone = dir.with_extension("gone");
+    std::fs::rename(dir, &gone)?;
+    std::fs::remove_dir_all(gone)
 }
 
 fn millis(since: Instant) -> u64 {
@@ -215,17 +239,6 @@ fn keep_newest(inner: &Inner, dir: &Path, revision: Revision, replay_after: Revi
         tracing::info!(segments = dropped, oldest = inner.log.oldest().0, "dropped log segments beyond MAX_LOG_MB");
     }
     Ok(())
-}
-
-fn remove_dropped(inner: &Inner) {
-    let dropped = inner.state.write().take_dropped();
-    for collection in dropped {
-        if let Some(dir) = collection.dir()
-            && let Err(error) = std::fs::remove_dir_all(dir)
-        {
-            tracing::warn!(%error, dir = %dir.display(), "cannot remove a deleted collection; the next start will");
-        }
-    }
 }
 
 fn revision_of(path: &Path) -> Option<Revision> {

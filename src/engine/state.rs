@@ -13,13 +13,14 @@ use super::command::{
     Command, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite,
 };
 use super::json::merge_patch;
-use super::view::View;
+use super::view::Views;
 use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// What a key costs in memory beside its key, value and label bytes: tree node, allocations, headers.
 const ENTRY_OVERHEAD_BYTES: usize = 160;
@@ -33,14 +34,15 @@ pub struct State {
     collections: BTreeMap<CollectionName, Arc<SharedCollection>>,
     /// Collections whose files were prepared for a record that is not applied yet, by creating revision.
     prepared: HashMap<Revision, Arc<SharedCollection>>,
-    /// Deleted collections whose files are still to be removed.
-    dropped: Vec<Arc<SharedCollection>>,
+    /// Deleted collections whose files are still to be removed. A lock of its own, so that taking them needs no write lock
+    /// of the state, which only the sequencer takes.
+    dropped: Mutex<Vec<Arc<SharedCollection>>>,
     /// Newest revision applied.
     revision: Revision,
     key_bytes: usize,
     vector_bytes: usize,
     /// Consistent walks under way; see `view.rs`.
-    views: Vec<Weak<View>>,
+    views: Views,
 }
 
 fn entry_bytes(key: &Key, entry: &Entry) -> usize {
@@ -57,7 +59,7 @@ impl State {
     ) -> Self {
         let key_bytes = entries.iter().map(|(key, entry)| entry_bytes(key, entry)).sum();
         let expiry = entries.iter().filter_map(|(key, e)| Some((e.expires_at_ms?, key.clone()))).collect();
-        let vector_bytes = collections.values().map(|c| c.read(|c| c.memory_bytes())).sum();
+        let vector_bytes = collections.values().map(|c| c.read(|c| c.charged_bytes())).sum();
         // Collecting from sorted entries builds the tree bottom up, without searching.
         Self {
             keys: entries.into_iter().collect(),
@@ -144,10 +146,10 @@ impl State {
         self.expiry.iter().take_while(|(at, _)| *at <= now_ms).take(limit).map(|(_, key)| key.clone()).collect()
     }
 
-    /// Registers a consistent walk at the current revision.
-    pub fn add_view(&mut self, view: &Arc<View>) {
-        self.views.retain(|v| v.strong_count() > 0);
-        self.views.push(Arc::downgrade(view));
+    /// Where consistent walks register.
+    #[must_use]
+    pub fn views(&self) -> &Views {
+        &self.views
     }
 
     /// Hands over a collection whose files exist, for the record that will create it.
@@ -156,8 +158,8 @@ impl State {
     }
 
     /// Deleted collections whose files can be removed.
-    pub fn take_dropped(&mut self) -> Vec<Arc<SharedCollection>> {
-        std::mem::take(&mut self.dropped)
+    pub fn take_dropped(&self) -> Vec<Arc<SharedCollection>> {
+        std::mem::take(&mut self.dropped.lock())
     }
 
     /// Applies a record. Called in order, by commit and by recovery; what the state already shows is skipped, so replay
@@ -182,13 +184,13 @@ impl State {
                 Event::CollectionCreated { collection, .. } => {
                     let created =
                         self.prepared.remove(&revision).expect("files are prepared before their record is applied");
-                    self.vector_bytes += created.read(|c| c.memory_bytes());
+                    self.vector_bytes += created.read(|c| c.charged_bytes());
                     self.collections.insert(collection.clone(), created);
                 }
                 Event::CollectionDeleted { collection, .. } => {
                     if let Some(gone) = self.collections.remove(collection) {
-                        self.vector_bytes -= gone.read(|c| c.memory_bytes()).min(self.vector_bytes);
-                        self.dropped.push(gone);
+                        self.vector_bytes -= gone.read(|c| c.charged_bytes()).min(self.vector_bytes);
+                        self.dropped.get_mut().push(gone);
                     }
                 }
             }
@@ -229,9 +231,7 @@ impl State {
                 self.expiry.remove(&(at, key.clone()));
             }
         }
-        for view in self.views.iter().filter_map(Weak::upgrade) {
-            view.remember(key, old.as_ref());
-        }
+        self.views.remember(key, old.as_ref());
     }
 }
 
@@ -315,8 +315,25 @@ pub struct Decider<'a> {
     pub now_ms: u64,
     /// Bytes keys and vectors may take together; 0 = no budget.
     pub memory_bytes_max: usize,
+    /// Bytes one command may write.
+    pub record_bytes_max: usize,
     /// The revision the next event would get.
     pub next: Revision,
+    /// About how many bytes were decided so far.
+    pub bytes: usize,
+}
+
+/// About the bytes an event takes in the log and in memory.
+fn event_bytes(event: &Event) -> usize {
+    ENTRY_OVERHEAD_BYTES
+        + match event {
+            Event::StateUpdated { entry, patch, .. } => entry.value.len() + patch.as_ref().map_or(0, |p| p.len()),
+            Event::Published { data, .. } => data.as_ref().map_or(0, |d| d.len()),
+            Event::VectorWritten { vector, meta, .. } => {
+                vector.as_ref().map_or(0, |v| size_of_val(v.as_slice())) + meta.text().len()
+            }
+            _ => 0,
+        }
 }
 
 impl Decider<'_> {
@@ -325,10 +342,20 @@ impl Decider<'_> {
         self.overlay.undo.clear();
         let growth = self.overlay.growth;
         let first = self.next;
+        let mut bytes = 0;
         let mut decision = Decision { events: Vec::new(), outcomes: Vec::with_capacity(command.ops.len()) };
         for (index, op) in command.ops.into_iter().enumerate() {
             self.next = first.plus(decision.events.len() as u64);
-            match self.decide_op(op, &mut decision.events) {
+            let before = decision.events.len();
+            let result = self.decide_op(op, &mut decision.events).and_then(|outcome| {
+                bytes += decision.events[before..].iter().map(event_bytes).sum::<usize>();
+                if bytes > self.record_bytes_max {
+                    let what = "what this request would write";
+                    return Err(Rejection::PayloadTooLarge { what, limit_bytes: self.record_bytes_max });
+                }
+                Ok(outcome)
+            });
+            match result {
                 Ok(outcome) => decision.outcomes.push(outcome),
                 Err(rejection) => {
                     self.overlay.roll_back();
@@ -339,6 +366,7 @@ impl Decider<'_> {
             }
         }
         self.next = first.plus(decision.events.len() as u64);
+        self.bytes += bytes;
         Ok(decision)
     }
 
@@ -608,7 +636,8 @@ impl Decider<'_> {
             vector.check(spec)?;
         }
         let bytes = spec.dim * size_of::<f32>() + ENTRY_OVERHEAD_BYTES + id.as_str().len() + meta.text().len();
-        self.check_budget(bytes, if old.is_some() { bytes } else { 0 })?;
+        let freed = old.as_ref().map_or(0, |(_, old)| bytes + old.text().len() - meta.text().len());
+        self.check_budget(bytes, freed)?;
         self.overlay.set_vector(created, &id, Some((self.next, meta.clone())));
         let labels = Labels::of_vector(&meta);
         events.push(Event::VectorWritten { collection, id: id.clone(), created: old.is_none(), vector, meta, labels });

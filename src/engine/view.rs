@@ -4,7 +4,8 @@
 //! first leaves here as it was (copy on write); the walk prefers that to what the state holds by then. Memory: what was
 //! changed ahead of the walk and not yet reached, so a walk should be quick; [`View::is_overrun`] bounds the slow ones.
 //!
-//! One lock, `inner`: taken by the writer for each key it changes while a walk is on, and by the walk once a slice.
+//! Locks: `inner`, taken by the writer for each key it changes while a walk is on, and by the walk once a slice; and the
+//! list of walks, [`Views`].
 
 use super::codec::Entry;
 use super::command::Key;
@@ -13,7 +14,7 @@ use crate::revision::Revision;
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Keys looked at under one hold of the state's lock: some tens of microseconds.
 pub const SLICE_KEYS: usize = 512;
@@ -22,9 +23,30 @@ pub const SLICE_KEYS: usize = 512;
 #[derive(Debug)]
 pub struct View {
     revision: Revision,
+    /// What will be walked: keys that begin with one of these.
+    prefixes: Vec<String>,
     /// Most old versions kept; beyond that the view is overrun and worthless.
     preimages_max: usize,
     inner: Mutex<Inner>,
+}
+
+/// The walks under way. A lock of its own, so that a walk can begin under the state's read lock; the writer takes it for
+/// each key it changes, nearly always to find it empty.
+#[derive(Debug, Default)]
+pub struct Views(Mutex<Vec<Weak<View>>>);
+
+impl Views {
+    fn add(&self, view: &Arc<View>) {
+        self.0.lock().push(Arc::downgrade(view));
+    }
+
+    /// Lets every walk keep what a key held before a change.
+    pub fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) {
+        let mut views = self.0.lock();
+        if !views.is_empty() {
+            views.retain(|view| view.upgrade().map(|view| view.remember(key, old)).is_some());
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -38,10 +60,12 @@ struct Inner {
 
 impl View {
     /// Begins a walk at the state's current revision.
-    pub fn begin(state: &RwLock<State>, preimages_max: usize) -> Arc<Self> {
-        let mut state = state.write();
-        let view = Arc::new(Self { revision: state.revision(), preimages_max, inner: Mutex::new(Inner::default()) });
-        state.add_view(&view);
+    pub fn begin(state: &RwLock<State>, prefixes: Vec<String>, preimages_max: usize) -> Arc<Self> {
+        // Nothing is applied while this is held, so the revision and what is remembered from here on fit together.
+        let state = state.read();
+        let inner = Mutex::new(Inner::default());
+        let view = Arc::new(Self { revision: state.revision(), prefixes, preimages_max, inner });
+        state.views().add(&view);
         view
     }
 
@@ -51,7 +75,10 @@ impl View {
     }
 
     /// Keeps what a key held before a change. Called by the writer, under the state's write lock.
-    pub fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) {
+    fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) {
+        if !self.prefixes.iter().any(|p| key.as_str().starts_with(p.as_str())) {
+            return;
+        }
         let mut inner = self.inner.lock();
         if inner.overrun || inner.passed.as_ref().is_some_and(|passed| key <= passed) {
             return;
@@ -168,7 +195,7 @@ mod tests {
                 }
             }
             let expected: Vec<_> = state.read().range("", None, 0).map(|(k, e)| (k.clone(), Arc::clone(e))).collect();
-            let view = View::begin(&state, usize::MAX);
+            let view = View::begin(&state, vec![String::new()], usize::MAX);
             let mut found = Vec::new();
             let mut from = Some(String::new());
             while let Some(at) = from {
@@ -187,7 +214,7 @@ mod tests {
     fn a_slow_walk_is_overrun_rather_than_keeping_everything() {
         let state = RwLock::new(State::default());
         (0..100).for_each(|n| apply(&state, put(n, n as u64 + 1)));
-        let view = View::begin(&state, 10);
+        let view = View::begin(&state, vec!["k".into()], 10);
         (0..10).for_each(|n| apply(&state, delete(n)));
         assert!(!view.is_overrun());
         apply(&state, delete(11));

@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Put, Reader};
 use parking_lot::{Mutex, RwLock};
+use rustix::fs::SeekFrom;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -44,6 +45,8 @@ const FRAME_ALIGN: usize = 8;
 const ZERO_AHEAD_BYTES: u64 = 1 << 20;
 /// Space in the last segment that only deletes may use once the disk is full.
 const RESERVE_BYTES: u64 = 256 << 10;
+/// Capacity the frame buffer keeps from batch to batch.
+const BUFFER_BYTES_KEPT: usize = 4 << 20;
 /// Distance between entries of the sparse index.
 const INDEX_STEP_BYTES: u64 = 64 << 10;
 /// Smallest and largest segment.
@@ -73,7 +76,8 @@ impl Kind {
     }
 }
 
-/// Revisions lost in a crash of a relaxed mode, both ends included.
+/// Revisions lost in a crash of a relaxed mode, both ends included. The last was never handed out: the gap ends one
+/// beyond the reservation, so that the head after a crash is a position that can be resumed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
     /// First lost.
@@ -148,6 +152,12 @@ impl FrameBuffer {
         let length = u32::try_from(length).expect("a record is bounded far below 4 GiB");
         self.bytes[start..start + 4].copy_from_slice(&length.to_le_bytes());
         self.bytes.resize(self.bytes.len().next_multiple_of(FRAME_ALIGN), 0);
+    }
+
+    /// Empties the buffer; what an unusually large batch made it grow to is given back.
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(BUFFER_BYTES_KEPT);
     }
 
     /// Fills in the checksums, which depend on the segment the frames go to.
@@ -333,8 +343,45 @@ impl Segment {
         })
     }
 
+    /// Writes the frame that says that the next segment exists, at the end of the frames.
+    fn seal(&self, at: u64, next: Revision) -> Result<(), Error> {
+        let mut seal = FrameBuffer { bytes: Vec::new() };
+        seal.push(Kind::Seal, next, 0, next.prev(), |_| ());
+        seal.seal(self.salt);
+        let written = self.file.write_all_at(&seal.bytes, at).and_then(|()| self.file.sync_data());
+        written.map_err(Error::io("cannot seal", self.name()))?;
+        self.end.store(at + seal.bytes.len() as u64, Ordering::Release);
+        Ok(())
+    }
+
     fn name(&self) -> &Path {
         self.path.as_deref().unwrap_or(Path::new("in-memory log"))
+    }
+
+    /// The whole segment, and where the last of its data ends. Only what was ever written is read: most of a new segment
+    /// is a hole, and reading 64 MiB of zeros would be most of a restart.
+    fn read_data(&self) -> Result<(Vec<u8>, usize), Error> {
+        let size =
+            usize::try_from(self.size).map_err(|_| Error::corrupt(self.name(), 24, "the segment is too large"))?;
+        // Zeroed memory that is not touched costs nothing.
+        let mut bytes = vec![0; size];
+        let mut at = 0;
+        let mut data_end = 0;
+        while at < self.size {
+            let from = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(from) => from,
+                Err(rustix::io::Errno::NXIO) => break,
+                // No holes to be known here: then all of it is data.
+                Err(_) => at,
+            };
+            let to = rustix::fs::seek(&self.file, SeekFrom::Hole(from)).unwrap_or(self.size).min(self.size);
+            // Both are at most `size`, which is a usize.
+            let (start, end) = (from as usize, (to as usize).max(from as usize));
+            self.file.read_exact_at(&mut bytes[start..end], from).map_err(Error::io("cannot read", self.name()))?;
+            data_end = end;
+            at = to.max(from + 1);
+        }
+        Ok((bytes, data_end))
     }
 
     /// Bytes `[at, at + length)`, cut at `end`.
@@ -452,7 +499,8 @@ impl Log {
     /// Whether `revision` was given up in a crash of a relaxed mode.
     #[must_use]
     pub fn is_lost(&self, revision: Revision) -> bool {
-        self.gaps.read().iter().any(|g| g.from <= revision && revision <= g.to)
+        // The last of the range was never handed out before the crash; it is the head after it.
+        self.gaps.read().iter().any(|g| g.from <= revision && revision < g.to)
     }
 
     /// Lost ranges, oldest first.
@@ -525,7 +573,7 @@ impl Log {
             }
             match next_first {
                 // Revisions between the end of this segment and the next are a gap.
-                Some(first) => reached = reached.max(first.prev()),
+                Some(first) => reached = reached.max(first.prev().min(head)),
                 // The writer may have sealed this segment since: look again, unless nothing can have changed.
                 None if self.segments.read().last().is_some_and(|s| Arc::ptr_eq(s, &segment)) => {
                     reached = head;
@@ -536,8 +584,9 @@ impl Log {
         Ok(Some(History { records, reached }))
     }
 
-    /// The newest revision written at or before a time; what `since=<time>` resumes after. Blocking.
-    pub fn revision_at(&self, ts_ms: u64) -> Result<Revision, Error> {
+    /// The newest revision written at or before a time: what `since=<time>` resumes after. `None` when everything in the
+    /// log is later. Blocking.
+    pub fn revision_at(&self, ts_ms: u64) -> Result<Option<Revision>, Error> {
         let segments = self.segments.read().clone();
         for segment in segments.iter().rev() {
             let from = segment.seek(|entry| entry.ts_ms <= ts_ms)?;
@@ -553,11 +602,11 @@ impl Log {
                 newest = Some(Revision(found.header.first_revision.0 + u64::from(found.header.count) - 1));
                 Ok(true)
             })?;
-            if let Some(newest) = newest {
+            if newest.is_some() {
                 return Ok(newest);
             }
         }
-        Ok(self.oldest().prev())
+        Ok(None)
     }
 
     /// Drops the oldest segments while there are more than `bytes_max` of them and `covered` (a durable snapshot's
@@ -566,16 +615,21 @@ impl Log {
         let mut dropped = 0;
         while self.bytes() > bytes_max {
             let gone = {
-                let mut segments = self.segments.write();
+                let segments = self.segments.read();
                 if segments.len() < 2 || segments[1].first_revision > covered.next() {
                     break;
                 }
-                segments.remove(0)
+                Arc::clone(&segments[0])
             };
-            dropped += 1;
+            // One by one and synced, so that no older segment can outlive a newer one.
             if let Some(path) = &gone.path {
                 std::fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+                if let Some(dir) = path.parent() {
+                    sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+                }
             }
+            self.segments.write().remove(0);
+            dropped += 1;
         }
         Ok(dropped)
     }
@@ -688,8 +742,13 @@ impl Wal {
                     ),
                 ));
             }
-            let is_last = index + 1 == segments.len();
-            (at, torn_bytes) = scan.segment(segment, is_last, replay_after, &mut replay)?;
+            let next = segments.get(index + 1).map(|s| s.first_revision);
+            (at, torn_bytes) = scan.segment(segment, next, replay_after, &mut replay)?;
+        }
+        if let Some(last) = segments.last() {
+            // What is replayed may so far be in the page cache only, written by a process that was killed before its
+            // sync. It is about to be shown, so it must be durable first.
+            last.file.sync_data().map_err(Error::io("cannot sync", last.name()))?;
         }
         if scan.sealed {
             let last = segments.last().map_or(Path::new("log"), Segment::name);
@@ -700,7 +759,7 @@ impl Wal {
         let mut opened = Self::assemble(dir, segments, scan.gaps, at, head, scan.reserved, segment_bytes, torn_bytes);
         if scan.reserved > head {
             // A crash in a relaxed mode: revisions up to the reservation may have been seen, and are given up.
-            opened.wal.give_up(Gap { from: head.next(), to: scan.reserved })?;
+            opened.wal.give_up(Gap { from: head.next(), to: scan.reserved.next() })?;
         }
         Ok(opened)
     }
@@ -736,13 +795,16 @@ impl Wal {
 
     fn give_up(&mut self, gap: Gap) -> Result<(), Error> {
         self.log.gaps.write().push(gap);
-        self.appended = gap.to;
-        self.reserved = gap.to;
+        self.reserved = Revision::ZERO;
         self.frames.bytes.clear();
         self.frames.push(Kind::Gap, gap.from, 0, self.durable, |out| out.put_revision(gap.to));
         self.flush().and_then(|()| self.sync()).map_err(|e| match e {
             AppendError::Full(e) | AppendError::Failed(e) => e,
         })?;
+        // Only now: a segment begun for this frame must be named after the first revision given up.
+        self.appended = gap.to;
+        self.durable = gap.to;
+        self.reserved = gap.to;
         self.publish();
         Ok(())
     }
@@ -763,7 +825,7 @@ impl Wal {
 
     /// Forgets the batch being built: nothing of it was written. `head` is the newest revision before it.
     pub fn unstage(&mut self, head: Revision) {
-        self.frames.bytes.clear();
+        self.frames.clear();
         self.appended = head;
     }
 
@@ -813,7 +875,7 @@ impl Wal {
     pub fn flush(&mut self) -> Result<(), AppendError> {
         let length = self.frames.bytes.len() as u64;
         if self.at + length + FRAME_HEADER_BYTES as u64 > self.active.size {
-            self.rotate(length).map_err(|e| if is_full(&e) { AppendError::Full(e) } else { AppendError::Failed(e) })?;
+            self.rotate(length)?;
         }
         self.frames.seal(self.active.salt);
         self.active
@@ -822,7 +884,7 @@ impl Wal {
             .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
         self.at += length;
         self.vouched = self.durable;
-        self.frames.bytes.clear();
+        self.frames.clear();
         Ok(())
     }
 
@@ -861,15 +923,16 @@ impl Wal {
         }
         match self.rotate(0) {
             Ok(()) => Ok(false),
-            Err(e) if is_full(&e) => Ok(true),
-            Err(e) => Err(e),
+            Err(AppendError::Full(_)) => Ok(true),
+            Err(AppendError::Failed(e)) => Err(e),
         }
     }
 
     /// Starts a new segment with room for `length` bytes, then seals the old one.
-    fn rotate(&mut self, length: u64) -> Result<(), Error> {
+    fn rotate(&mut self, length: u64) -> Result<(), AppendError> {
         // Everything before a segment boundary is on disk, whatever the mode: recovery relies on it.
-        self.active.file.sync_data().map_err(Error::io("cannot sync", self.active.name()))?;
+        let synced = self.active.file.sync_data().map_err(Error::io("cannot sync", self.active.name()));
+        synced.map_err(AppendError::Failed)?;
         let staged_from = self.staged_from();
         let mut carried = FrameBuffer { bytes: Vec::new() };
         let oldest = self.log.oldest();
@@ -883,9 +946,12 @@ impl Wal {
         let needed = (SEGMENT_HEADER_BYTES + carried.bytes.len() + 2 * FRAME_HEADER_BYTES) as u64 + length;
         let size = self.segment_bytes.max((needed + RESERVE_BYTES).next_multiple_of(4096));
         let replaces_empty = staged_from == self.active.first_revision;
-        let (segment, at) = Segment::create(self.dir.as_deref(), staged_from, size, carried)?;
+        let created = Segment::create(self.dir.as_deref(), staged_from, size, carried);
+        let (segment, at) =
+            created.map_err(|e| if is_full(&e) { AppendError::Full(e) } else { AppendError::Failed(e) })?;
         if !replaces_empty {
-            self.seal_active(staged_from)?;
+            // The new segment exists: from here on there is no way back but a restart.
+            self.active.seal(self.at, staged_from).map_err(AppendError::Failed)?;
         }
         let segment = Arc::new(segment);
         {
@@ -898,18 +964,6 @@ impl Wal {
         self.active = segment;
         self.zeroed = at + ZERO_AHEAD_BYTES;
         self.at = at;
-        Ok(())
-    }
-
-    fn seal_active(&self, next: Revision) -> Result<(), Error> {
-        let mut seal = FrameBuffer { bytes: Vec::new() };
-        seal.push(Kind::Seal, next, 0, next.prev(), |_| ());
-        seal.seal(self.active.salt);
-        let file = &self.active.file;
-        file.write_all_at(&seal.bytes, self.at)
-            .and_then(|()| file.sync_data())
-            .map_err(Error::io("cannot seal", self.active.name()))?;
-        self.active.end.store(self.at + seal.bytes.len() as u64, Ordering::Release);
         Ok(())
     }
 
@@ -955,18 +1009,17 @@ struct Scan {
 }
 
 impl Scan {
-    /// Walks one segment. Returns where its frames end and how many bytes of a torn tail were cut.
+    /// Walks one segment; `next_first` is where the one after it begins, if there is one. Returns where its frames end and
+    /// how many bytes of a torn tail were cut.
     fn segment(
         &mut self,
         segment: &Segment,
-        is_last: bool,
+        next_first: Option<Revision>,
         replay_after: Revision,
         replay: &mut impl FnMut(Record) -> Result<(), Error>,
     ) -> Result<(u64, u64), Error> {
         let path = segment.name();
-        let size = usize::try_from(segment.size).map_err(|_| Error::corrupt(path, 24, "the segment is too large"))?;
-        let mut bytes = vec![0; size];
-        segment.file.read_exact_at(&mut bytes, 0).map_err(Error::io("cannot read", path))?;
+        let (bytes, data_end) = segment.read_data()?;
         let mut at = SEGMENT_HEADER_BYTES;
         self.sealed = false;
         while !self.sealed {
@@ -974,38 +1027,40 @@ impl Scan {
             self.frame(&found, path, at as u64, replay_after, replay)?;
             at += found.header.frame_bytes();
         }
-        let mut torn_bytes = 0;
-        if !self.sealed {
-            let used = bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
-            if used > at {
-                if !is_last {
-                    return Err(Error::corrupt(
-                        path,
-                        at as u64,
-                        "a frame does not match its checksum, and the log goes on behind it",
-                    ));
-                }
-                if let Some(durable) = durable_behind(&bytes[at..], used - at, segment.salt)
-                    && durable >= self.next
-                {
-                    return Err(Error::corrupt(
-                        path,
-                        at as u64,
-                        format!(
-                            "revision {} does not match its checksum, and a later frame says that it was durable",
-                            self.next
-                        ),
-                    ));
-                }
-                // Nobody was ever told of what is here. Zeros, so that no frame behind can come back to life later.
-                write_zeros(&segment.file, at as u64, used as u64)
-                    .and_then(|()| segment.file.sync_all())
-                    .map_err(Error::io("cannot cut the torn tail of", path))?;
-                torn_bytes = (used - at) as u64;
-            }
-        }
         segment.end.store(at as u64, Ordering::Release);
-        Ok((at as u64, torn_bytes))
+        if self.sealed {
+            return Ok((at as u64, 0));
+        }
+        let used = bytes[..data_end].iter().rposition(|&b| b != 0).map_or(0, |last| last + 1).max(at);
+        if let Some(next_first) = next_first {
+            // The next segment was created and the crash came before, or within, the seal of this one.
+            if next_first != self.next || used - at > FRAME_HEADER_BYTES {
+                return Err(Error::corrupt(
+                    path,
+                    at as u64,
+                    "a frame does not match its checksum, and the log goes on behind it",
+                ));
+            }
+            segment.seal(at as u64, next_first)?;
+            return Ok((at as u64, 0));
+        }
+        if used == at {
+            return Ok((at as u64, 0));
+        }
+        if let Some(durable) = durable_behind(&bytes[at..], used - at, segment.salt, self.next)
+            && durable >= self.next
+        {
+            let detail = format!(
+                "revision {} does not match its checksum, and a later frame says that it was durable",
+                self.next
+            );
+            return Err(Error::corrupt(path, at as u64, detail));
+        }
+        // Nobody was ever told of what is here. Zeros, so that no frame behind can come back to life later.
+        write_zeros(&segment.file, at as u64, used as u64)
+            .and_then(|()| segment.file.sync_all())
+            .map_err(Error::io("cannot cut the torn tail of", path))?;
+        Ok((at as u64, (used - at) as u64))
     }
 
     fn frame(
@@ -1068,9 +1123,17 @@ impl Segment {
     }
 }
 
-/// The highest revision that frames beginning within the first `used` bytes of a damaged tail say was durable.
-fn durable_behind(bytes: &[u8], used: usize, salt: u32) -> Option<Revision> {
-    let places = (0..used).step_by(FRAME_ALIGN);
+/// The highest revision that frames beginning within the first `used` bytes of a damaged tail say was durable. Only
+/// what could be a frame at or after `next` is worth its checksum: bytes of a value must not cost one each.
+fn durable_behind(bytes: &[u8], used: usize, salt: u32, next: Revision) -> Option<Revision> {
+    let could_be = |at: &usize| {
+        FrameHeader::parse(&bytes[*at..]).is_some_and(|h| {
+            h.durable < h.first_revision
+                && h.first_revision >= next
+                && h.first_revision.0 - next.0 <= u64::from(u32::MAX)
+        })
+    };
+    let places = (0..used).step_by(FRAME_ALIGN).filter(could_be);
     places.filter_map(|at| frame_at(&bytes[at..], salt)).map(|found| found.header.durable).max()
 }
 
@@ -1256,7 +1319,7 @@ mod tests {
         }
         for (ts_ms, expected) in [(0, 0), (1001, 2), (1003, 2), (1004, 5), (u64::MAX, head.0)] {
             // Record n has the time 1000 + n; records begin at 1, 3, 4, 6, …
-            let found = opened.log.revision_at(ts_ms).unwrap().0;
+            let found = opened.log.revision_at(ts_ms).unwrap().unwrap_or_default().0;
             let by_scan = opened.log.read_after(Revision(0), head, usize::MAX).unwrap().unwrap();
             let by_scan =
                 by_scan.records.iter().filter(|r| r.ts_ms <= ts_ms).map(|r| r.last_revision().0).max().unwrap_or(0);

@@ -9,13 +9,13 @@
 //! Deliberately absent: locks. The engine shares a collection behind one lock and scans it in slices.
 
 use super::distance::{dot_f64, kernels, l2_squared_f64};
-use super::filter::Filter;
+use super::filter::{Filter, any_at};
 use super::storage::{NewChunk, RowStore, SlotEntry, SlotLog};
 use super::topk::TopK;
 use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
 use crate::error::Error;
 use crate::revision::Revision;
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -103,6 +103,59 @@ pub struct Scan {
     pub filter: Option<Filter>,
     /// The best so far.
     pub top: TopK,
+    /// Instead of one list, the best for each value of a metadata field.
+    pub groups: Option<Groups>,
+}
+
+/// The best vectors for each value of a metadata field. Memory: one list for each value met.
+#[derive(Clone, Debug)]
+pub struct Groups {
+    /// The field's path.
+    pub path: Vec<Box<str>>,
+    /// How many are kept for each value.
+    pub size: usize,
+    /// None below this.
+    pub min_score: Option<f32>,
+    /// By the value's JSON text.
+    pub best: HashMap<String, (serde_json::Value, TopK)>,
+}
+
+impl Groups {
+    fn offer(&mut self, meta: &serde_json::Value, score: f32, slot: Slot, id: &VectorId) {
+        let mut values = Vec::new();
+        any_at(meta, &self.path, &mut |value| {
+            match value {
+                serde_json::Value::Array(list) => values.extend(list.iter().cloned()),
+                other => values.push(other.clone()),
+            }
+            false
+        });
+        values.retain(|v| !v.is_object() && !v.is_array() && !v.is_null());
+        for value in values {
+            // Offered twice for an array that repeats a value: the heap would keep both.
+            let name = value.to_string();
+            let (size, min_score) = (self.size, self.min_score);
+            let (_, top) = self.best.entry(name).or_insert_with(|| (value, TopK::new(size, min_score)));
+            if !top.holds(slot) {
+                top.offer(score, slot, id);
+            }
+        }
+    }
+
+    /// Takes in what another part of the scan kept.
+    #[must_use]
+    pub fn merge(mut self, other: Self) -> Self {
+        for (name, (value, top)) in other.best {
+            match self.best.entry(name) {
+                std::collections::hash_map::Entry::Vacant(free) => drop(free.insert((value, top))),
+                std::collections::hash_map::Entry::Occupied(mut mine) => {
+                    let (value, old) = mine.get().clone();
+                    mine.insert((value, old.merge(top)));
+                }
+            }
+        }
+        self
+    }
 }
 
 impl Collection {
@@ -126,7 +179,7 @@ impl Collection {
         let opened = SlotLog::open(dir.join("slots.log"), spec, created)?;
         collection.load(opened.entries)?;
         collection.checkpoint = collection.checkpoint.max(opened.checkpoint);
-        collection.revision = collection.revision.max(opened.checkpoint);
+        collection.revision = collection.revision.max(opened.newest);
         Ok((collection, Some(opened.log)))
     }
 
@@ -151,6 +204,7 @@ impl Collection {
             }
         }
         let count = live.values().map(|e| e.0.index() + 1).max().unwrap_or(0);
+        self.rows.check_length(count)?;
         self.rows.grow(self.rows.allocate(count)?);
         let nobody = VectorId::new("-").expect("one byte is a valid id");
         self.slots = (0..count).map(|_| SlotState::free(nobody.clone())).collect();
@@ -211,10 +265,16 @@ impl Collection {
         self.slots.len() * (self.rows.stride() + SLOT_OVERHEAD_BYTES) + self.text_bytes
     }
 
-    /// Bytes one more vector would take, for budgets.
+    /// What the live vectors are charged against the memory budget: room that deletes made is free again.
     #[must_use]
-    pub fn bytes_for(&self, id: &VectorId, meta: &VectorMeta) -> usize {
-        self.rows.stride() + SLOT_OVERHEAD_BYTES + id.as_str().len() + meta.text().len()
+    pub fn charged_bytes(&self) -> usize {
+        self.ids.len() * (self.rows.stride() + SLOT_OVERHEAD_BYTES) + self.text_bytes
+    }
+
+    /// Average bytes of an id and its metadata: what looking at metadata costs.
+    #[must_use]
+    pub fn text_bytes_average(&self) -> usize {
+        self.text_bytes / self.ids.len().max(1)
     }
 
     /// Room for `more` vectors beyond those there are; give the chunks to [`Collection::grow`]. Does I/O.
@@ -227,22 +287,15 @@ impl Collection {
         self.rows.grow(chunks);
     }
 
-    /// Applies a vector write. The room must have been allocated. `oldest_search` is the revision of the oldest search
-    /// still running, if any: slots it may see are not reused.
-    pub fn put(
-        &mut self,
-        id: &VectorId,
-        numbers: &[f32],
-        meta: &VectorMeta,
-        revision: Revision,
-        oldest_search: Option<Revision>,
-    ) {
+    /// Applies a vector write. The room must have been allocated. Slots freed after `reusable` are not taken: a running
+    /// search may still see them, or (in the relaxed modes) a crash may undo what freed them.
+    pub fn put(&mut self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision, reusable: Revision) {
         let old = self.ids.get(id).copied();
         if self.is_known(old, revision) {
             return;
         }
         self.revision = self.revision.max(revision);
-        let slot = self.take_slot(oldest_search, id);
+        let slot = self.take_slot(reusable, id);
         self.rows.write(slot, numbers);
         let norm = self.norm(numbers);
         self.text_bytes += id.as_str().len() + meta.text().len();
@@ -296,17 +349,18 @@ impl Collection {
     }
 
     fn bury(&mut self, slot: Slot, revision: Revision) {
-        self.slots[slot.index()].died = revision;
+        let state = &mut self.slots[slot.index()];
+        state.died = revision;
+        self.text_bytes -= state.id.as_str().len() + state.meta.text().len();
         self.dead.push_back(slot);
     }
 
-    fn take_slot(&mut self, oldest_search: Option<Revision>, tenant: &VectorId) -> Slot {
+    fn take_slot(&mut self, reusable: Revision, tenant: &VectorId) -> Slot {
         while let Some(&slot) = self.dead.front() {
             let state = &mut self.slots[slot.index()];
-            if oldest_search.is_some_and(|search| search < state.died) {
+            if reusable < state.died {
                 break;
             }
-            self.text_bytes -= state.id.as_str().len() + state.meta.text().len();
             state.meta = VectorMeta::empty();
             self.dead.pop_front();
             self.free.push(slot);
@@ -369,7 +423,7 @@ impl Collection {
 
     /// Scores every vector in a slice of slots that was live at `at`, for all scans in one pass over memory.
     pub fn scan(&self, slots: Range<usize>, at: Revision, scans: &mut [Scan]) {
-        let wants_meta = scans.iter().any(|s| s.filter.is_some());
+        let wants_meta = scans.iter().any(|s| s.filter.is_some() || s.groups.is_some());
         for slot in self.clip(slots).map(to_slot) {
             let state = &self.slots[slot.index()];
             if !(state.born <= at && at < state.died) {
@@ -382,7 +436,11 @@ impl Collection {
                 {
                     continue;
                 }
-                scan.top.offer(self.score(&scan.query, slot), slot, &state.id);
+                let score = self.score(&scan.query, slot);
+                match (&mut scan.groups, &meta) {
+                    (Some(groups), Some(meta)) => groups.offer(meta, score, slot, &state.id),
+                    _ => scan.top.offer(score, slot, &state.id),
+                }
             }
         }
     }
@@ -427,12 +485,12 @@ impl Collection {
 
     /// Takes the ids that changed since the last call: what the next checkpoint has to write. O(1).
     #[must_use]
-    pub fn take_changes(&mut self) -> Vec<VectorId> {
-        std::mem::take(&mut self.changed).into_iter().collect()
+    pub fn take_changes(&mut self) -> HashSet<VectorId> {
+        std::mem::take(&mut self.changed)
     }
 
     /// Gives changes back whose checkpoint failed.
-    pub fn restore_changes(&mut self, ids: Vec<VectorId>) {
+    pub fn restore_changes(&mut self, ids: HashSet<VectorId>) {
         self.changed.extend(ids);
     }
 

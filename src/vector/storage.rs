@@ -108,8 +108,7 @@ impl RowStore {
                     MmapMut::map_anon(bytes).map_err(Error::io("cannot get memory for", Path::new("vector rows")))?
                 }
                 Some((path, file)) => {
-                    rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, bytes as u64)
-                        .map_err(|e| Error::io("cannot grow", path)(e.into()))?;
+                    preallocate(file, offset, bytes).map_err(Error::io("cannot grow", path))?;
                     // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data
                     // directory's lock keeps other servers away from it.
                     unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file) }
@@ -120,6 +119,17 @@ impl RowStore {
             capacity += chunk_rows;
         }
         Ok(fresh)
+    }
+
+    /// Whether the file is long enough to hold this many rows. In memory there is nothing to miss.
+    pub fn check_length(&self, rows: usize) -> Result<(), Error> {
+        let Some((path, file)) = &self.file else { return Ok(()) };
+        let length = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let needed = (rows * self.stride) as u64;
+        if length < needed {
+            return Err(Error::corrupt(path, length, format!("the file ends here, its rows need {needed} bytes")));
+        }
+        Ok(())
     }
 
     /// Takes allocated chunks into use.
@@ -146,6 +156,20 @@ impl RowStore {
     /// A handle whose `sync_data` writes every changed mapped row to disk, usable without the collection's lock.
     pub fn sync_handle(&self) -> Result<Option<File>, Error> {
         self.file.as_ref().map(|(path, file)| file.try_clone().map_err(Error::io("cannot duplicate", path))).transpose()
+    }
+}
+
+/// Allocates a range of the file on disk, so that a write to its mapping cannot run out of space.
+fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, bytes as u64) {
+        // Some file systems cannot preallocate; they get their blocks by writing zeros where nothing is yet.
+        Err(rustix::io::Errno::OPNOTSUPP) => {
+            let length = file.metadata()?.len();
+            let missing = (offset + bytes as u64).saturating_sub(length.max(offset));
+            let zeros = vec![0; usize::try_from(missing).unwrap_or(bytes)];
+            file.write_all_at(&zeros, length.max(offset))
+        }
+        other => other.map_err(Into::into),
     }
 }
 
@@ -184,6 +208,8 @@ pub struct Opened {
     pub log: SlotLog,
     /// Revision of the last whole frame; zero when there is none.
     pub checkpoint: Revision,
+    /// Newest change of the collection as of that frame.
+    pub newest: Revision,
     /// All entries, oldest first.
     pub entries: Vec<SlotEntry>,
 }
@@ -207,7 +233,8 @@ fn header(spec: CollectionSpec, created: Revision) -> Vec<u8> {
 }
 
 impl SlotLog {
-    /// Opens the file, or creates it with a header. A frame that is torn at the end is cut off: it was never counted.
+    /// Opens the file, or creates it with a header. What follows the last whole frame does not count, and is cut off by
+    /// the next append; whether something is missing, the caller knows from its snapshot.
     pub fn open(path: PathBuf, spec: CollectionSpec, created: Revision) -> Result<Opened, Error> {
         let mut options = OpenOptions::new();
         let mut file = options
@@ -227,22 +254,20 @@ impl SlotLog {
                 .and_then(|()| file.sync_all())
                 .map_err(Error::io("cannot write", &path))?;
             let log = Self { path, file, bytes: HEADER_BYTES as u64 };
-            return Ok(Opened { log, checkpoint: Revision::ZERO, entries: Vec::new() });
+            return Ok(Opened { log, checkpoint: Revision::ZERO, newest: Revision::ZERO, entries: Vec::new() });
         }
         if bytes[..HEADER_BYTES] != expected[..] {
             return Err(Error::corrupt(&path, 0, "the header is damaged or belongs to another collection or version"));
         }
         let mut at = HEADER_BYTES;
-        let mut checkpoint = Revision::ZERO;
+        let (mut checkpoint, mut newest) = (Revision::ZERO, Revision::ZERO);
         let mut entries = Vec::new();
         while let Some(frame) = whole_frame(&bytes[at..]) {
-            checkpoint = decode_frame(frame, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
+            (checkpoint, newest) =
+                decode_frame(frame, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
             at += FRAME_HEADER_BYTES + frame.len();
         }
-        if at < bytes.len() {
-            file.set_len(at as u64).and_then(|()| file.sync_all()).map_err(Error::io("cannot truncate", &path))?;
-        }
-        Ok(Opened { log: Self { path, file, bytes: at as u64 }, checkpoint, entries })
+        Ok(Opened { log: Self { path, file, bytes: at as u64 }, checkpoint, newest, entries })
     }
 
     /// Bytes in the file.
@@ -304,12 +329,13 @@ impl Rewrite {
     }
 }
 
-/// One frame: length and CRC, then checkpoint revision, count and entries. A checkpoint of many entries is several
+/// One frame: length and CRC, then checkpoint revision, newest change, count and entries. A checkpoint of many entries is several
 /// frames, of which only the last carries its revision; the others repeat the one before.
 #[must_use]
-pub fn encode_frame(checkpoint: Revision, entries: &[SlotEntry]) -> Vec<u8> {
+pub fn encode_frame(checkpoint: Revision, newest: Revision, entries: &[SlotEntry]) -> Vec<u8> {
     let mut frame = vec![0; FRAME_HEADER_BYTES];
     frame.put_revision(checkpoint);
+    frame.put_revision(newest);
     frame.put_u32(u32::try_from(entries.len()).expect("slots are counted in u32"));
     for entry in entries {
         match entry {
@@ -344,9 +370,10 @@ fn whole_frame(bytes: &[u8]) -> Option<&[u8]> {
     (crc32c::crc32c(body) == crc).then_some(body)
 }
 
-fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<Revision, Malformed> {
+fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, Revision), Malformed> {
     let mut reader = Reader(body);
     let checkpoint = reader.revision("checkpoint")?;
+    let newest = reader.revision("newest")?;
     for _ in 0..reader.u32("count")? {
         let kind = reader.byte("entry kind")?;
         let id = VectorId::new(reader.text("id")?).map_err(|e| Malformed(e.to_string()))?;
@@ -363,7 +390,7 @@ fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<Revision, M
         });
     }
     reader.end("the last entry")?;
-    Ok(checkpoint)
+    Ok((checkpoint, newest))
 }
 
 #[cfg(test)]
@@ -412,8 +439,12 @@ mod tests {
         let mut log = SlotLog::open(path.clone(), spec, Revision(1)).unwrap().log;
         let mut ends = vec![(log.bytes(), 0, 0)];
         for n in 1..4u32 {
-            log.append(&encode_frame(Revision(u64::from(n) * 10), &[live(n), SlotEntry::Gone { id: id(n + 9) }]))
-                .unwrap();
+            log.append(&encode_frame(
+                Revision(u64::from(n) * 10),
+                Revision(1),
+                &[live(n), SlotEntry::Gone { id: id(n + 9) }],
+            ))
+            .unwrap();
             ends.push((log.bytes(), u64::from(n) * 10, 2 * n as usize));
         }
         let whole = std::fs::read(&path).unwrap();

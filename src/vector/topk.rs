@@ -65,6 +65,18 @@ impl TopK {
         }
     }
 
+    /// Whether a slot is kept already.
+    #[must_use]
+    pub fn holds(&self, slot: Slot) -> bool {
+        self.heap.iter().any(|c| c.slot == slot)
+    }
+
+    /// The best one's score and id.
+    #[must_use]
+    pub fn best(&self) -> Option<&Candidate> {
+        self.heap.iter().min()
+    }
+
     /// Takes in what another part of the scan kept.
     pub fn merge(mut self, other: Self) -> Self {
         for candidate in other.heap {

@@ -1,0 +1,373 @@
+//! What was acknowledged is there after any end of the process; what is damaged is refused by name.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::{Duration, Server, call, contains, ok, timeout};
+use kiss_vdb::client::{Client, Target};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.to_str().unwrap().ends_with(extension) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Everything a client can read: keys, vectors, counts.
+async fn image(target: &Target) -> Value {
+    let c = &mut Client::new(target);
+    let mut items = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let page = ok(c, &format!("GET /v1/state?limit=1000{cursor}")).await;
+        items.extend(page["items"].as_array().unwrap().iter().cloned());
+        match page["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    let mut collections = Vec::new();
+    for info in ok(c, "GET /v1/vector").await["collections"].as_array().unwrap() {
+        let name = info["collection"].as_str().unwrap();
+        let list = ok(c, &format!("GET /v1/vector/{name}/list?limit=1000&include_vector=true")).await;
+        collections.push(json!({"name": name, "dim": info["dim"], "metric": info["metric"], "items": list["items"]}));
+    }
+    json!({"keys": items, "collections": collections})
+}
+
+async fn write_a_bit_of_everything(c: &mut Client) {
+    ok(c, r#"PUT /v1/state/a {"value":{"n":1.50},"meta":{"job_id":"j","tags":["t"]}}"#).await;
+    ok(c, r#"PATCH /v1/state/a {"m":2}"#).await;
+    ok(c, r#"PUT /v1/state/gone {"value":1}"#).await;
+    ok(c, "DELETE /v1/state/gone").await;
+    ok(c, r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3600000}"#).await;
+    c.send("PUT".parse().unwrap(), "/v1/state/bytes", &[("content-type", "text/plain")], "hi").await.unwrap();
+    for name in ["v", "w"] {
+        ok(c, &format!("POST /v1/vector/{name} {{\"dim\":3,\"metric\":\"cosine\"}}")).await;
+        for n in 0..300 {
+            ok(
+                c,
+                &format!("POST /v1/vector/{name}/add {{\"id\":\"{n}\",\"vector\":[{n},1,2.5],\"meta\":{{\"n\":{n}}}}}"),
+            )
+            .await;
+        }
+        ok(c, &format!("POST /v1/vector/{name}/update {{\"id\":\"7\",\"meta\":{{\"x\":1}}}}")).await;
+        ok(c, &format!("POST /v1/vector/{name}/upsert {{\"id\":\"8\",\"vector\":[9,9,9]}}")).await;
+        ok(c, &format!("POST /v1/vector/{name}/delete {{\"filters\":{{\"n\":{{\"$gt\":250}}}}}}")).await;
+    }
+    ok(c, "DELETE /v1/vector/w").await;
+    ok(c, r#"POST /v1/vector/w {"dim":2,"metric":"l2"}"#).await;
+    ok(c, r#"POST /v1/vector/w/add {"id":"only","vector":[1,2]}"#).await;
+}
+
+#[tokio::test]
+async fn everything_is_there_after_a_kill_and_after_a_stop_with_and_without_snapshots() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    write_a_bit_of_everything(&mut server.client()).await;
+    let mut before = image(&server.target).await;
+    let mut revision = ok(&mut server.client(), "GET /v1/health").await["revision"].clone();
+    let mut server = Some(server);
+    for (step, end) in ["kill", "snapshot and kill", "snapshot, write and kill", "stop", "kill"].into_iter().enumerate()
+    {
+        let old = server.take().unwrap();
+        if end.contains("snapshot") {
+            ok(&mut old.client(), "POST /v1/admin/snapshot").await;
+        }
+        if end.contains("write") {
+            let c = &mut old.client();
+            ok(c, r#"POST /v1/vector/v/upsert {"id":"9","vector":[5,5,5]}"#).await;
+            ok(c, r#"POST /v1/vector/v/delete {"id":"10"}"#).await;
+            ok(c, r#"POST /v1/vector/v/add {"id":"new","vector":[1,1,1]}"#).await;
+            ok(c, r#"POST /v1/vector/v/update {"id":"11","meta":{"y":1}}"#).await;
+            ok(c, r#"PUT /v1/state/z {"value":1}"#).await;
+            before = image(&old.target).await;
+            revision = ok(c, "GET /v1/health").await["revision"].clone();
+        }
+        if end == "stop" {
+            assert!(old.stop(), "exit 0");
+        } else {
+            old.kill();
+        }
+        let new = Server::start_in(dir.path(), &[]);
+        assert_eq!(image(&new.target).await, before, "step {step}: {end}");
+        let health = ok(&mut new.client(), "GET /v1/health").await;
+        assert_eq!(health["revision"], revision, "step {step}: {end}");
+        let found = ok(&mut new.client(), r#"POST /v1/vector/v/search {"id":"8","k":1}"#).await;
+        assert_eq!(found["hits"][0]["id"], "8");
+        server = Some(new);
+    }
+}
+
+/// Writers against a server that is killed again and again, with an oracle of what was acknowledged.
+#[tokio::test]
+async fn no_acknowledged_write_is_lost_by_kill_9() {
+    let rounds = std::env::var("KISS_KILL_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(12);
+    let dir = tempfile::tempdir().unwrap();
+    // Small segments and frequent snapshots, so that kills hit rotations and snapshots too.
+    let arguments = ["--max-log-mb", "8", "--snapshot-interval", "1"];
+    let server = Server::start_in(dir.path(), &arguments);
+    ok(&mut server.client(), r#"POST /v1/vector/v {"dim":4,"metric":"l2"}"#).await;
+    let mut server = Some(server);
+    // For each writer: the last acknowledged number, and the number that may or may not have happened.
+    let oracle: Arc<Mutex<HashMap<usize, (u64, u64)>>> = Arc::default();
+    let mut revision_seen = 0;
+    for round in 0..rounds {
+        let running = server.take().unwrap();
+        let mut stream = running.target.events("?since=0&types=state_updated", Some(revision_seen)).await.unwrap();
+        let watcher = tokio::spawn(async move {
+            let mut last = stream.last_id().unwrap_or(0);
+            while let Ok(Some(event)) = stream.next_event().await {
+                if let Some(id) = event.id {
+                    assert!(id > last, "{id} after {last}: {event:?}");
+                    assert_ne!(event.event, "reset", "{event:?}");
+                    last = id;
+                }
+            }
+            last
+        });
+        let writers: Vec<_> = (0..6)
+            .map(|writer| {
+                let target = running.target.clone();
+                let oracle = Arc::clone(&oracle);
+                tokio::spawn(async move {
+                    let mut c = Client::new(&target);
+                    let start = oracle.lock().unwrap().get(&writer).map_or(0, |(_, tried)| *tried);
+                    for n in start + 1.. {
+                        oracle.lock().unwrap().entry(writer).or_default().1 = n;
+                        let padding = "p".repeat((n % 50) as usize * 40);
+                        // One batch: a key, a patched counter, a vector, an expiring key. All or nothing.
+                        let ops = format!(
+                            "{{\"ops\":[{{\"op\":\"put\",\"key\":\"w{writer}\",\"value\":[{n},\"{padding}\"]}},\
+                             {{\"op\":\"patch\",\"key\":\"p{writer}\",\"patch\":{{\"n\":{n}}}}},\
+                             {{\"op\":\"vector_upsert\",\"collection\":\"v\",\"id\":\"w{writer}-{}\",\"vector\":[{n},{writer},0,1],\"meta\":{{\"n\":{n}}}}},\
+                             {{\"op\":\"put\",\"key\":\"t{writer}\",\"value\":{n},\"ttl_ms\":{}}}]}}",
+                            n % 20,
+                            1 + n % 30
+                        );
+                        let Ok(answer) = c.call("POST".parse().unwrap(), "/v1/batch", ops).await else { return };
+                        assert!(answer.status.is_success(), "{:?}", answer.body);
+                        oracle.lock().unwrap().entry(writer).or_default().0 = n;
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(150 + (round as u64 * 97) % 400)).await;
+        running.kill();
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        revision_seen = revision_seen.max(watcher.await.unwrap());
+        let restarted = Server::start_in(dir.path(), &arguments);
+        let c = &mut restarted.client();
+        let known = oracle.lock().unwrap().clone();
+        for (writer, (acknowledged, tried)) in known {
+            if tried == 0 {
+                continue;
+            }
+            let answer = call(c, &format!("GET /v1/state/w{writer}")).await;
+            let found = if answer.status == 200 { answer.json().unwrap()["value"][0].as_u64().unwrap() } else { 0 };
+            assert!(
+                found == acknowledged || found == tried,
+                "round {round} writer {writer}: {found}, acknowledged {acknowledged}, tried {tried}"
+            );
+            if found == 0 {
+                continue;
+            }
+            assert_eq!(ok(c, &format!("GET /v1/state/p{writer}")).await["value"]["n"], found, "half a batch");
+            let item = ok(c, &format!("GET /v1/vector/v/get?id=w{writer}-{}", found % 20)).await;
+            assert!(
+                contains(&item, &json!({"meta":{"n":found},"vector":[found as f64, writer as f64, 0.0, 1.0]})),
+                "half a batch: {item}"
+            );
+            let hit = ok(c, &format!("POST /v1/vector/v/search {{\"vector\":[{found},{writer},0,1],\"k\":1}}")).await;
+            assert_eq!(hit["hits"][0]["id"], format!("w{writer}-{}", found % 20));
+            // Whether the last one happened is settled now: write on from there.
+            oracle.lock().unwrap().insert(writer, (found, tried));
+        }
+        let head = ok(c, "GET /v1/health").await["revision"].as_u64().unwrap();
+        assert!(head >= revision_seen, "a stream saw {revision_seen}, the head is {head}");
+        server = Some(restarted);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_does_not_undo_its_write() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let address = server.target.url().trim_start_matches("http://").to_owned();
+    for n in 0..200 {
+        let body = format!("{{\"value\":{n}}}");
+        let request = format!(
+            "PUT /v1/state/h{n} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let mut socket = tokio::net::TcpStream::connect(&address).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut socket, request.as_bytes()).await.unwrap();
+        drop(socket);
+    }
+    // Whatever was committed is whole and numbered without holes: the next write says how many there were.
+    let head = ok(c, r#"PUT /v1/state/last {"value":1}"#).await["revision"].as_u64().unwrap();
+    let keys = ok(c, "GET /v1/state?limit=1000&keys_only=true").await["items"].as_array().unwrap().len() as u64;
+    assert!(keys >= head, "{keys} keys at revision {head}");
+}
+
+#[tokio::test]
+async fn one_server_owns_a_data_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    let said = Server::refuses_to_start(dir.path(), &[]);
+    assert!(said.contains("in use by another server") && said.contains(dir.path().to_str().unwrap()), "{said}");
+    server.kill();
+    assert!(Server::start_in(dir.path(), &[]).stop(), "the lock goes with the process");
+}
+
+#[tokio::test]
+async fn damage_is_refused_by_name_and_touches_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &["--snapshot-interval", "0"]);
+    let c = &mut server.client();
+    for n in 0..50 {
+        ok(c, &format!("PUT /v1/state/k{n} {{\"value\":{n}}}")).await;
+    }
+    server.kill();
+    let log = files(dir.path(), ".log").into_iter().find(|p| p.parent().unwrap().ends_with("log")).unwrap();
+    let whole = std::fs::read(&log).unwrap();
+    let mut damaged = whole.clone();
+    damaged[64 + 40] ^= 1;
+    std::fs::write(&log, &damaged).unwrap();
+    let said = Server::refuses_to_start(dir.path(), &[]);
+    assert!(said.contains(log.to_str().unwrap()) && said.contains("offset 64"), "{said}");
+    assert_eq!(std::fs::read(&log).unwrap(), damaged, "the file was changed");
+    std::fs::write(&log, &whole).unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    assert_eq!(ok(&mut server.client(), "GET /v1/health").await["revision"], 50);
+    assert!(server.stop());
+
+    // A damaged newest snapshot: the older one and the log give the same.
+    let server = Server::start_in(dir.path(), &[]);
+    ok(&mut server.client(), r#"PUT /v1/state/new {"value":1}"#).await;
+    let before = image(&server.target).await;
+    assert!(server.stop());
+    let snapshots = files(dir.path(), ".snap");
+    assert_eq!(snapshots.len(), 2, "two are kept");
+    let good = std::fs::read(&snapshots[1]).unwrap();
+    for at in [0, 9, 30, good.len() / 2, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        std::fs::write(&snapshots[1], &bad).unwrap();
+        let server = Server::start_in(dir.path(), &["--snapshot-interval", "0"]);
+        assert_eq!(image(&server.target).await, before, "flip at {at}");
+        server.kill();
+    }
+    std::fs::remove_file(&snapshots[1]).unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    assert_eq!(image(&server.target).await, before, "without it");
+    assert!(server.stop());
+
+    // Nothing is made up when the log is gone.
+    for log in files(&dir.path().join("log"), ".log") {
+        std::fs::remove_file(log).unwrap();
+    }
+    let said = Server::refuses_to_start(dir.path(), &[]);
+    assert!(said.contains("log"), "{said}");
+}
+
+#[tokio::test]
+async fn vector_files_that_lost_a_checkpoint_are_noticed_and_torn_ones_are_not_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &["--snapshot-interval", "0", "--max-log-mb", "2"]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":3,"metric":"dot"}"#).await;
+    for n in 0..100 {
+        ok(c, &format!("POST /v1/vector/v/add {{\"id\":\"{n}\",\"vector\":[{n},1,2]}}")).await;
+    }
+    ok(c, "POST /v1/admin/snapshot").await;
+    for n in 0..50 {
+        ok(c, &format!("POST /v1/vector/v/upsert {{\"id\":\"{n}\",\"vector\":[{n},2,2]}}")).await;
+    }
+    let before = image(&server.target).await;
+    server.kill();
+    let slots = files(dir.path(), "slots.log").remove(0);
+    let whole = std::fs::read(&slots).unwrap();
+    // A torn frame behind the last checkpoint is what a crash leaves; it costs nothing.
+    std::fs::write(&slots, [&whole[..], &[7; 33]].concat()).unwrap();
+    let server = Server::start_in(dir.path(), &["--snapshot-interval", "0"]);
+    assert_eq!(image(&server.target).await, before);
+    server.kill();
+    for cut in [10, 40, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&slots, &whole[..cut]).unwrap();
+        let said = Server::refuses_to_start(dir.path(), &[]);
+        assert!(said.contains("slots.log"), "cut at {cut}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
+    // A file system of 24 MiB needs root and mount; where that is not allowed, there is nothing to test here.
+    let dir = tempfile::tempdir().unwrap();
+    let mounted =
+        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "none"]).arg(dir.path()).status();
+    if !mounted.is_ok_and(|s| s.success()) {
+        eprintln!("skipped: cannot mount a small file system");
+        return;
+    }
+    struct Unmount<'a>(&'a Path);
+    impl Drop for Unmount<'_> {
+        fn drop(&mut self) {
+            std::process::Command::new("umount").arg("-l").arg(self.0).status().ok();
+        }
+    }
+    let _unmount = Unmount(dir.path());
+    let data = dir.path().join("data");
+    let server = Server::start_in(&data, &["--max-log-mb", "32", "--snapshot-interval", "0"]);
+    let c = &mut server.client();
+    let ballast = dir.path().join("ballast");
+    std::fs::write(&ballast, vec![1; 8 << 20]).unwrap();
+    let value = "x".repeat(100_000);
+    let mut written = 0;
+    let refused = loop {
+        let answer = call(c, &format!("PUT /v1/state/k{written} {{\"value\":\"{value}\"}}")).await;
+        if !answer.status.is_success() {
+            break answer;
+        }
+        written += 1;
+        assert!(written < 1000, "the disk never fills");
+    };
+    assert_eq!(refused.status, 507, "{:?}", refused.body);
+    assert_eq!(refused.json().unwrap()["code"], "storage_full");
+    assert!(written > 50, "only {written} written");
+    assert_eq!(call(c, "GET /v1/state/k0").await.status, 200, "reads go on");
+    ok(c, "DELETE /v1/state/k0").await;
+    let mut stream = server.target.events("?key=k1", None).await.unwrap();
+    ok(c, "DELETE /v1/state/k1").await;
+    let event = timeout(Duration::from_secs(5), stream.next_event()).await.unwrap().unwrap().unwrap();
+    assert_eq!(event.event, "state_deleted", "streams go on");
+    std::fs::remove_file(&ballast).unwrap();
+    let healed = async {
+        while !call(c, &format!("PUT /v1/state/healed {{\"value\":\"{value}\"}}")).await.status.is_success() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(Duration::from_secs(5), healed).await.expect("writes resume by themselves");
+    server.kill();
+    let server = Server::start_in(&data, &["--max-log-mb", "32"]);
+    let c = &mut server.client();
+    assert_eq!(call(c, "GET /v1/state/k0").await.status, 404);
+    assert_eq!(ok(c, "GET /v1/state/k2").await["value"], value);
+    assert_eq!(call(c, "GET /v1/state/healed").await.status, 200);
+}
