@@ -1011,10 +1011,10 @@ mod tests {
 
     #[test]
     fn the_embeddings_belong_to_the_sentences() {
-        let corpus =
-            sentences(include_str!("../demo/corpus.ndjson"), include_bytes!("../demo/corpus.f16.npy")).unwrap();
-        let queries =
-            sentences(include_str!("../demo/queries.ndjson"), include_bytes!("../demo/queries.f16.npy")).unwrap();
+        let corpus = sentences(include_str!("../demo/corpus.ndjson"), include_bytes!("../demo/corpus.f16.npy"))
+            .expect("compiled-in data");
+        let queries = sentences(include_str!("../demo/queries.ndjson"), include_bytes!("../demo/queries.f16.npy"))
+            .expect("compiled-in data");
         assert_eq!((corpus.len(), queries.len()), (200, 8));
         for query in &queries {
             let best = corpus

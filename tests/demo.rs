@@ -2,6 +2,8 @@
 //!
 //! They check their own claims; what is checked here is that they say so, fail when they should, and leave nothing behind.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
