@@ -32,6 +32,8 @@ enum Verb {
     Serve,
     /// Print every setting, its value and where it came from.
     Config,
+    /// Watch the whole of it work, on a server of its own, every claim checked.
+    Demo(kiss_vdb::demo::DemoArgs),
 }
 
 /// One flag for each setting. Text, so that a bad value is reported the same way wherever it came from.
@@ -119,6 +121,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         None | Some(Verb::Serve) => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
+        Some(Verb::Demo(args)) => kiss_vdb::demo::run(&args),
         Some(Verb::Config) => cli.settings.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
     };
     match result {
