@@ -163,6 +163,26 @@ def check_statuses(base):
     return found
 
 
+def check_not_held_back(base):
+    """Bytes that follow a request (a stray line end, half of the next request) must not hold back its answer."""
+    host, port = base.removeprefix("http://").rsplit(":", 1)
+    found = []
+    for name, head in [
+        ("a line end after the body", b"PUT /v1/state/held HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n\r\n{\"value\":1}\r\n"),
+        ("half of the next request", b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/hea"),
+        ("a line end after a stream's request", b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n\r\n"),
+    ]:
+        with socket.create_connection((host, int(port)), timeout=3) as connection:
+            connection.sendall(head)
+            try:
+                answer = connection.recv(16)
+            except TimeoutError:
+                answer = b""
+        if not answer.startswith(b"HTTP/1.1 20"):
+            found.append(f"{name}: no answer within 3 s")
+    return found
+
+
 def never_succeeded(base, document):
     """Operations that no request of this run got a 2xx from: there the checks above looked at errors only."""
     with urllib.request.urlopen(f"{base}/v1/metrics", timeout=10) as response:
@@ -185,7 +205,7 @@ def run(binary, examples):
         base = BANNER.search(server.stdout.readline())[1]
         fill(base)
         found = [f"GET /v1/events: {f}" for f in check_stream(base)]
-        found += check_statuses(base)
+        found += check_statuses(base) + check_not_held_back(base)
         for finding in found:
             print(f"FINDING {finding}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
