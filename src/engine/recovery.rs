@@ -98,6 +98,8 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, durable: &Durable) -> 
         preparer.prepare(&state, record.first_revision, &record.events)?;
         preparer.hand_over(&mut state);
         state.apply(&record);
+        let (first, last) = (record.first_revision.0, record.last_revision().0);
+        tracing::trace!(target: super::sequencer::EFFECTS, first, last, "apply");
         progress.count(record.last_revision());
         Ok(())
     })?;

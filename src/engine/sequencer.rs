@@ -30,6 +30,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
+/// Target of the trace events that tell each effect in order; `tests/order.rs` reads them.
+pub const EFFECTS: &str = "kiss_vdb::effects";
 /// Commands one batch may gather. Bounds how long the first waits for the last to be decided.
 const BATCH_COMMANDS_MAX: usize = 4096;
 /// Operations after which a batch takes no further command, for the same reason.
@@ -194,7 +196,11 @@ impl Sequencer {
                 if !records.is_empty() {
                     self.make_visible(&records);
                 }
-                answers.into_iter().for_each(|(reply, answer)| drop(reply.send(answer)));
+                for (reply, answer) in answers {
+                    tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
+                    // A client that has hung up gets no answer; its commit stands.
+                    reply.send(answer).ok();
+                }
             }
             Err(error) => self.refuse(error, head, answers),
         }
@@ -311,8 +317,10 @@ impl Sequencer {
     fn write(&mut self, records: &[Arc<Record>]) -> Result<(), AppendError> {
         let started = Instant::now();
         self.wal.flush()?;
+        tracing::trace!(target: EFFECTS, records = records.len(), "append");
         if self.fsync == Fsync::Always {
             self.wal.sync()?;
+            tracing::trace!(target: EFFECTS, "sync");
             self.inner.metrics.fsync_seconds.observe(started.elapsed().as_secs_f64());
         } else {
             self.unsynced = true;
@@ -328,9 +336,12 @@ impl Sequencer {
             self.preparer.hand_over(&mut state);
             for record in records {
                 state.apply(record);
+                let (first, last) = (record.first_revision.0, record.last_revision().0);
+                tracing::trace!(target: EFFECTS, first, last, "apply");
             }
         }
         self.inner.feed.publish(records);
+        tracing::trace!(target: EFFECTS, records = records.len(), "publish");
     }
 
     fn refuse(&mut self, error: AppendError, head: Revision, answers: Vec<Answer>) {
