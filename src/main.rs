@@ -32,6 +32,11 @@ enum Verb {
     Serve,
     /// Print every setting, its value and where it came from.
     Config,
+    /// Measure a server: this program's own in a temporary directory, or any --url.
+    Bench(Box<kiss_vdb::bench::BenchArgs>),
+    /// The yardstick `bench --bare` measures against.
+    #[command(hide = true)]
+    BenchBare(kiss_vdb::bench::BareArgs),
 }
 
 /// One flag for each setting. Text, so that a bad value is reported the same way wherever it came from.
@@ -120,6 +125,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         None | Some(Verb::Serve) => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Config) => cli.settings.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
+        Some(Verb::Bench(args)) => kiss_vdb::bench::run(&args),
+        Some(Verb::BenchBare(args)) => kiss_vdb::bench::run_bare(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
