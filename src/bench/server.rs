@@ -112,7 +112,19 @@ fn pin_to(core: usize) -> anyhow::Result<()> {
 }
 
 /// Times appends of 200 bytes, each synced, to a file whose blocks are already written: the least a durable write costs.
-pub(super) fn measure_fsync(dir: &Path, seconds: f64) -> anyhow::Result<Tally> {
+/// Pinned, it runs on the server's core: what shares that core then slows both.
+pub(super) fn measure_fsync(dir: &Path, seconds: f64, pin: bool) -> anyhow::Result<Tally> {
+    if pin {
+        pin_to(SERVER_CORE)?;
+    }
+    let tally = time_appends(dir, seconds);
+    if pin {
+        pin_to(GENERATOR_CORE)?;
+    }
+    tally
+}
+
+fn time_appends(dir: &Path, seconds: f64) -> anyhow::Result<Tally> {
     if rustix::fs::statfs(dir).is_ok_and(|fs| i64::try_from(fs.f_type) == Ok(TMPFS_MAGIC)) {
         eprintln!("kiss-vdb: {} is in memory, so syncs there cost nothing; choose a disk with --dir", dir.display());
     }
@@ -180,7 +192,7 @@ mod tests {
     #[test]
     fn the_sync_probe_counts_what_it_wrote() {
         let dir = tempfile::tempdir().unwrap();
-        let tally = measure_fsync(dir.path(), 0.0).unwrap();
+        let tally = measure_fsync(dir.path(), 0.0, false).unwrap();
         assert_eq!(tally.latency.len(), 1);
     }
 }
