@@ -273,7 +273,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let mut bench = Bench::start(args)?;
     let outcome = bench.run_phases();
     // What was measured before a failure is still worth having.
-    bench.print(outcome.is_ok())?;
+    if outcome.is_ok() || !bench.rows.is_empty() {
+        bench.print(outcome.is_ok())?;
+    }
     let faults = std::mem::take(&mut bench.faults);
     bench.stop()?;
     outcome?;
