@@ -27,7 +27,7 @@ const PROBE_FILE_BYTES: u64 = 16 << 20;
 /// The sync probe's append, like a small PUT's record.
 const PROBE_RECORD_BYTES: usize = 200;
 /// `f_type` of tmpfs (Linux, statfs(2)): a sync there costs nothing.
-const TMPFS_MAGIC: i64 = 0x0102_1994;
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
 /// A server started by us, as a process of its own, stopped when dropped.
 #[derive(Debug)]
@@ -125,7 +125,7 @@ pub(super) fn measure_fsync(dir: &Path, seconds: f64, pin: bool) -> anyhow::Resu
 }
 
 fn time_appends(dir: &Path, seconds: f64) -> anyhow::Result<Tally> {
-    if rustix::fs::statfs(dir).is_ok_and(|fs| i64::try_from(fs.f_type) == Ok(TMPFS_MAGIC)) {
+    if rustix::fs::statfs(dir).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC) {
         eprintln!("kiss-vdb: {} is in memory, so syncs there cost nothing; choose a disk with --dir", dir.display());
     }
     let file = tempfile::tempfile_in(dir).with_context(|| format!("cannot write in {}", dir.display()))?;
