@@ -4,6 +4,7 @@
 //! those records; a stream is a cursor over them; recovery is the same apply again.
 
 pub mod api;
+pub mod bench;
 pub mod client;
 pub mod config;
 pub mod demo;

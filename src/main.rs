@@ -34,6 +34,11 @@ enum Verb {
     Config,
     /// Watch the whole of it work, on a server of its own, every claim checked.
     Demo(kiss_vdb::demo::DemoArgs),
+    /// Measure a server: this program's own in a temporary directory, or any --url.
+    Bench(Box<kiss_vdb::bench::BenchArgs>),
+    /// The yardstick `bench --bare` measures against.
+    #[command(hide = true)]
+    BenchBare(kiss_vdb::bench::BareArgs),
 }
 
 /// One flag for each setting. Text, so that a bad value is reported the same way wherever it came from.
@@ -123,6 +128,8 @@ fn main() -> ExitCode {
         None | Some(Verb::Serve) => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Demo(args)) => kiss_vdb::demo::run(&args),
         Some(Verb::Config) => cli.settings.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
+        Some(Verb::Bench(args)) => kiss_vdb::bench::run(&args),
+        Some(Verb::BenchBare(args)) => kiss_vdb::bench::run_bare(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
