@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use kiss_vdb::api::{App, router, serve};
+use kiss_vdb::api::{App, serve, service};
 use kiss_vdb::config::{Config, Resolved};
 use kiss_vdb::engine::Engine;
 use std::io::{IsTerminal, Write};
@@ -201,7 +201,7 @@ async fn run(config: &Config, engine: Engine, max_connections: usize) -> anyhow:
     });
     print_banner(config, listener.local_addr()?)?;
     let app = App::new(engine, config);
-    serve::serve(listener, router(app.clone(), config), app, max_connections, stopped).await;
+    serve::serve(listener, service(app.clone(), config), app, max_connections, stopped).await;
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Streams and history: `GET /v1/events` as `text/event-stream` or JSON, and publishing.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Params, parse_json, read_json};
+use super::extract::{Head, Params, parse_json, read_json};
 use super::state::{MetaBody, push_entry};
 use super::{App, json};
 use crate::engine::Engine;
@@ -16,7 +16,7 @@ use crate::revision::Revision;
 use crate::vector::CollectionName;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame as BodyFrame;
@@ -144,7 +144,7 @@ fn wants_json(headers: &HeaderMap) -> bool {
 }
 
 /// `GET /v1/events`
-pub async fn events(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiResult {
+pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiResult {
     let params = Params::parse(&uri, PARAMS)?;
     let filter = filter(&params)?;
     let resume = resume_point(&app, &headers, &params).await?;
@@ -301,7 +301,7 @@ impl Walk {
 
     fn push_row(&mut self, out: &mut String, key: &Key, entry: &crate::engine::codec::Entry) {
         out.push_str("event: snapshot\ndata: ");
-        push_entry(out, key, entry, true);
+        push_entry(out, key.as_str(), entry, true);
         out.push_str("\n\n");
         self.count += 1;
     }
@@ -507,7 +507,7 @@ struct PublishBody<'a> {
 }
 
 /// `POST /v1/events`
-pub async fn publish(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn publish(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
     let body: PublishBody<'_> = parse_json(&bytes)?;

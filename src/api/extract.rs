@@ -9,6 +9,8 @@ use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::{Vector, VectorMeta};
 use axum::body::Body;
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, Uri, header};
 use base64::Engine as _;
 use bytes::Bytes;
@@ -16,6 +18,23 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::time::Duration;
+
+/// A request's target and headers, taken rather than copied.
+#[derive(Debug)]
+pub struct Head {
+    /// Path and query.
+    pub uri: Uri,
+    /// All headers.
+    pub headers: HeaderMap,
+}
+
+impl<S: Sync> FromRequestParts<S> for Head {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self { uri: std::mem::take(&mut parts.uri), headers: std::mem::take(&mut parts.headers) })
+    }
+}
 
 /// A body must have arrived by then; a slower client is holding memory.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);

@@ -7,12 +7,13 @@
 //!
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
-use super::App;
-use axum::Router;
+use super::{App, Service};
+use axum::body::Body;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -57,7 +58,7 @@ pub fn raise_file_limit() -> u64 {
 /// Serves until `stop` turns true, then drains.
 pub async fn serve(
     listener: TcpListener,
-    router: Router,
+    service: Service,
     app: App,
     max_connections: usize,
     mut stop: watch::Receiver<bool>,
@@ -96,9 +97,9 @@ pub async fn serve(
             continue;
         }
         tune(&stream);
-        let service = TowerToHyperService::new(router.clone());
+        let service = service.clone();
         let (builder, watcher) = (Arc::clone(&builder), graceful.watcher());
-        let connections = Arc::clone(&app.connections);
+        let app = app.clone();
         let mut stop = stop.clone();
         tokio::spawn(async move {
             // hyper's own timer starts with the first byte, so the wait for that one is ours.
@@ -108,11 +109,15 @@ pub async fn serve(
                 _ = stop.wait_for(|stop| *stop) => true,
             };
             if !is_silent {
-                let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+                let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
+                    let service = service.clone();
+                    async move { Ok::<_, Infallible>(service.answer(request.map(Body::new)).await) }
+                });
+                let connection = builder.serve_connection(TokioIo::new(stream), answer);
                 // A broken connection is the client's affair.
                 watcher.watch(connection).await.ok();
             }
-            connections.fetch_sub(1, Ordering::Relaxed);
+            app.connections.fetch_sub(1, Ordering::Relaxed);
         });
     }
     drop(listener);

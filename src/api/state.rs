@@ -2,7 +2,7 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Params, body_type, condition, etags, meta, parse_json, path_tail, read_body, read_json, vector,
+    BodyType, Head, Params, body_type, condition, etags, meta, parse_json, path_tail, read_body, read_json, vector,
 };
 use super::{App, json, json_with_etag};
 use crate::engine::codec::Entry;
@@ -139,9 +139,9 @@ fn push_deadline(out: &mut String, expires_at_ms: Option<u64>) {
 }
 
 /// Appends an entry's JSON object.
-pub fn push_entry(out: &mut String, key: &Key, entry: &Entry, include_value: bool) {
+pub fn push_entry(out: &mut String, key: &str, entry: &Entry, include_value: bool) {
     out.push_str("{\"key\":");
-    push_string(out, key.as_str());
+    push_string(out, key);
     if include_value {
         out.push(',');
         push_value(out, &entry.value);
@@ -168,7 +168,7 @@ async fn commit_one(app: &App, op: Op) -> ApiResult {
 }
 
 /// `PUT /v1/state/{key}`
-pub async fn put(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn put(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let key = key_of(&uri)?;
     let content_type = match body_type(&headers)? {
         BodyType::Json => return put_json(&app, key, &uri, &headers, body).await,
@@ -208,7 +208,7 @@ async fn put_json(app: &App, key: Key, uri: &Uri, headers: &HeaderMap, body: Bod
 }
 
 /// `PATCH /v1/state/{key}`
-pub async fn patch(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn patch(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let key = key_of(&uri)?;
     let params = Params::parse(&uri, &["ttl_ms", "if_revision"])?;
     if let BodyType::Other(_) = body_type(&headers)? {
@@ -226,16 +226,17 @@ pub async fn patch(State(app): State<App>, uri: Uri, headers: HeaderMap, body: B
 }
 
 /// `GET /v1/state/{key}`
-pub async fn get(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiResult {
-    let key = key_of(&uri)?;
+pub async fn get(State(app): State<App>, Head { uri, headers }: Head) -> ApiResult {
+    let key = path_tail(&uri, PREFIX)?;
+    Key::check(&key)?;
     let params = Params::parse(&uri, &["raw"])?;
     let is_raw = params.flag("raw")?;
-    let entry = app.engine.get(&key).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
+    let entry = app.engine.get(&key).ok_or_else(|| Rejection::KeyNotFound(key.to_string()))?;
     if etags(&headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
         return Ok(json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision));
     }
     if !is_raw {
-        let mut out = String::with_capacity(96 + key.as_str().len() + entry.value.len());
+        let mut out = String::with_capacity(128 + key.len() + entry.value.len());
         push_entry(&mut out, &key, &entry, true);
         return Ok(json_with_etag(StatusCode::OK, out, entry.revision));
     }
@@ -257,7 +258,7 @@ pub async fn get(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiRes
 }
 
 /// `DELETE /v1/state/{key}`
-pub async fn delete(State(app): State<App>, uri: Uri, headers: HeaderMap) -> ApiResult {
+pub async fn delete(State(app): State<App>, Head { uri, headers }: Head) -> ApiResult {
     let key = key_of(&uri)?;
     let params = Params::parse(&uri, &["if_revision"])?;
     let condition = condition(&headers, params.revision("if_revision")?)?;
@@ -306,7 +307,7 @@ pub async fn list(State(app): State<App>, uri: Uri) -> ApiResult {
         if last.is_some() {
             out.push(',');
         }
-        push_entry(&mut out, key, entry, !keys_only);
+        push_entry(&mut out, key.as_str(), entry, !keys_only);
         last = Some(key.as_str());
     }
     out.push_str("],");
@@ -499,7 +500,7 @@ impl BatchOp<'_> {
 }
 
 /// `POST /v1/batch`
-pub async fn batch(State(app): State<App>, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn batch(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
     let body: BatchBody<'_> = parse_json(&bytes)?;

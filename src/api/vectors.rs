@@ -1,7 +1,7 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Params, meta, parse_json, read_json, vector};
+use super::extract::{Head, Params, meta, parse_json, read_json, vector};
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::{Found, Grouping, Search, SharedCollection};
@@ -15,7 +15,7 @@ use crate::vector::filter::{Filter, parse_path};
 use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -47,7 +47,7 @@ struct CreateBody {
 }
 
 /// `POST /v1/vector/{collection}`
-pub async fn create(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn create(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
@@ -159,7 +159,7 @@ fn write_op(write: VectorWrite, collection: &CollectionName, item: &ItemBody<'_>
     })
 }
 
-async fn write(app: App, write: VectorWrite, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+async fn write(app: App, write: VectorWrite, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
@@ -195,18 +195,18 @@ async fn write(app: App, write: VectorWrite, path: NamePath, uri: Uri, headers: 
 }
 
 /// `POST /v1/vector/{collection}/add`
-pub async fn add(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
-    write(app, VectorWrite::Add, path, uri, headers, body).await
+pub async fn add(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+    write(app, VectorWrite::Add, path, head, body).await
 }
 
 /// `POST /v1/vector/{collection}/upsert`
-pub async fn upsert(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
-    write(app, VectorWrite::Upsert, path, uri, headers, body).await
+pub async fn upsert(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+    write(app, VectorWrite::Upsert, path, head, body).await
 }
 
 /// `POST /v1/vector/{collection}/update`
-pub async fn update(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
-    write(app, VectorWrite::Update, path, uri, headers, body).await
+pub async fn update(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+    write(app, VectorWrite::Update, path, head, body).await
 }
 
 #[derive(Deserialize)]
@@ -219,7 +219,7 @@ struct DeleteBody {
 }
 
 /// `POST /v1/vector/{collection}/delete`
-pub async fn delete(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn delete(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
@@ -329,7 +329,7 @@ struct CountBody {
 }
 
 /// `POST /v1/vector/{collection}/count`
-pub async fn count(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn count(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
@@ -500,7 +500,7 @@ fn hit_count(found: &Found) -> usize {
 }
 
 /// `POST /v1/vector/{collection}/search`
-pub async fn search(State(app): State<App>, path: NamePath, uri: Uri, headers: HeaderMap, body: Body) -> ApiResult {
+pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;

@@ -51,6 +51,12 @@ pub struct Key(Arc<str>);
 impl Key {
     /// Checks the limits.
     pub fn new(text: &str) -> Result<Self, Rejection> {
+        Self::check(text)?;
+        Ok(Self(text.into()))
+    }
+
+    /// Checks the limits of a text that is only looked up.
+    pub fn check(text: &str) -> Result<(), Rejection> {
         if text.is_empty() || text.len() > KEY_BYTES_MAX {
             return Err(Rejection::invalid(format!(
                 "a key is 1 to {KEY_BYTES_MAX} bytes, this one has {}",
@@ -60,7 +66,7 @@ impl Key {
         if text.chars().any(char::is_control) {
             return Err(Rejection::invalid("a key may not contain control characters"));
         }
-        Ok(Self(text.into()))
+        Ok(())
     }
 
     /// The text.

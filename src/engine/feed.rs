@@ -167,6 +167,8 @@ pub struct Feed {
     log: Arc<Log>,
     catch_ups: Arc<Semaphore>,
     draining: AtomicBool,
+    /// Whether anybody listens: while nobody does, the feed's thread sleeps through commits.
+    has_topics: AtomicBool,
     /// Counts for metrics.
     pub stats: FeedStats,
 }
@@ -345,6 +347,7 @@ impl Feed {
             log,
             catch_ups: Arc::new(Semaphore::new(CATCH_UPS_MAX)),
             draining: AtomicBool::new(false),
+            has_topics: AtomicBool::new(false),
             stats: FeedStats::default(),
         });
         let thread = {
@@ -383,6 +386,10 @@ impl Feed {
     }
 
     fn ring_bell(&self) {
+        // Whoever subscribes after this look rings the bell itself.
+        if !self.has_topics.load(Ordering::SeqCst) {
+            return;
+        }
         self.bell.0.lock().rung = true;
         self.bell.1.notify_one();
     }
@@ -522,7 +529,12 @@ impl Feed {
         let id = registry.next_waiter;
         registry.next_waiter += 1;
         topic.waiters.lock().insert(id, Arc::clone(&waiter));
+        let is_first = !self.has_topics.swap(true, Ordering::SeqCst);
         drop(registry);
+        if is_first {
+            // What was published while nobody listened is still to be matched.
+            self.ring_bell();
+        }
         self.stats.streams.fetch_add(1, Ordering::Relaxed);
         let watches_searches = topic.filter.types.contains("vector_search");
         if watches_searches {
@@ -591,6 +603,9 @@ impl Drop for Subscription {
             drop(waiters);
             registry.topics.remove(&self.topic.filter);
             registry.file_topic(&self.topic, false);
+            if registry.topics.is_empty() {
+                self.feed.has_topics.store(false, Ordering::SeqCst);
+            }
         }
     }
 }

@@ -219,9 +219,9 @@ impl Engine {
 
     /// A key's entry.
     #[must_use]
-    pub fn get(&self, key: &Key) -> Option<Arc<Entry>> {
+    pub fn get(&self, key: &str) -> Option<Arc<Entry>> {
         // The clock is read only for an entry that has a deadline.
-        let entry = self.inner.state.read().get(key.as_str(), 0).cloned()?;
+        let entry = self.inner.state.read().get(key, 0).cloned()?;
         if entry.expires_at_ms.is_some() && !state::is_live(&entry, self.now_ms()) { None } else { Some(entry) }
     }
 

@@ -1,0 +1,59 @@
+# Two commands: `make run` builds and serves, `make test` installs what it needs and passes everything.
+.PHONY: run build demo bench test test-long lint contract console clean-venv
+
+CARGO ?= cargo
+BINARY := target/release/kiss-vdb
+VENV := target/venv
+NODE_DIR := target/node
+
+run:
+	$(CARGO) run --release --locked -- serve
+
+build:
+	$(CARGO) build --release --locked
+
+demo: build
+	$(BINARY) demo
+
+bench: build
+	$(BINARY) bench
+
+# Everything, from a clean checkout on a bare Debian machine with Rust: unit, HTTP, streams, recovery, model and demo
+# tests, then the published contract against the server, then the console in a browser.
+test: build
+	$(CARGO) test --locked --no-fail-fast
+	$(MAKE) contract console
+
+# Longer runs of what is random: hundreds of kills, thousands of histories.
+test-long: build
+	KISS_KILL_ROUNDS=200 $(CARGO) test --locked --test recovery -- --nocapture
+	KISS_MODEL_CASES=3000 $(CARGO) test --release --locked --test model -- --nocapture
+
+# openapi.yaml against the running server, by schemathesis.
+contract: build $(VENV)/ready
+	$(VENV)/bin/python tests/openapi.py $(BINARY)
+
+$(VENV)/ready: tests/requirements.txt
+	python3 -m venv --help >/dev/null 2>&1 || (apt-get update && apt-get install -y python3-venv)
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+# The console in Chromium.
+console: build $(NODE_DIR)/ready
+	command -v chromium >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium)
+	cd $(NODE_DIR) && cp $(CURDIR)/tests/console.mjs . && node console.mjs $(CURDIR)/$(BINARY)
+
+$(NODE_DIR)/ready: tests/package.json
+	command -v npm >/dev/null || (apt-get update && apt-get install -y nodejs npm)
+	mkdir -p $(NODE_DIR)
+	cp tests/package.json $(NODE_DIR)/
+	cd $(NODE_DIR) && npm install --silent --no-audit --no-fund
+	touch $@
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	$(CARGO) deny --locked check bans licenses sources
