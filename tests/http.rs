@@ -738,6 +738,38 @@ async fn a_memory_budget_refuses_growth_and_lets_go() {
     ok(c, "DELETE /v1/state/k1").await;
     assert_eq!(call(c, &format!("PUT /v1/state/k11 {{\"value\":\"{value}\"}}")).await.status, 201);
     assert_eq!(call(c, "PUT /v1/state/k2 {\"value\":1}").await.status, 200, "what shrinks may be written");
+
+    // Vectors: what deletes make free is free, and metadata that grows is counted.
+    let server = Server::start(&["--max-memory-mb", "1"]);
+    let c = &mut server.client();
+    ok(c, "POST /v1/vector/v {\"dim\":1000,\"metric\":\"dot\"}").await;
+    let vector = format!("[{}1]", "0,".repeat(999));
+    let add = |n: usize| format!("POST /v1/vector/v/upsert {{\"id\":\"{n}\",\"vector\":{vector}}}");
+    let mut count = 0;
+    while call(c, &add(count)).await.status == 200 {
+        count += 1;
+    }
+    assert!((100..260).contains(&count), "{count} vectors of 4 KB fit");
+    let meta = format!("POST /v1/vector/v/update {{\"id\":\"0\",\"meta\":{{\"x\":\"{}\"}}}}", "x".repeat(60_000));
+    assert_eq!(call(c, &meta).await.status, 507, "metadata grows too");
+    for n in 0..count {
+        ok(c, &format!("POST /v1/vector/v/delete {{\"id\":\"{n}\"}}")).await;
+    }
+    assert_eq!(call(c, &add(0)).await.status, 200, "there is room again");
+}
+
+/// A small request must not become a record of gigabytes.
+#[tokio::test]
+async fn what_a_batch_would_write_is_bounded() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, &format!("PUT /v1/state/big {{\"value\":{{\"x\":\"{}\"}}}}", "x".repeat(1 << 20))).await;
+    let ops: Vec<String> =
+        (0..1000).map(|n| format!("{{\"op\":\"patch\",\"key\":\"big\",\"patch\":{{\"n\":{n}}}}}")).collect();
+    let answer = call(c, &format!("POST /v1/batch {{\"ops\":[{}]}}", ops.join(","))).await;
+    assert_eq!(answer.status, 413);
+    assert!(contains(&answer.json().unwrap(), &json!({"code":"payload_too_large"})));
+    assert_eq!(ok(c, "GET /v1/health").await["revision"], 1, "nothing of it was written");
 }
 
 /// The contract as published names exactly the routes there are.

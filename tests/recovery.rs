@@ -314,6 +314,54 @@ async fn vector_files_that_lost_a_checkpoint_are_noticed_and_torn_ones_are_not_n
         let said = Server::refuses_to_start(dir.path(), &[]);
         assert!(said.contains("slots.log"), "cut at {cut}: {said}");
     }
+    let mut damaged = whole.clone();
+    damaged[60] ^= 1;
+    std::fs::write(&slots, &damaged).unwrap();
+    let said = Server::refuses_to_start(dir.path(), &[]);
+    assert!(said.contains("slots.log"), "{said}");
+    assert_eq!(std::fs::read(&slots).unwrap(), damaged, "a refused start must not cut the file");
+    std::fs::write(&slots, &whole).unwrap();
+    let rows = files(dir.path(), "rows.f32").remove(0);
+    let numbers = std::fs::read(&rows).unwrap();
+    std::fs::write(&rows, &numbers[..100]).unwrap();
+    let said = Server::refuses_to_start(dir.path(), &[]);
+    assert!(said.contains("rows.f32"), "{said}");
+    std::fs::write(&rows, &numbers).unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    assert_eq!(image(&server.target).await, before);
+}
+
+/// The files of a deleted collection go before the next snapshot: the one that still lists it must not need them.
+#[tokio::test]
+async fn a_collection_deleted_after_the_snapshot_is_not_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &["--snapshot-interval", "0"]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"dot"}"#).await;
+    ok(c, r#"POST /v1/vector/v/add {"id":"a","vector":[1,2]}"#).await;
+    ok(c, "POST /v1/admin/snapshot").await;
+    ok(c, r#"POST /v1/vector/v/add {"id":"b","vector":[1,2]}"#).await;
+    ok(c, "DELETE /v1/vector/v").await;
+    let gone = async {
+        while !files(dir.path(), "rows.f32").is_empty() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), gone).await.expect("the files are removed");
+    server.kill();
+    let server = Server::start_in(dir.path(), &[]);
+    assert_eq!(call(&mut server.client(), "GET /v1/vector/v").await.status, 404);
+    // Without the log that says so, the same is damage.
+    let lost = tempfile::tempdir().unwrap();
+    let server = Server::start_in(lost.path(), &["--snapshot-interval", "0"]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"dot"}"#).await;
+    ok(c, r#"POST /v1/vector/v/add {"id":"a","vector":[1,2]}"#).await;
+    ok(c, "POST /v1/admin/snapshot").await;
+    server.kill();
+    std::fs::remove_dir_all(files(lost.path(), "rows.f32")[0].parent().unwrap()).unwrap();
+    let said = Server::refuses_to_start(lost.path(), &[]);
+    assert!(said.contains("files are missing"), "{said}");
 }
 
 #[tokio::test]

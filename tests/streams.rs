@@ -487,6 +487,11 @@ async fn in_a_relaxed_mode_a_crash_loses_a_range_and_says_so() {
     let answer =
         c.send("GET".parse().unwrap(), "/v1/events?since=2", &[("accept", "application/json")], "").await.unwrap();
     assert_eq!(answer.status, 410);
+    // The head after the crash can be read and resumed from.
+    let answer = c.send("GET".parse().unwrap(), "/v1/events", &[("accept", "application/json")], "").await.unwrap();
+    assert_eq!(answer.json().unwrap()["next_since"], head);
+    let mut at_head = server.target.events("", Some(head)).await.unwrap();
+    assert_eq!(frame(&mut at_head).await.id, Some(head));
     // Whoever saw all that is there goes on without a word.
     let mut stream = server.target.events("", Some(1)).await.unwrap();
     assert_eq!(ok(c, r#"PUT /v1/state/b {"value":1}"#).await["revision"], head + 1);

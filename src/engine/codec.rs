@@ -27,6 +27,9 @@ pub struct Entry {
     pub labels: Option<Box<Labels>>,
 }
 
+/// Keys with what they hold, in key order.
+pub type Entries = Vec<(Key, Arc<Entry>)>;
+
 /// Why a key went away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeleteReason {

@@ -468,7 +468,7 @@ impl Feed {
         }
         self.matched.store(start + frames.len() as u64, Ordering::Release);
         drop(registry);
-        touched.sort_by_key(|topic| Arc::as_ptr(topic));
+        touched.sort_by_key(Arc::as_ptr);
         touched.dedup_by(|a, b| Arc::ptr_eq(a, b));
         for topic in touched {
             topic.waiters.lock().values().for_each(|w| w.wake());

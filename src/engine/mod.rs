@@ -46,9 +46,9 @@ use crate::config::{Config, Fsync};
 use crate::error::{Error, Rejection};
 use crate::revision::Revision;
 use clock::Clock;
-use codec::Entry;
+use codec::{Entries, Entry};
 use collections::{Durable, Found, INLINE_COST, Search, SearchTicket, SharedCollection};
-use command::{Command, Committed, Key};
+use command::{Command, Committed};
 use feed::{EventFilter, Feed};
 use frame::{Ephemeral, push_fmt};
 use metrics::Metrics;
@@ -227,7 +227,7 @@ impl Engine {
 
     /// Up to `limit` entries in key order after `after` within `prefix`, whether there are more, and the revision.
     #[must_use]
-    pub fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> (Vec<(Key, Arc<Entry>)>, bool, Revision) {
+    pub fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> (Entries, bool, Revision) {
         let now_ms = self.now_ms();
         let state = self.inner.state.read();
         let mut range = state.range(prefix, after, now_ms);
@@ -316,19 +316,13 @@ impl Engine {
     }
 
     /// The next slice of a walk; see [`View::slice`].
-    pub fn view_slice(
-        &self,
-        view: &View,
-        from: &str,
-        prefix: &str,
-        found: &mut Vec<(Key, Arc<Entry>)>,
-    ) -> Option<String> {
+    pub fn view_slice(&self, view: &View, from: &str, prefix: &str, found: &mut Entries) -> Option<String> {
         view.slice(&self.inner.state, from, prefix, found)
     }
 
     /// Everything a filter with few keys wants to see, at one revision; `None` when it takes a walk.
     #[must_use]
-    pub fn small_snapshot(&self, filter: &EventFilter) -> Option<(Vec<(Key, Arc<Entry>)>, Revision)> {
+    pub fn small_snapshot(&self, filter: &EventFilter) -> Option<(Entries, Revision)> {
         if filter.keys.is_empty() || !filter.prefixes.is_empty() {
             return None;
         }

@@ -7,7 +7,7 @@
 //! a collection's files were behind when it was taken: the keys in it are skipped then, the vectors are not.
 
 use super::Inner;
-use super::codec::{Entry, decode_entry, encode_entry, put_spec, spec};
+use super::codec::{Entries, Entry, decode_entry, encode_entry, put_spec, spec};
 use super::command::Key;
 use super::view::View;
 use super::wal::Gap;
@@ -40,7 +40,7 @@ pub struct Snapshot {
     /// Collections at `revision`, each with the checkpoint its files had reached.
     pub collections: Vec<SavedCollection>,
     /// In key order.
-    pub entries: Vec<(Key, Arc<Entry>)>,
+    pub entries: Entries,
 }
 
 /// A collection as a snapshot names it.

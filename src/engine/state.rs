@@ -7,7 +7,7 @@
 //! - Every entry with a deadline is in `expiry`, and nothing else is.
 //! - A rejected command leaves the overlay as it found it.
 
-use super::codec::{DeleteReason, Entry, Event, Record};
+use super::codec::{DeleteReason, Entries, Entry, Event, Record};
 use super::collections::SharedCollection;
 use super::command::{
     Command, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite,
@@ -53,7 +53,7 @@ impl State {
     /// A state loaded from a snapshot: entries in key order, at `revision`.
     #[must_use]
     pub fn from_snapshot(
-        entries: Vec<(Key, Arc<Entry>)>,
+        entries: Entries,
         collections: BTreeMap<CollectionName, Arc<SharedCollection>>,
         revision: Revision,
     ) -> Self {

@@ -7,7 +7,7 @@
 //! Locks: `inner`, taken by the writer for each key it changes while a walk is on, and by the walk once a slice; and the
 //! list of walks, [`Views`].
 
-use super::codec::Entry;
+use super::codec::{Entries, Entry};
 use super::command::Key;
 use super::state::State;
 use crate::revision::Revision;
@@ -98,16 +98,10 @@ impl View {
 
     /// Appends the next entries in key order, from `from` on, as they were at this view's revision, and returns where to
     /// go on; `None` at the end. With `prefix`, ends after the last key that begins with it.
-    pub fn slice(
-        &self,
-        state: &RwLock<State>,
-        from: &str,
-        prefix: &str,
-        found: &mut Vec<(Key, Arc<Entry>)>,
-    ) -> Option<String> {
+    pub fn slice(&self, state: &RwLock<State>, from: &str, prefix: &str, found: &mut Entries) -> Option<String> {
         let state = state.read();
         let mut inner = self.inner.lock();
-        let mut current: Vec<(Key, Arc<Entry>)> = Vec::with_capacity(SLICE_KEYS);
+        let mut current: Entries = Vec::with_capacity(SLICE_KEYS);
         let mut is_end = true;
         let first = if from < prefix { prefix } else { from };
         for (key, entry) in state.range_from(Bound::Included(first)) {

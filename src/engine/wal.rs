@@ -224,8 +224,7 @@ fn segment_path(dir: &Path, first_revision: Revision) -> PathBuf {
 fn new_salt() -> u32 {
     use std::hash::{BuildHasher, Hasher};
     // The cast: any 32 of the 64 random bits do.
-    let salt = std::hash::RandomState::new().build_hasher().finish() as u32;
-    salt
+    std::hash::RandomState::new().build_hasher().finish() as u32
 }
 
 fn allocate(file: &File, bytes: u64) -> io::Result<()> {
@@ -455,7 +454,7 @@ impl Segment {
 }
 
 fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut at = from;
     while at < to {
         // The cast: at most the length of ZEROS.
@@ -1270,13 +1269,39 @@ mod tests {
         let paths = list_segments(dir.path()).unwrap();
         assert!(paths.len() >= 4, "{}", paths.len());
         assert_eq!(open(dir.path(), 0).unwrap().1, (1..=60).collect::<Vec<_>>());
-        for gone in 0..paths.len() {
-            let bytes = std::fs::read(&paths[gone]).unwrap();
-            std::fs::remove_file(&paths[gone]).unwrap();
-            assert!(open(dir.path(), 0).is_err(), "segment {gone} is missing");
-            std::fs::write(&paths[gone], bytes).unwrap();
+        for gone in &paths {
+            let bytes = std::fs::read(gone).unwrap();
+            std::fs::remove_file(gone).unwrap();
+            assert!(open(dir.path(), 0).is_err(), "{} is missing", gone.display());
+            std::fs::write(gone, bytes).unwrap();
         }
         assert_eq!(open(dir.path(), 0).unwrap().1.len(), 60);
+    }
+
+    /// A crash between creating a segment and sealing the one before it, or within the seal, is no damage.
+    #[test]
+    fn a_missing_or_torn_seal_is_mended() {
+        for torn in [0, 1, 9, 20, 31] {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut opened, _) = open(dir.path(), 0).unwrap();
+            for n in 1..=20 {
+                append(&mut opened.wal, &record(n, 1, 100_000));
+            }
+            drop(opened);
+            let first = list_segments(dir.path()).unwrap()[0].clone();
+            let mut bytes = std::fs::read(&first).unwrap();
+            let seal_end = bytes.iter().rposition(|&b| b != 0).unwrap() / FRAME_ALIGN * FRAME_ALIGN + FRAME_ALIGN;
+            let seal = seal_end - FRAME_HEADER_BYTES;
+            bytes[seal + torn..seal_end].fill(0);
+            std::fs::write(&first, &bytes).unwrap();
+            assert_eq!(open(dir.path(), 0).unwrap().1.len(), 20, "torn at {torn}");
+            let (opened, _) = open(dir.path(), 20).unwrap();
+            let history = opened.log.read_after(Revision(0), Revision(20), usize::MAX).unwrap().unwrap();
+            assert_eq!(history.records.len(), 20, "torn at {torn}: history of a segment that is not replayed");
+            bytes[seal - 100] ^= 1;
+            std::fs::write(&first, &bytes).unwrap();
+            assert!(open(dir.path(), 0).is_err(), "torn at {torn}: damage before the seal is damage");
+        }
     }
 
     #[test]

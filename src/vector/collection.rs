@@ -467,8 +467,7 @@ impl Collection {
             Metric::L2 => 0.0 - l2_squared_f64(&query.numbers, row).sqrt(),
         };
         // The cast: clamped to what f32 holds.
-        let score = score.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
-        score
+        score.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
     }
 
     /// A found slot as a hit. The slot must have been visible to the search and still be guarded by it.
