@@ -475,4 +475,20 @@ pub(crate) mod tests {
         encode_record(&specimen(), &mut bytes);
         assert_eq!(hex(&bytes), include_str!("codec.golden.hex").trim());
     }
+
+    /// The worked example of `docs/format.md` would otherwise drift from the bytes it explains.
+    #[test]
+    fn the_document_explains_these_very_bytes() {
+        let document = include_str!("../../docs/format.md");
+        let (_, example) = document.split_once("## Worked example").unwrap();
+        let (mut shown, mut at) = (String::new(), 0);
+        for row in example.lines().filter(|line| line.contains("| `")) {
+            let mut cells = row.split(" | ");
+            let offset: usize = cells.next().unwrap().trim_matches(['|', ' ']).parse().unwrap();
+            assert_eq!(offset, at, "{row}");
+            shown.extend(cells.next().unwrap().chars().filter(char::is_ascii_hexdigit));
+            at = shown.len() / 2;
+        }
+        assert_eq!(shown, include_str!("codec.golden.hex").trim());
+    }
 }
