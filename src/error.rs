@@ -5,9 +5,9 @@
 use crate::revision::Revision;
 use std::path::{Path, PathBuf};
 
-/// Why a request was refused. Nothing was written.
+/// Why a request was refused. Nothing of it is visible; only after [`Rejection::Poisoned`] may it turn up after a restart.
 ///
-/// `code()` is stable and part of the contract; the text says what the client can do.
+/// The text says what the client can do; `api/error.rs` gives each its stable code.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Rejection {
     /// Malformed input: the text names the field and what it takes.

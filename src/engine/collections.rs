@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Work done under one hold of the lock, in numbers multiplied: about a hundred microseconds.
 const SLICE_COST: usize = 1 << 20;
@@ -40,6 +40,8 @@ pub struct SharedCollection {
     dir: Option<PathBuf>,
     /// Slots freed after this revision may not be reused yet; see [`Durable`].
     durable: Durable,
+    /// A sync of the rows failed: no more checkpoints until a restart.
+    rows_failed: AtomicBool,
 }
 
 /// How far the log is durable, for the reuse of slots: what a crash of a relaxed mode could undo must not have been
@@ -110,6 +112,7 @@ impl SharedCollection {
             log: Mutex::new(log),
             dir,
             durable: Arc::clone(durable),
+            rows_failed: AtomicBool::new(false),
         }))
     }
 
@@ -272,6 +275,9 @@ impl SharedCollection {
     ) -> Result<bool, Error> {
         let mut log = self.log.lock();
         let Some(log) = log.as_mut() else { return Ok(false) };
+        if self.rows_failed.load(Ordering::Acquire) {
+            return Err(Error::Poisoned);
+        }
         // The head is read first: what is applied in between is then in both, the files and the replay.
         let revision = head();
         let changes = self.inner.write().take_changes();
@@ -300,7 +306,12 @@ impl SharedCollection {
             (inner.checkpoint().0, inner.revision(), inner.wants_rewrite(log.bytes()), inner.sync_handle()?)
         };
         let sync_rows = || match (&rows, &self.dir) {
-            (Some(rows), Some(dir)) => rows.sync_data().map_err(Error::io("cannot sync the rows in", dir)),
+            (Some(rows), Some(dir)) => rows.sync_data().map_err(|e| {
+                // The kernel may have dropped the pages: never sync them again. The log keeps everything since the last
+                // checkpoint, and a restart replays it.
+                self.rows_failed.store(true, Ordering::Release);
+                Error::io("cannot sync the rows in", dir)(e)
+            }),
             _ => Ok(()),
         };
         if rewrite {

@@ -379,7 +379,7 @@ pub enum Outcome {
     Published {
         revision: Revision,
     },
-    /// `created` is false when the collection was there with this very shape; `revision` is then the head.
+    /// `created` is false when the collection was there with this very shape; `revision` is then the one that created it.
     Collection {
         created: bool,
         revision: Revision,

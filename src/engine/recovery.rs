@@ -92,6 +92,9 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, durable: &Durable) -> 
         Some(snapshot) => load(snapshot, &paths.vectors, durable)?,
         None => (State::default(), Vec::new()),
     };
+    if revision == Revision::ZERO && is_empty(&paths.log)? && !is_empty(&paths.vectors)? {
+        return Err(Error::corrupt(&paths.log, 0, "there are vectors but neither log nor snapshot: both are missing"));
+    }
     let mut preparer = Preparer::new(Some(paths.vectors.clone()), durable);
     let mut progress = Progress { started, last: started, records: 0 };
     let wal = Wal::open(Some(&paths.log), max_log_bytes, replay_after, |record| {
@@ -201,6 +204,10 @@ fn remove_orphans(state: &State, vectors: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+fn is_empty(dir: &Path) -> Result<bool, Error> {
+    Ok(std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))?.next().is_none())
 }
 
 struct Progress {

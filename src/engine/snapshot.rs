@@ -107,7 +107,12 @@ pub(super) fn take(inner: &Inner) -> Result<Taken, Error> {
 /// Removes the files of deleted collections and, in memory, the oldest history. A kept snapshot may still list such a
 /// collection; recovery knows that its files may be missing when the log deletes it later.
 pub(super) fn tidy(inner: &Inner) {
-    for collection in inner.state.read().take_dropped() {
+    let dropped = inner.state.read().take_dropped();
+    if !dropped.is_empty() && inner.sync_log().is_err() {
+        // A crash could still undo the deletion: the files stay, the next start removes them.
+        return;
+    }
+    for collection in dropped {
         if let Some(dir) = collection.dir()
             && let Err(error) = remove_collection(dir)
         {

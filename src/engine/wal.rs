@@ -834,10 +834,15 @@ impl Wal {
             return Ok(());
         }
         assert!(self.frames.bytes.is_empty(), "reserve before staging");
-        self.reserved = until.plus(RESERVED_REVISIONS);
+        let before = std::mem::replace(&mut self.reserved, until.plus(RESERVED_REVISIONS));
         self.push_reserve();
-        self.flush()?;
-        self.sync()
+        let result = self.flush().and_then(|()| self.sync());
+        if result.is_err() {
+            // It is not on disk, so it does not count.
+            self.reserved = before;
+            self.frames.clear();
+        }
+        result
     }
 
     fn push_reserve(&mut self) {
