@@ -17,6 +17,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// A request's target and headers, taken rather than copied.
@@ -47,7 +48,8 @@ impl Params {
     /// Parses the query of `uri`; names outside `known` are refused.
     pub fn parse(uri: &Uri, known: &[&str]) -> ApiResult<Self> {
         let mut pairs = Vec::new();
-        for (name, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
+        let Some(query) = uri.query() else { return Ok(Self(pairs)) };
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
             if !known.contains(&&*name) {
                 let list = if known.is_empty() {
                     "this route takes none".to_owned()
@@ -117,10 +119,10 @@ impl Params {
 }
 
 /// The part of the path after `prefix`, percent-decoded as UTF-8.
-pub fn path_tail(uri: &Uri, prefix: &str) -> ApiResult<String> {
+pub fn path_tail<'a>(uri: &'a Uri, prefix: &str) -> ApiResult<Cow<'a, str>> {
     let tail = uri.path().strip_prefix(prefix).unwrap_or_default();
     let decoded = percent_encoding::percent_decode_str(tail).decode_utf8();
-    Ok(decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))?.into_owned())
+    decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))
 }
 
 /// What a `Content-Type` header says a body is.

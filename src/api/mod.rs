@@ -24,6 +24,7 @@ pub mod vectors;
 
 use crate::config::Config;
 use crate::engine::Engine;
+use crate::engine::frame::push_u64;
 use crate::engine::metrics::{Metrics, RequestLabels, RouteLabels};
 use crate::error::Rejection;
 use crate::revision::Revision;
@@ -298,6 +299,7 @@ struct Meters {
 #[derive(Debug)]
 struct Meter {
     method: Method,
+    pattern: Pattern,
     labels: RouteLabels,
     seconds: Histogram,
     /// By status less 100, made when first needed.
@@ -305,11 +307,12 @@ struct Meter {
 }
 
 impl Meter {
-    fn new(metrics: &Metrics, method: &str, route: &str) -> Self {
+    fn new(metrics: &Metrics, method: &str, route: &'static str) -> Self {
         let labels = RouteLabels { route: route.to_owned(), method: method.to_owned() };
         let seconds = metrics.request_seconds.get_or_create(&labels).clone();
         let by_status = (100..600).map(|_| OnceLock::new()).collect();
-        Self { method: method.parse().unwrap_or_default(), labels, seconds, by_status }
+        let pattern = Pattern::new(route);
+        Self { method: method.parse().unwrap_or_default(), pattern, labels, seconds, by_status }
     }
 
     fn count(&self, metrics: &Metrics, status: u16, seconds: f64) {
@@ -332,21 +335,40 @@ impl Meters {
     fn of(&self, path: &str, method: &Method) -> &Meter {
         // HEAD is answered by the route of GET.
         let method = if *method == Method::HEAD { &Method::GET } else { method };
-        let found = self.routes.iter().find(|m| m.method == *method && matches_route(&m.labels.route, path));
+        let found = self.routes.iter().find(|m| m.method == *method && m.pattern.matches(path));
         found.unwrap_or(&self.other)
     }
 }
 
-/// Whether a path belongs to a route as [`ROUTES`] writes it; a key may contain slashes.
-fn matches_route(route: &str, path: &str) -> bool {
-    match route.split_once('{') {
-        None => route == path,
-        Some((prefix, rest)) => path.strip_prefix(prefix).is_some_and(|tail| match rest.split_once('}') {
-            Some((_, suffix)) if !suffix.is_empty() => {
-                tail.strip_suffix(suffix).is_some_and(|name| !name.is_empty() && !name.contains('/'))
-            }
-            _ => !tail.is_empty() && (rest.starts_with("key") || !tail.contains('/')),
-        }),
+/// A route as [`ROUTES`] writes it, taken apart.
+#[derive(Debug)]
+enum Pattern {
+    /// `/v1/state`
+    Exact(&'static str),
+    /// `/v1/state/{key}`: a key may contain slashes.
+    Key(&'static str),
+    /// `/v1/vector/{collection}/get`: what is before and after the name.
+    Name(&'static str, &'static str),
+}
+
+impl Pattern {
+    fn new(route: &'static str) -> Self {
+        match route.split_once('{') {
+            None => Self::Exact(route),
+            Some((prefix, "key}")) => Self::Key(prefix),
+            Some((prefix, rest)) => Self::Name(prefix, rest.split_once('}').map_or("", |(_, suffix)| suffix)),
+        }
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Exact(route) => *route == path,
+            Self::Key(prefix) => path.len() > prefix.len() && path.starts_with(prefix),
+            Self::Name(prefix, suffix) => path
+                .strip_prefix(prefix)
+                .and_then(|tail| tail.strip_suffix(suffix))
+                .is_some_and(|name| !name.is_empty() && !name.contains('/')),
+        }
     }
 }
 
@@ -373,7 +395,11 @@ pub fn json(status: StatusCode, body: String) -> Response {
 /// A JSON answer with its revision as `ETag`.
 pub fn json_with_etag(status: StatusCode, body: String, revision: Revision) -> Response {
     let mut response = json(status, body);
-    let etag = HeaderValue::from_str(&format!("\"{revision}\"")).expect("digits in quotes are a header value");
+    let mut tag = String::with_capacity(24);
+    tag.push('"');
+    push_u64(&mut tag, revision.0);
+    tag.push('"');
+    let etag = HeaderValue::try_from(tag).expect("digits in quotes are a header value");
     response.headers_mut().insert(header::ETAG, etag);
     response
 }
@@ -393,10 +419,16 @@ mod tests {
             ("/v1/vector/c", "/v1/vector/{collection}"),
             ("/v1/vector/c/get", "/v1/vector/{collection}/get"),
         ] {
-            let found: Vec<_> =
-                ROUTES.iter().filter(|(m, route)| *m == "GET" && matches_route(route, path)).map(|(_, r)| *r).collect();
+            let found: Vec<_> = ROUTES
+                .iter()
+                .filter(|(m, route)| *m == "GET" && Pattern::new(route).matches(path))
+                .map(|(_, r)| *r)
+                .collect();
             assert_eq!(found, [expected], "{path}");
         }
-        assert!(!ROUTES.iter().any(|(_, route)| matches_route(route, "/v1/state/") || matches_route(route, "/nope")));
+        assert!(!ROUTES.iter().any(|(_, route)| {
+            let pattern = Pattern::new(route);
+            pattern.matches("/v1/state/") || pattern.matches("/nope")
+        }));
     }
 }

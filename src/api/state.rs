@@ -10,7 +10,7 @@ use crate::engine::command::{
     BATCH_OPS_MAX, Blob, CONTENT_TYPE_BYTES_MAX, Command, Condition, EventType, KEY_BYTES_MAX, Key, Labels, Op,
     Outcome, PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
 };
-use crate::engine::frame::{push_fmt, push_labels, push_value};
+use crate::engine::frame::{push_fmt, push_labels, push_u64, push_value};
 use crate::engine::json::{compact, push_string};
 use crate::error::Rejection;
 use crate::revision::Revision;
@@ -60,10 +60,11 @@ fn key_of(uri: &Uri) -> ApiResult<Key> {
 
 /// Appends one outcome's JSON object.
 fn push_outcome(out: &mut String, outcome: &Outcome) {
-    let key_and_revision = |out: &mut String, key: &Key, revision| {
+    let key_and_revision = |out: &mut String, key: &Key, revision: &Revision| {
         out.push_str("{\"key\":");
         push_string(out, key.as_str());
-        push_fmt(out, format_args!(",\"revision\":{revision}"));
+        out.push_str(",\"revision\":");
+        push_u64(out, revision.0);
     };
     let id_and_revision = |out: &mut String, id: &VectorId, revision| {
         out.push_str("{\"id\":");
@@ -73,7 +74,7 @@ fn push_outcome(out: &mut String, outcome: &Outcome) {
     match outcome {
         Outcome::Put { key, revision, created, expires_at_ms } => {
             key_and_revision(out, key, revision);
-            push_fmt(out, format_args!(",\"created\":{created}"));
+            out.push_str(if *created { ",\"created\":true" } else { ",\"created\":false" });
             push_deadline(out, *expires_at_ms);
         }
         Outcome::Patched { key, revision, created, expires_at_ms, value } => {
@@ -146,7 +147,10 @@ pub fn push_entry(out: &mut String, key: &str, entry: &Entry, include_value: boo
         out.push(',');
         push_value(out, &entry.value);
     }
-    push_fmt(out, format_args!(",\"revision\":{},\"created_revision\":{}", entry.revision, entry.created_revision));
+    out.push_str(",\"revision\":");
+    push_u64(out, entry.revision.0);
+    out.push_str(",\"created_revision\":");
+    push_u64(out, entry.created_revision.0);
     push_deadline(out, entry.expires_at_ms);
     push_labels(out, entry.labels.as_deref());
     out.push('}');

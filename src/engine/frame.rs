@@ -232,6 +232,11 @@ pub fn push_fmt(out: &mut String, arguments: std::fmt::Arguments<'_>) {
     out.write_fmt(arguments).expect("writing to a String cannot fail");
 }
 
+/// Appends a number; several times faster than formatting it, and every answer has some.
+pub fn push_u64(out: &mut String, n: u64) {
+    out.push_str(itoa::Buffer::new().format(n));
+}
+
 /// Appends Unix seconds with a millisecond fraction.
 pub fn push_ts(out: &mut String, ts_ms: u64) {
     push_fmt(out, format_args!("{}.{:03}", ts_ms / 1000, ts_ms % 1000));
