@@ -34,8 +34,7 @@ contract: build $(VENV)/ready
 	$(VENV)/bin/python tests/openapi.py $(BINARY)
 
 $(VENV)/ready: tests/requirements.txt
-	python3 -m venv --help >/dev/null 2>&1 || (apt-get update && apt-get install -y python3-venv)
-	python3 -m venv $(VENV)
+	python3 -m venv $(VENV) || (apt-get update && apt-get install -y python3 python3-venv && python3 -m venv $(VENV))
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 

@@ -18,7 +18,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// A real-time database: keys, events, streams and vectors in one total order, over plain HTTP.
 #[derive(Parser)]
-#[command(name = "kiss-vdb", version, about, long_about = None)]
+#[command(name = "kiss-vdb", version, about, long_about = None, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Verb>,
@@ -29,9 +29,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Run the server (what the bare program does too).
-    Serve,
+    Serve(Box<SettingFlags>),
     /// Print every setting, its value and where it came from.
-    Config,
+    Config(Box<SettingFlags>),
     /// Watch the whole of it work, on a server of its own, every claim checked.
     Demo(kiss_vdb::demo::DemoArgs),
     /// Measure a server: this program's own in a temporary directory, or any --url.
@@ -45,55 +45,55 @@ enum Verb {
 #[derive(Args)]
 struct SettingFlags {
     /// Configuration file [default: kiss-vdb.toml, if it exists]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Port; 0 = any free port, printed [env PORT_RUST_KISS_VDB, default 9917]
-    #[arg(long, global = true)]
+    #[arg(long)]
     port: Option<String>,
     /// Address to listen on [env BIND_ADDR, default 127.0.0.1]
-    #[arg(long, global = true)]
+    #[arg(long)]
     bind_addr: Option<String>,
     /// Data directory [env DATA_DIR, default ./data]
-    #[arg(long, global = true)]
+    #[arg(long)]
     data_dir: Option<String>,
     /// Keep everything in memory, nothing on disk
-    #[arg(long, global = true)]
+    #[arg(long)]
     ephemeral: bool,
     /// always, interval or never [env FSYNC, default always]
-    #[arg(long, global = true)]
+    #[arg(long)]
     fsync: Option<String>,
     /// Seconds between snapshots; 0 = only on shutdown [env SNAPSHOT_INTERVAL, default 60]
-    #[arg(long, global = true)]
+    #[arg(long)]
     snapshot_interval: Option<String>,
     /// MiB of log kept for replay [env MAX_LOG_MB, default 1024]
-    #[arg(long, global = true)]
+    #[arg(long)]
     max_log_mb: Option<String>,
     /// Budget in MiB for keys and vectors; 0 = none [env MAX_MEMORY_MB, default 0]
-    #[arg(long, global = true)]
+    #[arg(long)]
     max_memory_mb: Option<String>,
     /// Largest request body in MiB [env MAX_BODY_MB, default 32]
-    #[arg(long, global = true)]
+    #[arg(long)]
     max_body_mb: Option<String>,
     /// Connections at a time [env MAX_CONNECTIONS, default 20000]
-    #[arg(long, global = true)]
+    #[arg(long)]
     max_connections: Option<String>,
     /// Threads that serve requests; 0 = one for each core [env WORKER_THREADS, default 0]
-    #[arg(long, global = true)]
+    #[arg(long)]
     worker_threads: Option<String>,
     /// Key every request but health needs; other users of this machine see flags, so prefer the environment [env API_KEY]
-    #[arg(long, global = true)]
+    #[arg(long)]
     api_key: Option<String>,
     /// Allow an address that is not loopback without a key [env ALLOW_OPEN]
-    #[arg(long, global = true)]
+    #[arg(long)]
     allow_open: bool,
     /// Comma list of origins whose pages may call [env CORS_ORIGINS]
-    #[arg(long, global = true)]
+    #[arg(long)]
     cors_origins: Option<String>,
     /// text or json [env LOG_FORMAT, default text]
-    #[arg(long, global = true)]
+    #[arg(long)]
     log_format: Option<String>,
     /// A tracing filter such as info or kiss_vdb=debug [env RUST_LOG, default info]
-    #[arg(long, global = true)]
+    #[arg(long)]
     log_level: Option<String>,
 }
 
@@ -125,9 +125,10 @@ impl SettingFlags {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
-        None | Some(Verb::Serve) => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
+        None => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
+        Some(Verb::Serve(flags)) => flags.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Demo(args)) => kiss_vdb::demo::run(&args),
-        Some(Verb::Config) => cli.settings.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
+        Some(Verb::Config(flags)) => flags.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
         Some(Verb::Bench(args)) => kiss_vdb::bench::run(&args),
         Some(Verb::BenchBare(args)) => kiss_vdb::bench::run_bare(&args),
     };
