@@ -105,14 +105,14 @@ impl Rejection {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused something.
-    #[error("{what} {}: {source}", path.display())]
+    #[error("{what} {}: {cause}", path.display())]
     Io {
         /// What was attempted.
         what: &'static str,
         /// On which file.
         path: PathBuf,
-        /// The system's word.
-        source: std::io::Error,
+        /// The system's word. Not `source`, because the text says it already.
+        cause: std::io::Error,
     },
     /// A file holds something it must not. It is left untouched.
     #[error("{} is damaged at offset {offset}: {detail}. Nothing was changed; restore this file from a copy, or move the data directory aside to start empty", path.display())]
@@ -139,7 +139,14 @@ impl Error {
     /// Wraps an I/O error with what was attempted and where; for `map_err`.
     pub fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Io { what, path, source }
+        move |cause| Self::Io { what, path, cause }
+    }
+
+    /// Whether free space would help.
+    #[must_use]
+    pub fn is_storage_full(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
     }
 
     /// A damaged file.

@@ -73,6 +73,9 @@ async fn state_put_get_delete() {
             row("no value", r#"PUT /v1/state/a {}"#, 400, bad()),
             row("not JSON", r#"PUT /v1/state/a {"value":"#, 400, bad()),
             row("empty body", "PUT /v1/state/a", 400, bad()),
+            row("an array is no object", r#"PUT /v1/state/a [5,null,null,null]"#, 400, bad()),
+            row("nor is it for meta", r#"PUT /v1/state/a {"value":1,"meta":["j",["t"]]}"#, 400, bad()),
+            row("half a surrogate pair", r#"PUT /v1/state/a {"value":"\ud800"}"#, 400, bad()),
             row("two documents", r#"PUT /v1/state/a {"value":1} {"value":2}"#, 400, bad()),
             row("wrong type", r#"PUT /v1/state/a {"value":1,"ttl_ms":"5"}"#, 400, bad()),
             row("negative ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":-1}"#, 400, bad()),
@@ -375,6 +378,7 @@ async fn batches_are_all_or_nothing() {
         row("bad key", r#"POST /v1/batch {"ops":[{"op":"put","key":"ok","value":1},{"op":"put","key":"","value":1}]}"#, 400, json!({"op":1})),
         row("wrong dimension", r#"POST /v1/batch {"ops":[{"op":"vector_add","collection":"v","id":"q","vector":[1]}]}"#, 400, json!({"code":"dimension_mismatch","expected":2,"got":1,"op":0})),
         row("empty", r#"POST /v1/batch {"ops":[]}"#, 400, code("invalid_argument")),
+        row("not an object", r#"POST /v1/batch [[{"op":"delete","key":"a"}]]"#, 400, code("invalid_argument")),
         row("largest", many(1000), 200, Value::Null),
         row("larger", many(1001), 400, code("invalid_argument")),
         row("untouched", "GET /v1/state/a", 200, json!({"value":{"x":1}})),
@@ -451,6 +455,8 @@ async fn vectors_write_and_read() {
         row("delete one", r#"POST /v1/vector/c/delete {"id":"x"}"#, 200, json!({"id":"x","deleted":true,"revision":10})),
         row("delete absent", r#"POST /v1/vector/c/delete {"id":"x"}"#, 404, code("vector_not_found")),
         row("delete several", r#"POST /v1/vector/c/delete {"ids":["y","x","zz"]}"#, 200, json!({"deleted":1,"missing":["x","zz"],"revision":11})),
+        row("named twice", r#"POST /v1/vector/c/delete {"ids":["none","none"]}"#, 200, json!({"deleted":0,"missing":["none"]})),
+        row("an array is no body", r#"POST /v1/vector/d [2,"l2"]"#, 400, bad()),
         row("delete which?", r#"POST /v1/vector/c/delete {}"#, 400, bad()),
         row("get without id", "GET /v1/vector/c/get", 400, bad()),
         row("info", "GET /v1/vector/c", 200, json!({"count":2,"index":{"kind":"exact","indexed":2,"pending":0},"revision":11})),
@@ -629,6 +635,12 @@ async fn events_publish_and_history() {
     for query in ["?heartbeat_ms=999", "?heartbeat_ms=60001", "?limit=5", "?snapshot=2", "?include_vector=x"] {
         let answer = c.send("GET".parse().unwrap(), &format!("/v1/events{query}"), &[], "").await.unwrap();
         assert_eq!(answer.status, 400, "{query}");
+    }
+    for (accept, is_json) in
+        [("application/json;q=0, text/event-stream", false), ("text/event-stream;q=0.5, application/json", true)]
+    {
+        let answer = c.send("HEAD".parse().unwrap(), "/v1/events", &[("accept", accept)], "").await.unwrap();
+        assert_eq!(answer.headers["content-type"] == "application/json", is_json, "{accept}");
     }
     // A long poll is answered by the event it waits for, and by nothing when there is none.
     let started = std::time::Instant::now();

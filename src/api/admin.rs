@@ -4,6 +4,7 @@ use super::error::{ApiError, ApiResult};
 use super::extract::Params;
 use super::{App, json};
 use crate::engine::frame::push_fmt;
+use crate::error::{Error, Rejection};
 use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::IntoResponse;
@@ -46,7 +47,14 @@ pub async fn snapshot(State(app): State<App>, uri: Uri) -> ApiResult {
     let taken = tokio::task::spawn_blocking(move || engine.snapshot()).await.map_err(|_| ApiError::Internal)?;
     let taken = taken.map_err(|error| {
         tracing::error!(%error, "the snapshot failed");
-        ApiError::Internal
+        match error {
+            Error::Poisoned => Rejection::Poisoned.into(),
+            error if error.is_storage_full() => {
+                Rejection::StorageFull("the disk has no room for a snapshot; free some space and try again".into())
+                    .into()
+            }
+            _ => ApiError::Internal,
+        }
     })?;
     let body = format!("{{\"revision\":{},\"bytes\":{},\"took_ms\":{}}}", taken.revision, taken.bytes, taken.took_ms);
     Ok(json(StatusCode::OK, body))

@@ -1,7 +1,7 @@
 //! Streams and history: `GET /v1/events` as `text/event-stream` or JSON, and publishing.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Params, parse_json, read_json};
+use super::extract::{Head, Object, Params, parse_object, read_json};
 use super::state::{MetaBody, push_entry};
 use super::{App, json};
 use crate::engine::Engine;
@@ -136,11 +136,19 @@ async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiRes
     }))
 }
 
+/// Whether JSON is wanted more than a stream (RFC 9110, 12.5.1); a stream when neither is named, or both alike.
 fn wants_json(headers: &HeaderMap) -> bool {
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let first = accept.split(',').map(|part| part.split(';').next().unwrap_or_default().trim());
-    // Whichever of the two is named first; neither means a stream.
-    first.into_iter().find(|t| matches!(*t, "application/json" | "text/event-stream")) == Some("application/json")
+    let weight = |wanted: &str| {
+        let part =
+            accept.split(',').map(str::trim).find(|part| part.split(';').next().is_some_and(|t| t.trim() == wanted))?;
+        let q = part.split(';').skip(1).find_map(|p| p.trim().strip_prefix("q="));
+        Some(q.and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0)).filter(|q| *q > 0.0)
+    };
+    match (weight("application/json"), weight("text/event-stream")) {
+        (Some(json), Some(stream)) => json > stream,
+        (json, _) => json.is_some(),
+    }
 }
 
 /// `GET /v1/events`
@@ -163,7 +171,8 @@ pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiR
         (Some(resume), None) => resume.after,
         _ => feed.head(),
     };
-    let resumes = resume.is_some() && reset.is_none();
+    // A client that comes back by its last id has its snapshot; whoever asks anew, by `since` or not, gets one.
+    let resumes = headers.contains_key("last-event-id") && resume.is_some() && reset.is_none();
     let subscription = feed.subscribe(filter.clone(), after);
     let mut out = format!("retry: {RETRY_MS}\n");
     let phase = if wants_snapshot && !resumes {
@@ -472,7 +481,9 @@ async fn history(
                     count += 1;
                 }
             }
-            Ok(Some(Step::Reset(..))) => return Err(compacted().into()),
+            Ok(Some(Step::Reset(ResetReason::Compacted, _))) => return Err(compacted().into()),
+            // The log is damaged there; the server's log says where.
+            Ok(Some(Step::Reset(..))) => return Err(ApiError::Internal),
             Ok(Some(Step::Drained) | None) | Err(_) => break,
         }
     }
@@ -502,7 +513,7 @@ struct PublishBody<'a> {
     #[serde(borrow)]
     data: Option<&'a RawValue>,
     key: Option<String>,
-    meta: Option<MetaBody>,
+    meta: Option<Object<MetaBody>>,
     ephemeral: Option<bool>,
 }
 
@@ -510,11 +521,11 @@ struct PublishBody<'a> {
 pub async fn publish(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
-    let body: PublishBody<'_> = parse_json(&bytes)?;
+    let body: PublishBody<'_> = parse_object(&bytes)?;
     let event_type = EventType::new(&body.event_type)?;
     let key = body.key.as_deref().map(Key::new).transpose()?;
     let data = body.data.map(|d| compact(d.get()));
-    let labels = body.meta.map_or(Ok(None), MetaBody::labels)?;
+    let labels = body.meta.map_or(Ok(None), |meta| meta.0.labels())?;
     let revision = if body.ephemeral.unwrap_or(false) {
         app.engine.feed().publish_ephemeral(Ephemeral {
             ts_ms: app.engine.now_ms(),

@@ -4,7 +4,7 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use crate::engine::command::{Condition, ETags};
-use crate::engine::json::check_depth;
+use crate::engine::json::{check_depth, check_surrogates};
 use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::{Vector, VectorMeta};
@@ -16,8 +16,11 @@ use base64::Engine as _;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
+use std::marker::PhantomData;
 use std::time::Duration;
 
 /// A request's target and headers, taken rather than copied.
@@ -175,8 +178,46 @@ pub async fn read_json(headers: &HeaderMap, body: Body, limit: usize) -> ApiResu
 /// Parses JSON that is nested no deeper than allowed. Errors name the field and the place.
 pub fn parse_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> ApiResult<T> {
     check_depth(bytes)?;
+    check_surrogates(bytes)?;
     let text = std::str::from_utf8(bytes).map_err(|_| invalid("the body is not UTF-8"))?;
-    serde_json::from_str(text).map_err(|e| invalid(format!("the body is not what this route takes: {e}")))
+    serde_json::from_str(text)
+        .map_err(|e| invalid(format!("the body is not what this route takes: {}", in_plain_words(&e))))
+}
+
+/// An object and nothing else: derived structs would also take an array, field by field.
+#[derive(Debug)]
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OnlyMaps<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for OnlyMaps<T> {
+            type Value = Object<T>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(OnlyMaps(PhantomData))
+    }
+}
+
+/// Parses a body that is an object.
+pub fn parse_object<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> ApiResult<T> {
+    parse_json::<Object<T>>(bytes).map(|object| object.0)
+}
+
+/// The parser's words without its type names.
+fn in_plain_words(error: &serde_json::Error) -> String {
+    let mut text = error.to_string();
+    for (name, plain) in
+        [("u64", "a whole number"), ("usize", "a whole number"), ("f32", "a number"), ("a borrowed string", "a string")]
+    {
+        text = text.replace(&format!("expected {name}"), &format!("expected {plain}"));
+    }
+    text
 }
 
 /// The conditions of a write: `if_revision` and the `If-Match`, `If-None-Match` headers.

@@ -2,7 +2,8 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Head, Params, body_type, condition, etags, meta, parse_json, path_tail, read_body, read_json, vector,
+    BodyType, Head, Object, Params, body_type, condition, etags, meta, parse_json, parse_object, path_tail, read_body,
+    read_json, vector,
 };
 use super::{App, json, json_with_etag};
 use crate::engine::codec::Entry;
@@ -51,7 +52,7 @@ struct PutBody<'a> {
     value: &'a RawValue,
     ttl_ms: Option<u64>,
     if_revision: Option<Revision>,
-    meta: Option<MetaBody>,
+    meta: Option<Object<MetaBody>>,
 }
 
 fn key_of(uri: &Uri) -> ApiResult<Key> {
@@ -200,12 +201,12 @@ pub async fn put(State(app): State<App>, Head { uri, headers }: Head, body: Body
 async fn put_json(app: &App, key: Key, uri: &Uri, headers: &HeaderMap, body: Body) -> ApiResult {
     Params::parse(uri, &[])?;
     let bytes = read_body(headers, body, app.max_body_bytes).await?;
-    let body: PutBody<'_> = parse_json(&bytes)?;
+    let body: PutBody<'_> = parse_object(&bytes)?;
     let op = Op::Put {
         key,
         value: Value::Json(compact(body.value.get()).into()),
         ttl_ms: body.ttl_ms.map(check_ttl).transpose()?,
-        labels: body.meta.map_or(Ok(None), MetaBody::labels)?,
+        labels: body.meta.map_or(Ok(None), |meta| meta.0.labels())?,
         condition: condition(headers, body.if_revision)?,
     };
     commit_one(app, op).await
@@ -357,7 +358,7 @@ fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&
 #[serde(deny_unknown_fields)]
 struct BatchBody<'a> {
     #[serde(borrow)]
-    ops: Vec<BatchOp<'a>>,
+    ops: Vec<Object<BatchOp<'a>>>,
 }
 
 impl BatchOp<'_> {
@@ -392,8 +393,9 @@ impl BatchOp<'_> {
 
     fn labels(&self) -> Result<Option<Box<Labels>>, Rejection> {
         let Some(raw) = self.meta else { return Ok(None) };
-        let meta: MetaBody = serde_json::from_str(raw.get()).map_err(|e| Rejection::invalid(format!("meta: {e}")))?;
-        meta.labels()
+        let meta: Object<MetaBody> =
+            serde_json::from_str(raw.get()).map_err(|e| Rejection::invalid(format!("meta: {e}")))?;
+        meta.0.labels()
     }
 
     fn value(&self) -> Result<Value, Rejection> {
@@ -507,12 +509,12 @@ impl BatchOp<'_> {
 pub async fn batch(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
-    let body: BatchBody<'_> = parse_json(&bytes)?;
+    let body: BatchBody<'_> = parse_object(&bytes)?;
     if body.ops.is_empty() || body.ops.len() > BATCH_OPS_MAX {
         return Err(invalid(format!("a batch has 1 to {BATCH_OPS_MAX} ops, this one has {}", body.ops.len())));
     }
     let ops: Result<Vec<Op>, Rejection> =
-        body.ops.into_iter().enumerate().map(|(index, op)| op.parse().map_err(|e| e.at(index))).collect();
+        body.ops.into_iter().enumerate().map(|(index, op)| op.0.parse().map_err(|e| e.at(index))).collect();
     let committed = app.engine.submit(Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, push_outcome);

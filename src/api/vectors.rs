@@ -1,7 +1,7 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Params, meta, parse_json, read_json, vector};
+use super::extract::{Head, Object, Params, meta, parse_object, read_json, vector};
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::{Found, Grouping, Search, SharedCollection};
@@ -18,6 +18,7 @@ use axum::extract::{Path, State};
 use axum::http::{StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use std::collections::HashSet;
 
 /// Items one request may write or delete: they are one log record.
 const ITEMS_MAX: usize = 10_000;
@@ -51,7 +52,7 @@ pub async fn create(State(app): State<App>, path: NamePath, Head { uri, headers 
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
-    let body: CreateBody = parse_json(&bytes)?;
+    let body: CreateBody = parse_object(&bytes)?;
     let spec = CollectionSpec::new(body.dim, Metric::parse(&body.metric)?)?;
     let committed =
         app.engine.submit(Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
@@ -129,7 +130,7 @@ struct WriteBody<'a> {
     meta: Option<&'a RawValue>,
     if_revision: Option<Revision>,
     #[serde(borrow)]
-    items: Option<Vec<ItemBody<'a>>>,
+    items: Option<Vec<Object<ItemBody<'a>>>>,
 }
 
 /// What each kind of write must carry.
@@ -163,7 +164,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, Head { uri, headers
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
-    let body: WriteBody<'_> = parse_json(&bytes)?;
+    let body: WriteBody<'_> = parse_object(&bytes)?;
     let Some(items) = body.items else {
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
@@ -185,7 +186,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, Head { uri, headers
     let ops: Result<Vec<Op>, Rejection> = items
         .iter()
         .enumerate()
-        .map(|(index, item)| write_op(write, &collection, item).map_err(|e| e.at(index)))
+        .map(|(index, item)| write_op(write, &collection, &item.0).map_err(|e| e.at(index)))
         .collect();
     let committed = app.engine.submit(Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
@@ -223,7 +224,7 @@ pub async fn delete(State(app): State<App>, path: NamePath, Head { uri, headers 
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
-    let body: DeleteBody = parse_json(&bytes)?;
+    let body: DeleteBody = parse_object(&bytes)?;
     if body.if_revision.is_some() && body.id.is_none() {
         return Err(invalid("if_revision goes with id"));
     }
@@ -236,7 +237,11 @@ pub async fn delete(State(app): State<App>, path: NamePath, Head { uri, headers 
                 return Err(invalid(format!("ids holds at most {ITEMS_MAX}")));
             }
             let ids: Result<Vec<_>, _> = ids.iter().map(|id| VectorId::new(id)).collect();
-            Op::DeleteVectors { collection, selection: VectorSelection { ids: ids?, filter: None } }
+            let mut ids = ids?;
+            // Named twice is deleted once, and not missing the second time.
+            let mut seen = HashSet::new();
+            ids.retain(|id| seen.insert(id.clone()));
+            Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: None } }
         }
         (None, None, Some(filters)) => return delete_matching(&app, collection, Filter::parse(&filters)?).await,
         _ => return Err(invalid("give one of id, ids or filters")),
@@ -334,7 +339,7 @@ pub async fn count(State(app): State<App>, path: NamePath, Head { uri, headers }
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
     // No body at all counts everything.
-    let body: CountBody = if bytes.is_empty() { CountBody { filters: None } } else { parse_json(&bytes)? };
+    let body: CountBody = if bytes.is_empty() { CountBody { filters: None } } else { parse_object(&bytes)? };
     let shared = app.engine.collection(collection.as_str())?;
     let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
         None => shared.read(|c| (c.len(), c.revision())),
@@ -362,7 +367,7 @@ struct SearchBody<'a> {
     group_by: Option<String>,
     group_size: Option<usize>,
     #[serde(borrow)]
-    queries: Option<Vec<SearchBody<'a>>>,
+    queries: Option<Vec<Object<SearchBody<'a>>>>,
 }
 
 /// Hits asked for when `k` is not given.
@@ -504,7 +509,7 @@ pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers 
     let collection = name(path)?;
     Params::parse(&uri, &[])?;
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
-    let body: SearchBody<'_> = parse_json(&bytes)?;
+    let body: SearchBody<'_> = parse_object(&bytes)?;
     let prepare = |shared: &SharedCollection| match &body.queries {
         None => Ok(vec![body.prepare(shared)?]),
         Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),
@@ -515,7 +520,7 @@ pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers 
             let prepared: Result<Vec<Search>, Rejection> = queries
                 .iter()
                 .enumerate()
-                .map(|(index, query)| {
+                .map(|(index, Object(query))| {
                     if query.queries.is_some() {
                         return Err(Rejection::invalid("queries do not nest").at(index));
                     }
@@ -548,7 +553,7 @@ pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers 
         None => push_found(&mut out, &found[0], body.include_meta.unwrap_or(false)),
         Some(queries) => {
             out.push_str("\"results\":[");
-            push_list(&mut out, found.iter().zip(queries), |out, (found, query)| {
+            push_list(&mut out, found.iter().zip(queries), |out, (found, Object(query))| {
                 out.push('{');
                 push_found(out, found, query.include_meta.unwrap_or(false));
                 out.push('}');
@@ -557,7 +562,8 @@ pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers 
         }
     }
     push_fmt(&mut out, format_args!(",\"took_us\":{took_us},\"revision\":{revision}}}"));
-    let queries = body.queries.as_deref().unwrap_or(std::slice::from_ref(&body));
+    let queries: Vec<&SearchBody<'_>> =
+        body.queries.as_ref().map_or_else(|| vec![&body], |queries| queries.iter().map(|q| &q.0).collect());
     for (found, query) in found.iter().zip(queries) {
         app.engine.publish_search(collection.as_str(), query.k.unwrap_or(K_DEFAULT), hit_count(found), took_us);
     }

@@ -37,6 +37,30 @@ pub fn check_depth(text: &[u8]) -> Result<(), Rejection> {
     Ok(())
 }
 
+/// Refuses `\\u` escapes of half a surrogate pair: such text is no Unicode, so nothing could merge or compare it later.
+pub fn check_surrogates(text: &[u8]) -> Result<(), Rejection> {
+    let unit_at = |at: usize| {
+        let digits = text.get(at..at + 6).filter(|t| t.starts_with(b"\\u"))?;
+        u16::from_str_radix(std::str::from_utf8(&digits[2..]).ok()?, 16).ok()
+    };
+    let mut at = 0;
+    while let Some(found) = text[at..].iter().position(|&b| b == b'\\') {
+        at += found;
+        match unit_at(at) {
+            Some(0xD800..=0xDBFF) if matches!(unit_at(at + 6), Some(0xDC00..=0xDFFF)) => at += 12,
+            Some(0xD800..=0xDFFF) => {
+                return Err(Rejection::invalid("a string holds half of a surrogate pair (\\ud800 to \\udfff)"));
+            }
+            Some(_) => at += 6,
+            None => at += 2,
+        }
+        if at >= text.len() {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// Index of the closing quote of the string that opens at `at` (or the last byte when it never closes).
 fn skip_string(text: &[u8], at: usize) -> usize {
     let mut i = at + 1;
@@ -234,6 +258,21 @@ mod tests {
             assert_eq!(merge_patch(Some(target), patch).unwrap(), expected, "{target} + {patch}");
         }
         assert_eq!(merge_patch(None, r#"{"a":{"b":null,"c":1}}"#).unwrap(), r#"{"a":{"c":1}}"#);
+    }
+
+    #[test]
+    fn half_a_surrogate_pair_is_refused() {
+        for (text, ok) in [
+            (r#""\ud83d\ude00""#, true),
+            (r#""\ud83d""#, false),
+            (r#""\ude00""#, false),
+            (r#""\ud83dx\ude00""#, false),
+            (r#""\\ud83d""#, true),
+            (r#""\u00e9\n""#, true),
+            ("\"\\", true),
+        ] {
+            assert_eq!(check_surrogates(text.as_bytes()).is_ok(), ok, "{text}");
+        }
     }
 
     #[test]
