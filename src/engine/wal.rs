@@ -705,7 +705,7 @@ impl Wal {
             ));
         }
         let segments = paths.iter().map(|p| Segment::open(p)).collect::<Result<Vec<_>, _>>()?;
-        let first_needed = segments.partition_point(|s| s.first_revision <= replay_after.next());
+        let mut first_needed = segments.partition_point(|s| s.first_revision <= replay_after.next());
         if first_needed == 0 {
             return Err(Error::corrupt(
                 segments[0].name(),
@@ -715,6 +715,10 @@ impl Wal {
                     segments[0].first_revision
                 ),
             ));
+        }
+        // A crash before, or within, the seal of the segment before leaves that to be mended, needed or not.
+        while first_needed > 1 && segments[first_needed - 2].sealed_for()?.is_none() {
+            first_needed -= 1;
         }
         let mut scan = Scan {
             next: segments[first_needed - 1].first_revision,
@@ -728,7 +732,6 @@ impl Wal {
             if index + 1 < first_needed {
                 // Not replayed, so not read now: whoever reads this history checks it then. It was sealed, and all of
                 // it up to its zeros may be looked at.
-                segment.end.store(segment.find_end()?, Ordering::Release);
                 segment.check_seal(segments[index + 1].first_revision)?;
                 continue;
             }
@@ -1106,21 +1109,29 @@ impl Scan {
 }
 
 impl Segment {
+    /// The revision the next segment begins with, as this one's seal says; `None` when there is no whole seal. Lets readers
+    /// look up to that end.
+    fn sealed_for(&self) -> Result<Option<Revision>, Error> {
+        let end = self.find_end()?;
+        self.end.store(end, Ordering::Release);
+        let bytes = self.read(end.saturating_sub(FRAME_HEADER_BYTES as u64), FRAME_HEADER_BYTES)?;
+        let seal = frame_at(&bytes, self.salt).filter(|found| found.header.kind == Kind::Seal);
+        Ok(seal.map(|found| found.header.first_revision))
+    }
+
     /// Whether the segment ends in a seal that names the next one: if not, a segment is missing between the two.
     fn check_seal(&self, next_first: Revision) -> Result<(), Error> {
-        let end = self.end.load(Ordering::Acquire);
-        let at = end.saturating_sub(FRAME_HEADER_BYTES as u64);
-        let bytes = self.read(at, FRAME_HEADER_BYTES)?;
-        match frame_at(&bytes, self.salt).map(|found| found.header) {
-            Some(header) if header.kind == Kind::Seal && header.first_revision == next_first => Ok(()),
-            Some(header) if header.kind == Kind::Seal => {
-                let expected = header.first_revision;
+        let sealed_for = self.sealed_for()?;
+        let at = self.end.load(Ordering::Acquire);
+        match sealed_for {
+            Some(expected) if expected == next_first => Ok(()),
+            Some(expected) => {
                 let detail = format!(
                     "the next segment begins at revision {next_first}, {expected} was expected: a segment is missing"
                 );
                 Err(Error::corrupt(self.name(), at, detail))
             }
-            _ => Err(Error::corrupt(self.name(), at, "the segment does not end in a seal")),
+            None => Err(Error::corrupt(self.name(), at, "the segment does not end in a seal")),
         }
     }
 
@@ -1317,6 +1328,11 @@ mod tests {
             let seal_end = bytes.iter().rposition(|&b| b != 0).unwrap() / FRAME_ALIGN * FRAME_ALIGN + FRAME_ALIGN;
             let seal = seal_end - FRAME_HEADER_BYTES;
             bytes[seal + torn..seal_end].fill(0);
+            std::fs::write(&first, &bytes).unwrap();
+            let second: u64 =
+                list_segments(dir.path()).unwrap()[1].file_stem().unwrap().to_str().unwrap().parse().unwrap();
+            // A snapshot right at the boundary: the segment itself need not be replayed.
+            assert_eq!(open(dir.path(), second - 1).unwrap().1.first(), Some(&second), "torn at {torn}");
             std::fs::write(&first, &bytes).unwrap();
             assert_eq!(open(dir.path(), 0).unwrap().1.len(), 20, "torn at {torn}");
             let (opened, _) = open(dir.path(), 20).unwrap();
