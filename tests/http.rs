@@ -323,6 +323,7 @@ async fn keys_expire_for_every_read_at_once_and_as_an_event() {
     assert_eq!(first["created"], true);
     ok(c, r#"PUT /v1/state/t3 {"value":1,"ttl_ms":200}"#).await;
     ok(c, r#"PUT /v1/state/t3 {"value":2}"#).await;
+    while call(c, "GET /v1/state/t1").await.status == 200 {}
     let put = ok(c, r#"PUT /v1/state/t1 {"value":1,"if_revision":0}"#).await;
     assert_eq!(put["created"], true);
     loop {
