@@ -4,14 +4,16 @@ use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Head, Object, Params, meta, parse_object, read_json, vector};
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
-use crate::engine::collections::{Found, Grouping, Search, SharedCollection};
+use crate::engine::collections::SharedCollection;
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
 use crate::engine::frame::{push_fmt, push_numbers};
 use crate::engine::json::push_string;
+use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
 use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::collection::{Item, Query};
 use crate::vector::filter::{Filter, parse_path};
+use crate::vector::plan::EF_MAX;
 use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
 use axum::body::Body;
 use axum::extract::{Path, State};
@@ -67,13 +69,17 @@ pub async fn create(State(app): State<App>, path: NamePath, Head { uri, headers 
 
 fn push_info(out: &mut String, name: &str, collection: &SharedCollection) {
     let spec = collection.spec();
-    let (count, memory_bytes, revision) = collection.read(|c| (c.len(), c.memory_bytes(), c.revision()));
+    let (count, memory_bytes, revision, kind, indexed) = collection.read(|c| {
+        let (kind, indexed) = c.graph().map_or(("exact", c.len()), |_| ("graph", c.graph_counts().linked));
+        (c.len(), c.memory_bytes(), c.revision(), kind, indexed)
+    });
+    let pending = count.saturating_sub(indexed);
     out.push_str("{\"collection\":");
     push_string(out, name);
     push_fmt(
         out,
         format_args!(
-            ",\"dim\":{},\"metric\":\"{}\",\"count\":{count},\"index\":{{\"kind\":\"exact\",\"indexed\":{count},\"pending\":0}},\"memory_bytes\":{memory_bytes},\"revision\":{revision}}}",
+            ",\"dim\":{},\"metric\":\"{}\",\"count\":{count},\"index\":{{\"kind\":\"{kind}\",\"indexed\":{indexed},\"pending\":{pending}}},\"memory_bytes\":{memory_bytes},\"revision\":{revision}}}",
             spec.dim,
             spec.metric.as_str()
         ),
@@ -253,8 +259,8 @@ pub async fn delete(State(app): State<App>, path: NamePath, Head { uri, headers 
 /// Deletes what matches, in commands of at most [`ITEMS_MAX`]: one command for a million would keep every other write
 /// waiting. Looking at every vector's metadata is not the writer's work; it checks the found ones again.
 async fn delete_matching(app: &App, collection: CollectionName, filter: Filter) -> ApiResult {
-    let shared = app.engine.collection(collection.as_str())?;
-    let (ids, filter) = blocking(move || (shared.matching(&filter), filter)).await?;
+    let ticket = app.engine.begin_match(collection.as_str())?;
+    let (ids, filter) = blocking(move || (ticket.ids_matching(&filter), filter)).await?;
     let (mut total, mut last) = (0, app.engine.head());
     for ids in ids.chunks(ITEMS_MAX) {
         let selection = VectorSelection { ids: ids.to_vec(), filter: Some(filter.clone()) };
@@ -340,10 +346,12 @@ pub async fn count(State(app): State<App>, path: NamePath, Head { uri, headers }
     let bytes = read_json(&headers, body, app.max_body_bytes).await?;
     // No body at all counts everything.
     let body: CountBody = if bytes.is_empty() { CountBody { filters: None } } else { parse_object(&bytes)? };
-    let shared = app.engine.collection(collection.as_str())?;
     let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
-        None => shared.read(|c| (c.len(), c.revision())),
-        Some(filter) => blocking(move || (shared.matching(&filter).len(), shared.read(|c| c.revision()))).await?,
+        None => app.engine.collection(collection.as_str())?.read(|c| (c.len(), c.revision())),
+        Some(filter) => {
+            let ticket = app.engine.begin_match(collection.as_str())?;
+            blocking(move || (ticket.count_matching(&filter), ticket.revision())).await?
+        }
     };
     Ok(json(StatusCode::OK, format!("{{\"count\":{count},\"revision\":{revision}}}")))
 }
@@ -361,9 +369,9 @@ struct SearchBody<'a> {
     include_vector: Option<bool>,
     min_score: Option<f32>,
     offset: Option<usize>,
-    #[expect(dead_code, reason = "every search is exact so far")]
     exact: Option<bool>,
     ef: Option<usize>,
+    explain: Option<bool>,
     group_by: Option<String>,
     group_size: Option<usize>,
     #[serde(borrow)]
@@ -385,8 +393,9 @@ impl SearchBody<'_> {
             include_vector,
             min_score,
             offset,
-            exact: _,
+            exact,
             ef,
+            explain,
             group_by,
             group_size,
             queries: _,
@@ -400,7 +409,9 @@ impl SearchBody<'_> {
             || include_vector.is_some()
             || min_score.is_some()
             || offset.is_some()
+            || exact.is_some()
             || ef.is_some()
+            || explain.is_some()
             || group_by.is_some()
             || group_size.is_some()
     }
@@ -415,8 +426,8 @@ impl SearchBody<'_> {
         if offset > OFFSET_MAX {
             return Err(Rejection::invalid(format!("offset is at most {OFFSET_MAX}")));
         }
-        if self.ef.is_some_and(|ef| ef == 0 || ef > 10_000) {
-            return Err(Rejection::invalid("ef is 1 to 10000"));
+        if self.ef.is_some_and(|ef| ef == 0 || ef > EF_MAX) {
+            return Err(Rejection::invalid(format!("ef is 1 to {EF_MAX}")));
         }
         if self.min_score.is_some_and(|s| !s.is_finite()) {
             return Err(Rejection::invalid("min_score is a finite number"));
@@ -453,6 +464,8 @@ impl SearchBody<'_> {
             offset,
             min_score: self.min_score,
             include_vector: self.include_vector.unwrap_or(false),
+            is_exact: self.exact.unwrap_or(false),
+            ef: self.ef,
             group,
         })
     }
@@ -490,6 +503,27 @@ fn push_found(out: &mut String, found: &Found, include_meta: bool) {
         }
     }
     out.push(']');
+}
+
+/// Appends the hits or groups and, when asked for, how they were found.
+fn push_answer(out: &mut String, answer: &Answer, query: &SearchBody<'_>) {
+    push_found(out, &answer.found, query.include_meta.unwrap_or(false));
+    if query.explain == Some(true) {
+        let Plan { way, given_up, ef, vectors, matches, scored, expanded, tail } = answer.plan;
+        push_fmt(out, format_args!(",\"explain\":{{\"plan\":\"{}\"", way.as_str()));
+        if let Some(given_up) = given_up {
+            push_fmt(out, format_args!(",\"given_up\":\"{}\"", given_up.as_str()));
+        }
+        if expanded > 0 {
+            push_fmt(out, format_args!(",\"ef\":{ef}"));
+        }
+        push_fmt(
+            out,
+            format_args!(
+                ",\"vectors\":{vectors},\"matches\":{matches},\"scored\":{scored},\"expanded\":{expanded},\"tail\":{tail}}}"
+            ),
+        );
+    }
 }
 
 /// Hits a search may answer with.
@@ -546,16 +580,16 @@ pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers 
             Ok(prepared)
         }
     };
-    let (found, revision, took_us) = app.engine.search(collection.as_str(), prepare).await?;
+    let (answers, revision, took_us) = app.engine.search(collection.as_str(), prepare).await?;
     let mut out = String::with_capacity(1024);
     out.push('{');
     match &body.queries {
-        None => push_found(&mut out, &found[0], body.include_meta.unwrap_or(false)),
+        None => push_answer(&mut out, &answers[0], &body),
         Some(queries) => {
             out.push_str("\"results\":[");
-            push_list(&mut out, found.iter().zip(queries), |out, (found, Object(query))| {
+            push_list(&mut out, answers.iter().zip(queries), |out, (answer, Object(query))| {
                 out.push('{');
-                push_found(out, found, query.include_meta.unwrap_or(false));
+                push_answer(out, answer, query);
                 out.push('}');
             });
             out.push(']');
@@ -564,8 +598,9 @@ pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers 
     push_fmt(&mut out, format_args!(",\"took_us\":{took_us},\"revision\":{revision}}}"));
     let queries: Vec<&SearchBody<'_>> =
         body.queries.as_ref().map_or_else(|| vec![&body], |queries| queries.iter().map(|q| &q.0).collect());
-    for (found, query) in found.iter().zip(queries) {
-        app.engine.publish_search(collection.as_str(), query.k.unwrap_or(K_DEFAULT), hit_count(found), took_us);
+    for (answer, query) in answers.iter().zip(queries) {
+        let hits = hit_count(&answer.found);
+        app.engine.publish_search(collection.as_str(), query.k.unwrap_or(K_DEFAULT), hits, took_us);
     }
     Ok(json(StatusCode::OK, out))
 }

@@ -13,6 +13,7 @@
 //! There is deliberately no scripting and no mix of request kinds: one phase measures one thing.
 
 mod dataset;
+mod index;
 mod load;
 mod server;
 mod streams;
@@ -77,6 +78,8 @@ pub enum Phase {
     Search,
     /// SSE delivery
     Streams,
+    /// The vector index in this process, without a server
+    Index,
 }
 
 /// Flags of `kiss-vdb bench`.
@@ -343,6 +346,7 @@ impl<'a> Bench<'a> {
                 Phase::Upsert => self.upsert()?,
                 Phase::Search => self.search()?,
                 Phase::Streams => self.streams()?,
+                Phase::Index => { let dataset = self.dataset()?; index::run(&dataset, &self.args)? },
             }
         }
         Ok(())

@@ -1,88 +1,103 @@
-//! Collections as the engine shares them: every lock around vectors, exact search, and checkpoints.
+//! Collections as the engine shares them: every lock around vectors, the background work on one collection, checkpoints.
 //!
 //! Locks, and why each
-//! - `inner` (read/write): the writer applies a record under it for microseconds; a search holds it for one slice of
-//!   about [`SLICE_COST`] at a time, so that a long scan never makes the writer wait longer than one slice takes.
-//! - `searches`: revisions of running searches. The writer asks for the oldest before it reuses a slot.
+//! - `inner` (read/write): the writer applies a record under it for microseconds; searches hold it for a slice of a scan or
+//!   to make hits, background work for a slice of slots. Nobody holds it for longer than about a hundred microseconds, nor
+//!   over I/O.
+//! - `searches`: numbers of running searches and linkers. A slot they may know is not reused.
+//! - `linking` (read/write): linkers hold it while they link a batch; a repair pass takes it once, so that whoever chose a
+//!   link to a slot before it was condemned has written it before the pass begins.
+//! - `upkeep`: one thread at a time loads the graph file, begins passes, and moves slots between lists.
+//! - `repair`, `search_party`: the passes under way; held to look at them.
 //! - `log`: the slot log, taken by the one checkpoint at a time. Never held together with `inner` over I/O.
 
+use super::linker::{Background, TAIL_MAX};
+use super::search::{Search, SearchTicket};
 use crate::error::{Error, Rejection};
 use crate::revision::Revision;
-use crate::vector::collection::{Collection, Groups, Query, Scan};
-use crate::vector::filter::Filter;
+use crate::vector::collection::{Collection, Horizon, SearchNumber};
+use crate::vector::graph::{Graph, Pass, Repair, Scratch};
+use crate::vector::graph_file::{self, GraphFile};
+use crate::vector::plan::GRAPH_FROM;
 use crate::vector::storage::{NewChunk, SlotLog, encode_frame};
-use crate::vector::topk::{Candidate, TopK};
-use crate::vector::{CollectionSpec, Hit, VectorId, VectorMeta};
+use crate::vector::{CollectionSpec, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
 use rayon::prelude::*;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
-/// Work done under one hold of the lock, in numbers multiplied: about a hundred microseconds.
-const SLICE_COST: usize = 1 << 20;
-/// Rows in a slice at most, however cheap they are.
-const SLICE_ROWS_MAX: usize = 4096;
 /// Ids encoded under one hold of the lock during a checkpoint.
 const CHECKPOINT_IDS: usize = 1000;
-/// Searches cheaper than this run where they are: handing them to other threads would take longer.
-pub const INLINE_COST: usize = 1 << 18;
+/// Slots linked as one piece of work: a few milliseconds.
+const LINK_SLOTS: usize = 16;
+/// Dead linked slots before a repair pass begins, at least, and as a part of the linked ones: a pass looks at all links, and
+/// one that condemns more repairs several links of a slot at once.
+const REPAIR_FROM: usize = 128;
+const REPAIR_PART: usize = 32;
+/// Lost slots are looked for when this part of the graph has changed, in so many passes at most.
+const SEARCH_PARTY_PART: u64 = 16;
+const SEARCH_PARTIES: usize = 3;
+/// Dead slots freed under one hold of the lock.
+const RECLAIM_SLOTS: usize = 32;
+/// The graph file is written anew when a part of this size of the graph has changed.
+const SAVE_PART: u64 = 20;
+/// Slots looked at under one hold of the lock where each takes nanoseconds.
+const SLICE_SLOTS: usize = 4096;
+/// Rows read under one hold of the lock.
+const SLICE_ROWS: usize = 256;
+/// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.
+const GARBAGE_FROM: usize = 2048;
+const GARBAGE_PART: usize = 10;
 
-/// A collection, shared between the writer, searches and checkpoints.
+/// A collection, shared between the writer, searches, linkers and checkpoints.
 #[derive(Debug)]
 pub struct SharedCollection {
+    me: Weak<Self>,
     spec: CollectionSpec,
     created: Revision,
     inner: RwLock<Collection>,
-    searches: Mutex<BTreeMap<Revision, usize>>,
+    searches: Mutex<Searches>,
+    linking: RwLock<()>,
+    upkeep: Mutex<Upkeep>,
+    repair: Mutex<Option<Arc<Repair>>>,
+    search_party: Mutex<Option<Arc<SearchParty>>>,
     log: Mutex<Option<SlotLog>>,
     dir: Option<PathBuf>,
-    /// Slots freed after this revision may not be reused yet; see [`Durable`].
-    durable: Durable,
+    background: Arc<Background>,
+    /// In the background's queue.
+    is_queued: AtomicBool,
     /// A sync of the rows failed: no more checkpoints until a restart.
     rows_failed: AtomicBool,
+    /// The graph is catching up with vectors that were there before it: writes need not wait for that.
+    is_catching_up: AtomicBool,
+    /// [`crate::vector::collection::GraphCounts::changes`] at the last save.
+    saved_changes: AtomicU64,
 }
 
-/// How far the log is durable, for the reuse of slots: what a crash of a relaxed mode could undo must not have been
-/// overwritten. `u64::MAX` in `always` mode, where everything applied is durable.
-pub type Durable = Arc<AtomicU64>;
-
-/// One search, valid for its collection.
-#[derive(Clone, Debug)]
-pub struct Search {
-    /// What to look near.
-    pub query: Query,
-    /// Which vectors count.
-    pub filter: Option<Filter>,
-    /// Hits wanted, 1 to `K_MAX`.
-    pub k: usize,
-    /// Hits to leave out at the front.
-    pub offset: usize,
-    /// Leaves out what scores lower.
-    pub min_score: Option<f32>,
-    /// Hits carry their numbers.
-    pub include_vector: bool,
-    /// Keep the best `size` hits for each value at this metadata path; `k` then counts groups.
-    pub group: Option<Grouping>,
+#[derive(Debug, Default)]
+struct Searches {
+    next: SearchNumber,
+    running: BTreeSet<SearchNumber>,
 }
 
-/// How hits are grouped.
-#[derive(Clone, Debug)]
-pub struct Grouping {
-    /// A dotted path into the metadata.
-    pub path: Vec<Box<str>>,
-    /// Hits kept in each group.
-    pub size: usize,
+#[derive(Debug)]
+struct Upkeep {
+    /// The graph file has yet to be looked at.
+    has_to_load: bool,
+    /// Changes of the graph when lost slots were last looked for.
+    searched_at: u64,
 }
 
-/// What a search found.
-#[derive(Clone, Debug)]
-pub enum Found {
-    /// Best first.
-    Hits(Vec<Hit>),
-    /// Groups in the order of their best hit, with the value they share.
-    Groups(Vec<(serde_json::Value, Vec<Hit>)>),
+/// A pass that looks for every slot, and makes those findable that are not. Old links are given up for better ones, and
+/// now and then the last that led somewhere is among them.
+#[derive(Debug)]
+struct SearchParty {
+    pass: Pass,
+    found: AtomicUsize,
+    /// A pass that found some is followed by another, but not for ever.
+    passes_left: usize,
 }
 
 impl SharedCollection {
@@ -91,7 +106,7 @@ impl SharedCollection {
         vectors: Option<&Path>,
         spec: CollectionSpec,
         created: Revision,
-        durable: &Durable,
+        background: &Arc<Background>,
     ) -> Result<Arc<Self>, Error> {
         let dir = vectors.map(|v| Self::dir_below(v, created));
         if let (Some(dir), Some(vectors)) = (&dir, vectors)
@@ -104,16 +119,29 @@ impl SharedCollection {
         if let Some(dir) = &dir {
             std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
         }
-        Ok(Arc::new(Self {
+        let has_vectors = !collection.is_empty();
+        let shared = Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
             spec,
             created,
             inner: RwLock::new(collection),
-            searches: Mutex::new(BTreeMap::new()),
+            searches: Mutex::default(),
+            linking: RwLock::new(()),
+            upkeep: Mutex::new(Upkeep { has_to_load: dir.is_some(), searched_at: 0 }),
+            repair: Mutex::new(None),
+            search_party: Mutex::new(None),
             log: Mutex::new(log),
             dir,
-            durable: Arc::clone(durable),
+            background: Arc::clone(background),
+            is_queued: AtomicBool::new(false),
             rows_failed: AtomicBool::new(false),
-        }))
+            is_catching_up: AtomicBool::new(true),
+            saved_changes: AtomicU64::new(0),
+        });
+        if has_vectors {
+            shared.wake();
+        }
+        Ok(shared)
     }
 
     /// Where a collection's files are.
@@ -156,9 +184,8 @@ impl SharedCollection {
 
     /// Applies a write of numbers and metadata; returns by how much the charge against the memory budget changed.
     pub fn put(&self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision) -> isize {
-        let durable = Revision(self.durable.load(Ordering::Acquire));
-        let reusable = self.searches.lock().keys().next().map_or(durable, |oldest| durable.min(*oldest));
-        self.change(|inner| inner.put(id, numbers, meta, revision, reusable))
+        let horizon = self.horizon();
+        self.change(|inner| inner.put(id, numbers, meta, revision, horizon))
     }
 
     /// Applies a write of metadata alone.
@@ -168,101 +195,327 @@ impl SharedCollection {
 
     /// Applies a delete.
     pub fn delete(&self, id: &VectorId, revision: Revision) -> isize {
-        self.change(|inner| inner.delete(id, revision))
+        let horizon = self.horizon();
+        self.change(|inner| inner.delete(id, revision, horizon))
     }
 
     fn change(&self, apply: impl FnOnce(&mut Collection)) -> isize {
-        let mut inner = self.inner.write();
-        let before = inner.charged_bytes();
-        apply(&mut inner);
-        inner.charged_bytes().cast_signed() - before.cast_signed()
+        let change = {
+            let mut inner = self.inner.write();
+            let before = inner.charged_bytes();
+            apply(&mut inner);
+            inner.charged_bytes().cast_signed() - before.cast_signed()
+        };
+        self.wake();
+        change
     }
 
-    /// Ids that satisfy a filter now.
+    /// Whether a vector write may go ahead, or should wait for the linkers: their tail is full, or too many dead slots are
+    /// not free yet.
     #[must_use]
-    pub fn matching(&self, filter: &Filter) -> Vec<VectorId> {
-        let mut found = Vec::new();
-        for slice in self.slices(0, true) {
-            self.inner.read().matching(slice, filter, &mut found);
-        }
-        found
+    pub fn has_room(&self) -> bool {
+        let (counts, slots) = self.read(|c| (c.graph_counts(), c.slot_count()));
+        let is_behind = counts.tail > TAIL_MAX && !self.is_catching_up.load(Ordering::Relaxed);
+        let is_littered = counts.is_full && counts.garbage > GARBAGE_FROM.max(slots / GARBAGE_PART);
+        !is_behind && !is_littered
     }
 
-    /// Slices of slots, each of about [`SLICE_COST`] for so many scans, with or without looking at metadata.
-    fn slices(&self, scans: usize, looks_at_meta: bool) -> Vec<std::ops::Range<usize>> {
-        let (slots, meta_bytes) = self.read(|c| (c.slot_count(), c.text_bytes_average()));
-        let rows = (SLICE_COST / self.row_cost(scans, looks_at_meta, meta_bytes)).clamp(16, SLICE_ROWS_MAX);
-        (0..slots).step_by(rows).map(|start| start..(start + rows).min(slots)).collect()
+    fn horizon(&self) -> Horizon {
+        let durable = Revision(self.background.durable.load(Ordering::Acquire));
+        let searches = self.searches.lock();
+        Horizon { next: searches.next, oldest: searches.running.first().copied().unwrap_or(searches.next), durable }
     }
 
-    /// In units of one number multiplied. Parsing a byte of metadata costs as much as some tens of those.
-    fn row_cost(&self, scans: usize, looks_at_meta: bool, meta_bytes: usize) -> usize {
-        const META_BYTE_COST: usize = 32;
-        self.spec.dim * scans + if looks_at_meta { (meta_bytes + 16) * META_BYTE_COST } else { 0 } + 1
+    fn begin(&self) -> SearchNumber {
+        let mut searches = self.searches.lock();
+        let number = searches.next;
+        searches.next += 1;
+        searches.running.insert(number);
+        number
     }
 
-    /// What these searches cost, in numbers multiplied: decides where they run.
-    #[must_use]
-    pub fn cost(&self, searches: &[Search]) -> usize {
-        let (slots, meta_bytes) = self.read(|c| (c.slot_count(), c.text_bytes_average()));
-        slots * self.row_cost(searches.len(), looks_at_meta(searches), meta_bytes)
+    pub(super) fn end_search(&self, number: SearchNumber) {
+        self.searches.lock().running.remove(&number);
     }
 
     /// Keeps everything visible at `at` in place until the ticket is dropped. The caller holds the state's read lock, so
     /// nothing newer is applied in between.
-    pub fn begin_search(self: &Arc<Self>, at: Revision) -> SearchTicket {
-        *self.searches.lock().entry(at).or_insert(0) += 1;
-        SearchTicket { collection: Arc::clone(self), at }
+    pub fn begin_search(&self, at: Revision, searches: &[Search]) -> SearchTicket {
+        let needs_live = |vectors| searches.iter().any(|search| search.needs_live(vectors));
+        self.ticket(at, needs_live)
     }
 
-    fn scan_all(&self, searches: &[Search], at: Revision) -> Vec<Scan> {
-        let scans: Vec<Scan> = searches
-            .iter()
-            .map(|search| {
-                let groups = search.group.as_ref().map(|grouping| Groups {
-                    path: grouping.path.clone(),
-                    size: grouping.size,
-                    min_score: search.min_score,
-                    best: HashMap::new(),
-                });
-                let top = TopK::new(search.offset + search.k, search.min_score);
-                Scan { query: search.query.clone(), filter: search.filter.clone(), top, groups }
+    /// As [`SharedCollection::begin_search`], for [`SearchTicket::matching`].
+    pub fn begin_match(&self, at: Revision) -> SearchTicket {
+        self.ticket(at, |_| true)
+    }
+
+    fn ticket(&self, at: Revision, needs_live: impl FnOnce(usize) -> bool) -> SearchTicket {
+        let collection = self.me.upgrade().expect("whoever calls holds it");
+        let number = self.begin();
+        let (graph, live) =
+            self.read(|c| (c.searchable(), needs_live(c.len()).then(|| c.live().clone())));
+        SearchTicket { collection, at, number, graph, live }
+    }
+
+    /// Puts the collection into the background's queue, unless it is there.
+    fn wake(&self) {
+        if !self.is_queued.swap(true, Ordering::AcqRel) {
+            self.background.push(Weak::clone(&self.me));
+        }
+    }
+
+    /// Does one piece of background work, if there is one, and asks to be called again if there may be more.
+    pub fn work(&self, scratch: &mut Scratch) {
+        self.is_queued.store(false, Ordering::Release);
+        if self.work_once(scratch) {
+            self.wake();
+        }
+    }
+
+    /// Does one piece of background work; false when there is none.
+    pub fn work_once(&self, scratch: &mut Scratch) -> bool {
+        if let Some(upkeep) = self.upkeep.try_lock()
+            && self.keep_up(upkeep)
+        {
+            return true;
+        }
+        self.repair_piece(scratch) || self.link_piece(scratch) || self.search_party_piece(scratch)
+    }
+
+    /// What one thread at a time does.
+    fn keep_up(&self, mut upkeep: parking_lot::MutexGuard<'_, Upkeep>) -> bool {
+        if upkeep.has_to_load {
+            upkeep.has_to_load = false;
+            self.load_graph();
+            return true;
+        }
+        let (has_graph, vectors, counts) = self.read(|c| (c.graph().is_some(), c.len(), c.graph_counts()));
+        if !has_graph && vectors >= GRAPH_FROM {
+            let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim));
+            if let Err(error) = self.inner.write().start_graph(graph) {
+                tracing::warn!(%error, "no memory for a graph; searches stay exact");
+                return false;
+            }
+            return true;
+        }
+        if counts.uncoded > 0 {
+            self.inner.write().code_some();
+            return true;
+        }
+        if counts.tail <= TAIL_MAX {
+            self.is_catching_up.store(false, Ordering::Relaxed);
+        }
+        let is_repairing = self.repair.lock().is_some();
+        if !is_repairing && counts.buried >= REPAIR_FROM.max(counts.linked / REPAIR_PART) {
+            // Others can link and help repairing meanwhile.
+            self.wake();
+            self.begin_repair();
+            return true;
+        }
+        let changes = counts.changes - upkeep.searched_at;
+        if !is_repairing && counts.tail == 0 && changes > counts.linked as u64 / SEARCH_PARTY_PART {
+            upkeep.searched_at = counts.changes;
+            self.begin_search_party(SEARCH_PARTIES);
+            return true;
+        }
+        let horizon = self.horizon();
+        let mut inner = self.inner.write();
+        let has_indexed = inner.index_some();
+        inner.reclaim(RECLAIM_SLOTS, horizon) || has_indexed
+    }
+
+    fn link_piece(&self, scratch: &mut Scratch) -> bool {
+        let _linking = self.linking.read();
+        let number = self.begin();
+        let claimed = {
+            let mut inner = self.inner.write();
+            inner.graph().cloned().map(|graph| (graph, inner.claim_links(LINK_SLOTS), inner.has_unclaimed()))
+        };
+        let has_done = match claimed {
+            Some((graph, slots, has_more)) if !slots.is_empty() => {
+                if has_more {
+                    self.wake();
+                }
+                let linked: Vec<(u32, bool)> =
+                    slots.into_iter().map(|slot| (slot, graph.link(slot, scratch))).collect();
+                let horizon = self.horizon();
+                self.inner.write().finish_links(&linked, horizon);
+                true
+            }
+            _ => false,
+        };
+        self.end_search(number);
+        has_done
+    }
+
+    fn begin_repair(&self) {
+        let (condemned, graph) = {
+            let mut inner = self.inner.write();
+            (inner.take_buried(), inner.graph().cloned())
+        };
+        let Some(graph) = graph else { return };
+        // Whoever is linking may still make a link to one of them; after this, nobody.
+        drop(self.linking.write());
+        let repair = Arc::new(Repair::new(condemned, self.read(Collection::slot_count)));
+        graph.drop_entries(|slot| repair.is_condemned(slot));
+        *self.repair.lock() = Some(repair);
+    }
+
+    fn repair_piece(&self, scratch: &mut Scratch) -> bool {
+        let Some(repair) = self.repair.lock().clone() else { return false };
+        let Some(piece) = repair.pass.claim() else { return false };
+        self.wake();
+        let Some(graph) = self.read(|c| c.graph().cloned()) else { return false };
+        let number = self.begin();
+        for slot in piece.clone() {
+            // The cast: slots are counted in u32.
+            let slot = slot as u32;
+            if !repair.is_condemned(slot) {
+                graph.repair(slot, |slot| repair.is_condemned(slot), scratch);
+            }
+        }
+        if repair.pass.finish(&piece) {
+            self.end_repair(&graph, &repair);
+        }
+        self.end_search(number);
+        true
+    }
+
+    fn end_repair(&self, graph: &Graph, repair: &Repair) {
+        let linked = self.linked_slots();
+        graph.choose_entries(&linked);
+        for slots in repair.slots.chunks(SLICE_SLOTS) {
+            let horizon = self.horizon();
+            self.inner.write().finish_repair(slots, horizon);
+        }
+        *self.repair.lock() = None;
+    }
+
+    fn linked_slots(&self) -> Vec<u32> {
+        let slots = self.read(Collection::slot_count);
+        let slices = (0..slots).step_by(SLICE_SLOTS);
+        slices.flat_map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS))).map(|(slot, _)| slot).collect()
+    }
+
+    fn begin_search_party(&self, passes_left: usize) {
+        let pass = Pass::new(self.read(Collection::slot_count));
+        *self.search_party.lock() = Some(Arc::new(SearchParty { pass, found: AtomicUsize::new(0), passes_left }));
+    }
+
+    fn search_party_piece(&self, scratch: &mut Scratch) -> bool {
+        let Some(party) = self.search_party.lock().clone() else { return false };
+        let Some(piece) = party.pass.claim() else { return false };
+        self.wake();
+        let Some(graph) = self.read(|c| c.graph().cloned()) else { return false };
+        {
+            // It makes links, so a repair must not begin in its midst.
+            let _linking = self.linking.read();
+            let number = self.begin();
+            let slots = self.read(|c| c.linked_slots(piece.clone()));
+            let lost = slots.iter().filter(|&&(slot, _)| graph.nodes().is_live(slot) && graph.find_again(slot, scratch));
+            party.found.fetch_add(lost.count(), Ordering::Relaxed);
+            self.end_search(number);
+        }
+        if party.pass.finish(&piece) {
+            let found = party.found.load(Ordering::Relaxed);
+            *self.search_party.lock() = None;
+            eprintln!("found {found}");
+            if found > 0 && party.passes_left > 1 {
+                self.begin_search_party(party.passes_left - 1);
+                self.wake();
+            }
+        }
+        true
+    }
+
+    /// Takes the graph file into use, if there is one that fits. Searches are exact until then.
+    fn load_graph(&self) {
+        let Some(dir) = &self.dir else { return };
+        let started = std::time::Instant::now();
+        let file = match GraphFile::read(dir, self.spec, self.created) {
+            Ok(Some(file)) => file,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(%error, "the graph file cannot be used; the graph is built anew");
+                return;
+            }
+        };
+        if self.read(|c| c.graph().is_some()) {
+            return;
+        }
+        // From here on no slot that is live now is reused.
+        let number = self.begin();
+        let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim));
+        if let Err(error) = graph.nodes().reserve(self.read(Collection::slot_count).max(file.slots())) {
+            tracing::warn!(%error, "no memory for the graph file; searches stay exact");
+            self.end_search(number);
+            return;
+        }
+        let slots = file.slots();
+        let known: Vec<Vec<(u32, Revision)>> = (0..slots)
+            .into_par_iter()
+            .step_by(SLICE_ROWS)
+            .map(|start| {
+                let end = (start + SLICE_ROWS).min(slots);
+                self.read(|c| {
+                    let known: Vec<_> = (start..end)
+                        .filter_map(|slot| {
+                            let slot = u32::try_from(slot).ok()?;
+                            let born = file.born(slot)?;
+                            c.is_born(slot, born).then_some((slot, born))
+                        })
+                        .collect();
+                    // SAFETY: nobody else has this graph, and the slices do not overlap.
+                    unsafe { c.code_into(&graph, &known) };
+                    known
+                })
             })
             .collect();
-        let scan_slice = |mut scans: Vec<Scan>, slice: std::ops::Range<usize>| {
-            self.inner.read().scan(slice, at, &mut scans);
-            scans
-        };
-        let slices = self.slices(searches.len(), looks_at_meta(searches));
-        if self.cost(searches) < INLINE_COST {
-            return slices.into_iter().fold(scans, scan_slice);
+        let known: Vec<(u32, Revision)> = known.into_iter().flatten().collect();
+        file.restore(&graph, &known);
+        let adopted = self.inner.write().adopt_graph(Arc::clone(&graph), &known);
+        self.end_search(number);
+        match adopted {
+            Ok(()) => tracing::info!(
+                slots = known.len(),
+                took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                "loaded a graph"
+            ),
+            Err(error) => tracing::warn!(%error, "no memory for the graph file; searches stay exact"),
         }
-        let merge_one = |a: Scan, b: Scan| Scan {
-            top: a.top.merge(b.top),
-            groups: a.groups.zip(b.groups).map(|(a, b)| a.merge(b)),
-            ..a
-        };
-        let merge = |a: Vec<Scan>, b: Vec<Scan>| a.into_iter().zip(b).map(|(a, b)| merge_one(a, b)).collect();
-        slices.into_par_iter().fold(|| scans.clone(), scan_slice).reduce(|| scans.clone(), merge)
+        self.saved_changes.store(self.read(|c| c.graph_counts().changes), Ordering::Relaxed);
     }
 
-    fn finish(&self, search: &Search, scan: Scan) -> Found {
+    /// Writes the graph file when enough has changed. It is a hint: whatever goes wrong is logged, and the next start takes
+    /// longer.
+    fn save_graph(&self) {
+        let (Some(dir), Some(graph)) = (&self.dir, self.read(|c| c.graph().cloned())) else { return };
+        let counts = self.read(Collection::graph_counts);
+        let changes = counts.changes - self.saved_changes.load(Ordering::Relaxed);
+        if changes * SAVE_PART < counts.linked as u64 || counts.uncoded > 0 {
+            return;
+        }
+        let number = self.begin();
+        let slots = self.read(Collection::slot_count);
+        let slices = (0..slots).step_by(SLICE_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)));
+        let result = graph_file::write(dir, self.spec, self.created, &graph, slices);
+        self.end_search(number);
+        match result {
+            Ok(()) => self.saved_changes.store(counts.changes, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "the graph file was not written; the next start links anew"),
+        }
+    }
+
+    /// Looks for faults in the graph, while nothing else happens to the collection.
+    #[must_use]
+    pub fn validate(&self) -> Option<crate::vector::validate::Report> {
+        let graph = self.read(|c| c.graph().cloned())?;
+        let linked = self.linked_slots();
+        let repair = self.repair.lock().clone();
         let inner = self.inner.read();
-        let hit = |c: Candidate| inner.hit(c.slot, c.score, search.include_vector);
-        let Some(groups) = scan.groups else {
-            let best = scan.top.into_sorted().into_iter();
-            return Found::Hits(best.skip(search.offset).take(search.k).map(hit).collect());
-        };
-        let mut groups: Vec<(Candidate, String, serde_json::Value, TopK)> = groups
-            .best
-            .into_iter()
-            .filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top)))
-            .collect();
-        groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
-        let wanted = groups.into_iter().skip(search.offset).take(search.k);
-        Found::Groups(
-            wanted.map(|(_, _, value, top)| (value, top.into_sorted().into_iter().map(hit).collect())).collect(),
-        )
+        let may_be_linked = |slot| inner.may_be_linked(slot) || repair.as_ref().is_some_and(|r| r.is_condemned(slot));
+        Some(crate::vector::validate::validate(&graph, &linked, inner.slot_count(), may_be_linked))
     }
 
     /// Writes what changed since the last checkpoint to the collection's files. `head` tells the newest revision applied;
@@ -345,44 +598,6 @@ impl SharedCollection {
         sync_log()?;
         sync_rows()?;
         log.append(&frames)
-    }
-}
-
-fn looks_at_meta(searches: &[Search]) -> bool {
-    searches.iter().any(|s| s.filter.is_some() || s.group.is_some())
-}
-
-/// The right to search at one revision. Dropping it lets the slots go.
-#[derive(Debug)]
-pub struct SearchTicket {
-    collection: Arc<SharedCollection>,
-    at: Revision,
-}
-
-impl Drop for SearchTicket {
-    fn drop(&mut self) {
-        let mut searches = self.collection.searches.lock();
-        if let Some(count) = searches.get_mut(&self.at) {
-            *count -= 1;
-            if *count == 0 {
-                searches.remove(&self.at);
-            }
-        }
-    }
-}
-
-impl SearchTicket {
-    /// Runs the searches. O(rows x dim) each, all in one pass over memory; several threads when it is worth it.
-    #[must_use]
-    pub fn run(&self, searches: &[Search]) -> Vec<Found> {
-        let scans = self.collection.scan_all(searches, self.at);
-        searches.iter().zip(scans).map(|(search, scan)| self.collection.finish(search, scan)).collect()
-    }
-
-    /// The revision searched at.
-    #[must_use]
-    pub fn at(&self) -> Revision {
-        self.at
     }
 }
 

@@ -22,7 +22,7 @@
 //! at a time), `replay_needed` (bookkeeping of kept snapshots). Those of streams stand in `feed.rs`, of vectors in
 //! `collections.rs`, of consistent walks in `view.rs`.
 //!
-//! Threads: `sequencer`, `feed`, `snapshots` (periodic), and rayon's pool for large scans. Queues: commands
+//! Threads: `sequencer`, `feed`, `snapshots` (periodic), `linker-N` (`linker.rs`), and rayon's pool for large scans. Queues: commands
 //! ([`QUEUE_COMMANDS_MAX`]) and searches ([`SEARCHES_WAITING_MAX`]), both refused with `overloaded` when full.
 //!
 //! Deliberately absent: HTTP, a second writer, a lock held over I/O on the way of a read.
@@ -34,8 +34,10 @@ pub mod command;
 pub mod feed;
 pub mod frame;
 pub mod json;
+pub mod linker;
 pub mod metrics;
 pub mod recovery;
+pub mod search;
 pub mod sequencer;
 pub mod snapshot;
 pub mod state;
@@ -47,18 +49,20 @@ use crate::error::{Error, Rejection};
 use crate::revision::Revision;
 use clock::Clock;
 use codec::{Entries, Entry};
-use collections::{Durable, Found, INLINE_COST, Search, SearchTicket, SharedCollection};
-use command::{Command, Committed};
+use collections::SharedCollection;
+use command::{Command, Committed, Op};
 use feed::{EventFilter, Feed};
 use frame::{Ephemeral, push_fmt};
+use linker::Background;
 use metrics::Metrics;
 use parking_lot::{Condvar, Mutex, RwLock};
 use recovery::Preparer;
+use search::{Answer, INLINE_COST, Search, SearchTicket};
 use sequencer::{Request, Sequencer};
 use state::State;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -74,6 +78,9 @@ const RECORD_BYTES_MIN: usize = 64 << 20;
 const TIDY_EVERY: Duration = Duration::from_secs(2);
 /// Searches waiting for a thread. Beyond that, waiting longer helps nobody.
 pub const SEARCHES_WAITING_MAX: usize = 1024;
+/// How often a vector write looks whether there is room, and for how long.
+const ROOM_POLL: Duration = Duration::from_millis(2);
+const ROOM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Old versions a stream's snapshot may make the state keep; a slower one starts over.
 const STREAM_PREIMAGES_MAX: usize = 200_000;
 
@@ -107,8 +114,7 @@ pub struct Inner {
     /// Kept snapshots: revision, and after which revision the log must be replayed over each.
     replay_needed: Mutex<Vec<(Revision, Revision)>>,
     searches_waiting: AtomicUsize,
-    /// For the reuse of slots; see [`Durable`].
-    durable: Durable,
+    background: Arc<Background>,
 }
 
 impl Inner {
@@ -127,7 +133,7 @@ impl Inner {
             tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
             self.poisoned.store(true, Ordering::Release);
         } else {
-            self.durable.fetch_max(applied.0, Ordering::AcqRel);
+            self.background.durable.fetch_max(applied.0, Ordering::AcqRel);
         }
         result
     }
@@ -146,6 +152,7 @@ pub struct Threads {
     engine: Engine,
     sequencer: JoinHandle<()>,
     feed: JoinHandle<()>,
+    linkers: Vec<JoinHandle<()>>,
     snapshots: JoinHandle<()>,
     /// Ends the wait of the snapshot thread.
     snapshots_stop: Arc<(Mutex<bool>, Condvar)>,
@@ -162,15 +169,15 @@ impl Engine {
         let max_log_bytes =
             if paths.is_some() { config.max_log_bytes } else { config.max_log_bytes.min(MEMORY_LOG_BYTES_MAX) };
         // While recovering, everything is durable; in the relaxed modes the sequencer takes over from there.
-        let durable: Durable = Arc::new(AtomicU64::new(u64::MAX));
-        let recovered = recovery::recover(paths.as_ref(), max_log_bytes, &durable)?;
+        let background = Background::new();
+        let recovered = recovery::recover(paths.as_ref(), max_log_bytes, &background)?;
         let log = Arc::clone(&recovered.wal.log);
         let head = recovered.wal.wal.head();
         if config.fsync != Fsync::Always && paths.is_some() {
-            durable.store(head.0, Ordering::Release);
+            background.durable.store(head.0, Ordering::Release);
         }
         let (feed, feed_thread) = Feed::start(Arc::clone(&log), head);
-        let preparer = Preparer::new(paths.as_ref().map(|p| p.vectors.clone()), &durable);
+        let preparer = Preparer::new(paths.as_ref().map(|p| p.vectors.clone()), &background);
         let inner = Arc::new(Inner {
             state: RwLock::new(recovered.state),
             feed,
@@ -186,7 +193,7 @@ impl Engine {
             snapshot_lock: Mutex::new(()),
             replay_needed: Mutex::new(recovered.replay_needed),
             searches_waiting: AtomicUsize::new(0),
-            durable,
+            background,
         });
         let (queue, commands) = sync_channel(QUEUE_COMMANDS_MAX);
         let sequencer = Sequencer::new(Arc::clone(&inner), recovered.wal.wal, preparer, commands, config.fsync);
@@ -197,6 +204,7 @@ impl Engine {
             engine: engine.clone(),
             sequencer: spawn("sequencer", move || sequencer.run()),
             feed: feed_thread,
+            linkers: engine.inner.background.start(),
             snapshots: spawn("snapshots", {
                 let (inner, stop) = (Arc::clone(&engine.inner), Arc::clone(&snapshots_stop));
                 move || take_snapshots(&inner, interval, &stop)
@@ -207,14 +215,43 @@ impl Engine {
         Ok((engine, threads))
     }
 
-    /// Commits a command. Dropping the future does not undo it.
+    /// Commits a command. Dropping the future does not undo it. One that writes vectors first waits while their collection
+    /// has no room for more in its tail; others do not.
     pub async fn submit(&self, command: Command) -> Result<Committed, Rejection> {
+        self.wait_for_room(&command).await?;
         let (reply, answer) = oneshot::channel();
         self.queue.try_send(Request::Commit(command, reply)).map_err(|e| match e {
             TrySendError::Full(_) => Rejection::Overloaded("too many writes are waiting; retry in a moment"),
             TrySendError::Disconnected(_) => Rejection::ShuttingDown,
         })?;
         answer.await.unwrap_or(Err(Rejection::ShuttingDown))
+    }
+
+    async fn wait_for_room(&self, command: &Command) -> Result<(), Rejection> {
+        let mut last = None;
+        for op in &command.ops {
+            let Op::WriteVector { collection, vector: Some(_), .. } = op else { continue };
+            if last == Some(collection) {
+                continue;
+            }
+            last = Some(collection);
+            // An unknown collection is for the sequencer to refuse: this command may create it.
+            let Ok(shared) = self.collection(collection.as_str()) else { continue };
+            let deadline = Instant::now() + ROOM_TIMEOUT;
+            while !shared.has_room() {
+                if Instant::now() >= deadline {
+                    return Err(Rejection::Overloaded("the vector index is behind; retry in a moment"));
+                }
+                tokio::time::sleep(ROOM_POLL).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// What of a collection satisfies a filter, as of now; see [`SearchTicket::matching`].
+    pub fn begin_match(&self, name: &str) -> Result<SearchTicket, Rejection> {
+        let state = self.inner.state.read();
+        Ok(state.collection(name)?.begin_match(state.revision()))
     }
 
     /// A key's entry.
@@ -253,16 +290,16 @@ impl Engine {
         &self,
         name: &str,
         prepare: impl FnOnce(&SharedCollection) -> Result<Vec<Search>, Rejection>,
-    ) -> Result<(Vec<Found>, Revision, u64), Rejection> {
+    ) -> Result<(Vec<Answer>, Revision, u64), Rejection> {
         let started = Instant::now();
         let collection = self.collection(name)?;
         let searches = prepare(&collection)?;
         let (ticket, at) = {
             let state = self.inner.state.read();
-            (collection.begin_search(state.revision()), state.revision())
+            (collection.begin_search(state.revision(), &searches), state.revision())
         };
         let count = searches.len() as u64;
-        let found = if collection.cost(&searches) < INLINE_COST {
+        let found = if ticket.cost(&searches) < INLINE_COST {
             ticket.run(&searches)
         } else {
             self.search_on_pool(ticket, searches).await?
@@ -273,7 +310,7 @@ impl Engine {
         Ok((found, at, u64::try_from(took.as_micros()).unwrap_or(u64::MAX)))
     }
 
-    async fn search_on_pool(&self, ticket: SearchTicket, searches: Vec<Search>) -> Result<Vec<Found>, Rejection> {
+    async fn search_on_pool(&self, ticket: SearchTicket, searches: Vec<Search>) -> Result<Vec<Answer>, Rejection> {
         let waiting = &self.inner.searches_waiting;
         if waiting.fetch_add(1, Ordering::Relaxed) >= SEARCHES_WAITING_MAX {
             waiting.fetch_sub(1, Ordering::Relaxed);
@@ -402,6 +439,8 @@ impl Threads {
         // The queue may be full; the sequencer empties it.
         self.engine.queue.send(Request::Stop).ok();
         join(self.sequencer);
+        self.engine.inner.background.stop();
+        self.linkers.into_iter().for_each(join);
         self.engine.inner.feed.stop();
         join(self.feed);
         if !self.engine.is_poisoned()

@@ -5,7 +5,8 @@
 
 use super::Paths;
 use super::codec::Event;
-use super::collections::{Durable, SharedCollection};
+use super::collections::SharedCollection;
+use super::linker::Background;
 use super::snapshot::{self, Snapshot};
 use super::state::State;
 use super::wal::{OpenedWal, Wal};
@@ -75,7 +76,7 @@ fn lock(dir: &Path) -> Result<File, Error> {
 }
 
 /// Recovers a data directory, or starts empty in memory when there is none.
-pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, durable: &Durable) -> Result<Recovered, Error> {
+pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Background>) -> Result<Recovered, Error> {
     let Some(paths) = paths else {
         let wal = Wal::open(None, max_log_bytes, Revision::ZERO, |_| Ok(()))?;
         return Ok(Recovered { state: State::default(), wal, replay_needed: Vec::new(), lock: None });
@@ -89,13 +90,13 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, durable: &Durable) -> 
     let replay_needed = snapshot.iter().map(|s| (s.revision, s.replay_after)).collect();
     let gaps = snapshot.as_ref().map(|s| s.gaps.clone()).unwrap_or_default();
     let (mut state, missing) = match snapshot {
-        Some(snapshot) => load(snapshot, &paths.vectors, durable)?,
+        Some(snapshot) => load(snapshot, &paths.vectors, background)?,
         None => (State::default(), Vec::new()),
     };
     if revision == Revision::ZERO && is_empty(&paths.log)? && !is_empty(&paths.vectors)? {
         return Err(Error::corrupt(&paths.log, 0, "there are vectors but neither log nor snapshot: both are missing"));
     }
-    let mut preparer = Preparer::new(Some(paths.vectors.clone()), durable);
+    let mut preparer = Preparer::new(Some(paths.vectors.clone()), background);
     let mut progress = Progress { started, last: started, records: 0 };
     let wal = Wal::open(Some(&paths.log), max_log_bytes, replay_after, |record| {
         preparer.prepare(&state, record.first_revision, &record.events)?;
@@ -171,16 +172,16 @@ fn newest_good_snapshot(dir: &Path) -> Result<Option<Snapshot>, Error> {
 }
 
 /// The snapshot's state, and the collections whose files are missing.
-fn load(snapshot: Snapshot, vectors: &Path, durable: &Durable) -> Result<(State, Vec<Revision>), Error> {
+fn load(snapshot: Snapshot, vectors: &Path, background: &Arc<Background>) -> Result<(State, Vec<Revision>), Error> {
     let mut collections = BTreeMap::new();
     let mut missing = Vec::new();
     for saved in &snapshot.collections {
         if saved.checkpoint > saved.created && !SharedCollection::dir_below(vectors, saved.created).exists() {
             missing.push(saved.created);
-            collections.insert(saved.name.clone(), SharedCollection::open(None, saved.spec, saved.created, durable)?);
+            collections.insert(saved.name.clone(), SharedCollection::open(None, saved.spec, saved.created, background)?);
             continue;
         }
-        let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created, durable)?;
+        let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created, background)?;
         let (checkpoint, _) = collection.read(|c| c.checkpoint());
         // The files may show a later checkpoint than the snapshot saw, never an earlier one.
         if checkpoint < saved.checkpoint
@@ -237,7 +238,7 @@ impl Progress {
 #[derive(Debug)]
 pub struct Preparer {
     vectors: Option<PathBuf>,
-    durable: Durable,
+    background: Arc<Background>,
     created: Vec<(CollectionName, Arc<SharedCollection>)>,
     /// Vectors prepared for and not yet applied, by the collection's creating revision.
     pending: HashMap<Revision, usize>,
@@ -246,8 +247,8 @@ pub struct Preparer {
 impl Preparer {
     /// `None` prepares collections in memory.
     #[must_use]
-    pub fn new(vectors: Option<PathBuf>, durable: &Durable) -> Self {
-        Self { vectors, durable: Arc::clone(durable), created: Vec::new(), pending: HashMap::new() }
+    pub fn new(vectors: Option<PathBuf>, background: &Arc<Background>) -> Self {
+        Self { vectors, background: Arc::clone(background), created: Vec::new(), pending: HashMap::new() }
     }
 
     /// Prepares for a record. What `state` already shows needs nothing. After an error nothing is prepared for it.
@@ -265,7 +266,7 @@ impl Preparer {
         for event in events {
             match event {
                 Event::CollectionCreated { collection, spec } if revision > state.revision() => {
-                    let files = SharedCollection::open(self.vectors.as_deref(), *spec, revision, &self.durable)?;
+                    let files = SharedCollection::open(self.vectors.as_deref(), *spec, revision, &self.background)?;
                     self.created.push((collection.clone(), files));
                 }
                 Event::VectorWritten { collection, vector: Some(_), .. } => {

@@ -394,7 +394,7 @@ impl Sequencer {
                 self.poison(&error);
                 return;
             }
-            self.inner.durable.fetch_max(self.wal.head().0, Ordering::AcqRel);
+            self.inner.background.durable.fetch_max(self.wal.head().0, Ordering::AcqRel);
         }
         match self.wal.mark() {
             // A mark is a courtesy to the next recovery; without room it waits.

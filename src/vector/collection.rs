@@ -10,15 +10,20 @@
 
 use super::distance::{dot_f64, kernels, l2_squared_f64};
 use super::filter::{Filter, any_at};
+use super::graph::Graph;
+use super::codes::encode;
+use super::meta_index::MetaIndex;
 use super::storage::{NewChunk, RowStore, SlotEntry, SlotLog};
 use super::topk::TopK;
 use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
 use crate::error::Error;
 use crate::revision::Revision;
+use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// `died` of a slot that is live.
 const ALIVE: Revision = Revision(u64::MAX);
@@ -28,6 +33,9 @@ const NORM_RANGE: Range<f32> = 1e-18..1e18;
 const REWRITE_BYTES_MIN: u64 = 4 << 20;
 /// What a slot costs in memory beside its row, id and metadata text: revisions, norm, map entry, headers.
 const SLOT_OVERHEAD_BYTES: usize = 140;
+
+/// Slots moved from one list to another under one hold of the lock, where each takes a microsecond or more.
+const SLICE_SLOTS: usize = 32;
 
 /// A set of vectors of one dimension and one metric.
 #[derive(Debug)]
@@ -42,11 +50,54 @@ pub struct Collection {
     ids: BTreeMap<VectorId, Slot>,
     slots: Vec<SlotState>,
     free: Vec<Slot>,
-    dead: VecDeque<Slot>,
+    /// Slots that are neither live nor linked, each with the first search that cannot know it.
+    dead: VecDeque<(Slot, SearchNumber)>,
     /// Newest revision that changed this collection.
     revision: Revision,
     /// Bytes of ids and metadata of occupied slots.
     text_bytes: usize,
+    /// Live slots.
+    live: RoaringBitmap,
+    meta_index: MetaIndex,
+    /// Occupied slots whose metadata is not in the index yet.
+    unindexed: RoaringBitmap,
+    graph: Option<Arc<Graph>>,
+    /// Live slots from before there was a graph, not yet in it.
+    uncoded: RoaringBitmap,
+    /// Slots in the graph's memory and not yet linked, oldest first; the first `claimed` are being linked.
+    tail: VecDeque<u32>,
+    claimed: usize,
+    /// Linked slots that died, until a repair pass takes them.
+    buried: Vec<u32>,
+    /// Linked slots that are live.
+    linked: usize,
+    /// Links, deaths and repairs, to tell how old a graph file is.
+    graph_changes: u64,
+}
+
+/// Searches are numbered as they begin.
+pub type SearchNumber = u64;
+
+/// What a write has to know of searches and of durability before it reuses a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Horizon {
+    /// The number the next search gets.
+    pub next: SearchNumber,
+    /// The oldest search that is running; `next` when none is.
+    pub oldest: SearchNumber,
+    /// What was freed after this revision could come back in a crash.
+    pub durable: Revision,
+}
+
+/// Where a slot stands with the graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// No link leads to it, and nobody is making one.
+    Outside,
+    /// In the tail.
+    Waiting,
+    /// Links may lead to it.
+    Linked,
 }
 
 #[derive(Debug)]
@@ -55,10 +106,30 @@ struct SlotState {
     died: Revision,
     /// Euclidean length of the row for cosine; NaN where f32 cannot be trusted with it.
     norm: f32,
+    stage: Stage,
     /// Last change of the id that lives here: `born`, or a later change of its metadata.
     revision: Revision,
     id: VectorId,
     meta: VectorMeta,
+}
+
+/// How far the graph is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GraphCounts {
+    /// Live slots that are linked.
+    pub linked: usize,
+    /// Slots in the tail.
+    pub tail: usize,
+    /// Live slots from before the graph, not yet in its memory.
+    pub uncoded: usize,
+    /// Linked slots that died and wait for a repair pass.
+    pub buried: usize,
+    /// Slots neither live nor free: to be repaired around, or still known to a search.
+    pub garbage: usize,
+    /// No slot is free: the next vector takes a new one.
+    pub is_full: bool,
+    /// Counts up with every change.
+    pub changes: u64,
 }
 
 /// A vector as `get` and `list` return it.
@@ -81,6 +152,12 @@ pub struct Query {
 }
 
 impl Query {
+    /// The numbers, at length one for cosine.
+    #[must_use]
+    pub fn numbers(&self) -> &[f32] {
+        &self.numbers
+    }
+
     /// For cosine the vector is brought to length one, in f64. It must have passed `Vector::check`.
     #[must_use]
     pub fn new(spec: CollectionSpec, vector: &[f32]) -> Self {
@@ -99,8 +176,6 @@ impl Query {
 pub struct Scan {
     /// What to look near.
     pub query: Query,
-    /// Which vectors count.
-    pub filter: Option<Filter>,
     /// The best so far.
     pub top: TopK,
     /// Instead of one list, the best for each value of a metadata field.
@@ -174,6 +249,16 @@ impl Collection {
             dead: VecDeque::new(),
             revision: created,
             text_bytes: 0,
+            live: RoaringBitmap::new(),
+            meta_index: MetaIndex::default(),
+            unindexed: RoaringBitmap::new(),
+            graph: None,
+            uncoded: RoaringBitmap::new(),
+            tail: VecDeque::new(),
+            claimed: 0,
+            buried: Vec::new(),
+            linked: 0,
+            graph_changes: 0,
         };
         let Some(dir) = dir else { return Ok((collection, None)) };
         let opened = SlotLog::open(dir.join("slots.log"), spec, created)?;
@@ -185,18 +270,18 @@ impl Collection {
 
     fn load(&mut self, entries: Vec<SlotEntry>) -> Result<(), Error> {
         // The last word on each id counts; a slot named by two ids belongs to the later one.
-        let mut live: BTreeMap<VectorId, (Slot, Revision, f32, VectorMeta)> = BTreeMap::new();
+        let mut live: BTreeMap<VectorId, (Slot, Revision, Revision, f32, VectorMeta)> = BTreeMap::new();
         let mut tenants: BTreeMap<Slot, VectorId> = BTreeMap::new();
         for entry in entries {
             match entry {
-                SlotEntry::Live { id, slot, revision, norm, meta } => {
+                SlotEntry::Live { id, slot, born, revision, norm, meta } => {
                     if let Some(evicted) = tenants.insert(slot, id.clone())
                         && evicted != id
                         && live.get(&evicted).is_some_and(|e| e.0 == slot)
                     {
                         live.remove(&evicted);
                     }
-                    live.insert(id, (slot, revision, norm, meta));
+                    live.insert(id, (slot, born, revision, norm, meta));
                 }
                 SlotEntry::Gone { id } => {
                     live.remove(&id);
@@ -208,11 +293,14 @@ impl Collection {
         self.rows.grow(self.rows.allocate(count)?);
         let nobody = VectorId::new("-").expect("one byte is a valid id");
         self.slots = (0..count).map(|_| SlotState::free(nobody.clone())).collect();
-        for (id, (slot, revision, norm, meta)) in live {
+        for (id, (slot, born, revision, norm, meta)) in live {
             self.text_bytes += id.as_str().len() + meta.text().len();
-            self.slots[slot.index()] = SlotState { born: revision, died: ALIVE, norm, revision, id: id.clone(), meta };
+            self.slots[slot.index()] =
+                SlotState { born, died: ALIVE, norm, stage: Stage::Outside, revision, id: id.clone(), meta };
             self.ids.insert(id, slot);
+            self.live.insert(slot.0);
         }
+        self.unindexed = self.live.clone();
         self.free = (0..count).rev().map(to_slot).filter(|s| self.slots[s.index()].died != ALIVE).collect();
         Ok(())
     }
@@ -259,16 +347,21 @@ impl Collection {
         self.slots.len()
     }
 
-    /// Approximate bytes of memory: rows, ids, metadata and the bookkeeping for each slot.
+    /// Bytes a slot takes whatever lives in it: row, bookkeeping, and its part of the graph.
+    fn slot_bytes(&self) -> usize {
+        self.rows.stride() + SLOT_OVERHEAD_BYTES + self.graph.as_ref().map_or(0, |g| g.nodes().slot_bytes())
+    }
+
+    /// Approximate bytes of memory: rows, graph, ids, metadata and its index, and the bookkeeping for each slot.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.slots.len() * (self.rows.stride() + SLOT_OVERHEAD_BYTES) + self.text_bytes
+        self.slots.len() * self.slot_bytes() + self.text_bytes + self.meta_index.memory_bytes()
     }
 
     /// What the live vectors are charged against the memory budget: room that deletes made is free again.
     #[must_use]
     pub fn charged_bytes(&self) -> usize {
-        self.ids.len() * (self.rows.stride() + SLOT_OVERHEAD_BYTES) + self.text_bytes
+        self.ids.len() * self.slot_bytes() + self.text_bytes + self.meta_index.memory_bytes()
     }
 
     /// Average bytes of an id and its metadata: what looking at metadata costs.
@@ -279,6 +372,9 @@ impl Collection {
 
     /// Room for `more` vectors beyond those there are; give the chunks to [`Collection::grow`]. Does I/O.
     pub fn allocate(&self, more: usize) -> Result<Vec<NewChunk>, Error> {
+        if let Some(graph) = &self.graph {
+            graph.nodes().reserve(self.slots.len() + more)?;
+        }
         self.rows.allocate(self.slots.len() + more)
     }
 
@@ -287,25 +383,66 @@ impl Collection {
         self.rows.grow(chunks);
     }
 
-    /// Applies a vector write. The room must have been allocated. Slots freed after `reusable` are not taken: a running
-    /// search may still see them, or (in the relaxed modes) a crash may undo what freed them.
-    pub fn put(&mut self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision, reusable: Revision) {
+    /// Applies a vector write. The room must have been allocated.
+    pub fn put(&mut self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision, horizon: Horizon) {
         let old = self.ids.get(id).copied();
         if self.is_known(old, revision) {
             return;
         }
         self.revision = self.revision.max(revision);
-        let slot = self.take_slot(reusable, id);
+        let slot = self.take_slot(horizon, id);
         self.rows.write(slot, numbers);
         let norm = self.norm(numbers);
         self.text_bytes += id.as_str().len() + meta.text().len();
-        self.slots[slot.index()] =
-            SlotState { born: revision, died: ALIVE, norm, revision, id: id.clone(), meta: meta.clone() };
+        self.slots[slot.index()] = SlotState {
+            born: revision,
+            died: ALIVE,
+            norm,
+            stage: Stage::Outside,
+            revision,
+            id: id.clone(),
+            meta: meta.clone(),
+        };
         self.ids.insert(id.clone(), slot);
+        self.live.insert(slot.0);
+        self.unindexed.insert(slot.0);
+        self.code(slot);
         if let Some(old) = old {
-            self.bury(old, revision);
+            self.bury(old, revision, horizon);
         }
         self.changed.insert(id.clone());
+    }
+
+    /// Puts a live slot that is outside into the graph's memory and the tail.
+    fn code(&mut self, slot: Slot) {
+        let Some(graph) = &self.graph else { return };
+        // SAFETY: the slot is outside: no link leads to it, it is not in the tail, and `take_slot` gave it out only when no
+        // search or linker was left that could know its last tenant. The collection's write lock keeps others away.
+        unsafe { self.write_code(graph, slot) };
+        self.slots[slot.index()].stage = Stage::Waiting;
+        self.tail.push_back(slot.0);
+    }
+
+    /// # Safety
+    /// As [`super::nodes::Nodes::write`].
+    unsafe fn write_code(&self, graph: &Graph, slot: Slot) {
+        let row = self.rows.row(slot);
+        let metric = self.spec.metric;
+        let longest = if metric == Metric::Dot { graph.note_length((kernels().dot)(row, row)) } else { 0.0 };
+        let state = &self.slots[slot.index()];
+        // SAFETY: this function's contract.
+        unsafe { graph.nodes().write(slot.0, state.born, ALIVE, |code| encode(metric, row, longest, code)) };
+    }
+
+    /// Writes the rows of some occupied slots into a graph that nobody else has yet; each slot once.
+    ///
+    /// # Safety
+    /// The graph is not shared with a search or linker, and no other thread writes the same slots.
+    pub unsafe fn code_into(&self, graph: &Graph, slots: &[(u32, Revision)]) {
+        for &(slot, _) in slots {
+            // SAFETY: nobody reads the graph: this function's contract.
+            unsafe { self.write_code(graph, Slot(slot)) };
+        }
     }
 
     /// Applies a change of metadata alone; the row stays where it is.
@@ -317,20 +454,23 @@ impl Collection {
         self.revision = self.revision.max(revision);
         let state = &mut self.slots[slot.index()];
         self.text_bytes = self.text_bytes + meta.text().len() - state.meta.text().len();
+        if self.unindexed.insert(slot.0) {
+            self.meta_index.remove(slot, &state.meta);
+        }
         state.meta = meta.clone();
         state.revision = revision;
         self.changed.insert(id.clone());
     }
 
     /// Applies a delete.
-    pub fn delete(&mut self, id: &VectorId, revision: Revision) {
+    pub fn delete(&mut self, id: &VectorId, revision: Revision, horizon: Horizon) {
         let Some(&slot) = self.ids.get(id) else { return };
         if self.is_known(Some(slot), revision) {
             return;
         }
         self.revision = self.revision.max(revision);
         self.ids.remove(id);
-        self.bury(slot, revision);
+        self.bury(slot, revision, horizon);
         self.changed.insert(id.clone());
     }
 
@@ -348,28 +488,237 @@ impl Collection {
         if NORM_RANGE.contains(&norm) { norm } else { f32::NAN }
     }
 
-    fn bury(&mut self, slot: Slot, revision: Revision) {
+    fn bury(&mut self, slot: Slot, revision: Revision, horizon: Horizon) {
         let state = &mut self.slots[slot.index()];
         state.died = revision;
         self.text_bytes -= state.id.as_str().len() + state.meta.text().len();
-        self.dead.push_back(slot);
+        self.live.remove(slot.0);
+        self.uncoded.remove(slot.0);
+        if let (Some(graph), Stage::Waiting | Stage::Linked) = (&self.graph, state.stage) {
+            graph.nodes().bury(slot.0, revision);
+        }
+        match state.stage {
+            Stage::Outside => self.dead.push_back((slot, horizon.next)),
+            // Whoever links the tail finds it dead.
+            Stage::Waiting => {}
+            Stage::Linked => {
+                self.linked -= 1;
+                self.graph_changes += 1;
+                self.buried.push(slot.0);
+            }
+        }
     }
 
-    fn take_slot(&mut self, reusable: Revision, tenant: &VectorId) -> Slot {
-        while let Some(&slot) = self.dead.front() {
-            let state = &mut self.slots[slot.index()];
-            if reusable < state.died {
-                break;
-            }
-            state.meta = VectorMeta::empty();
-            self.dead.pop_front();
-            self.free.push(slot);
+    fn take_slot(&mut self, horizon: Horizon, tenant: &VectorId) -> Slot {
+        if self.free.is_empty() {
+            self.reclaim(1, horizon);
         }
         self.free.pop().unwrap_or_else(|| {
             let slot = to_slot(self.slots.len());
             self.slots.push(SlotState::free(tenant.clone()));
             slot
         })
+    }
+
+    /// Frees up to so many dead slots that no search can know any more, and whose death no crash can undo. Returns
+    /// whether it freed any.
+    pub fn reclaim(&mut self, most: usize, horizon: Horizon) -> bool {
+        let mut freed = 0;
+        while freed < most
+            && let Some(&(slot, first_without)) = self.dead.front()
+            && horizon.oldest >= first_without
+            && horizon.durable >= self.slots[slot.index()].died
+        {
+            self.dead.pop_front();
+            let state = &mut self.slots[slot.index()];
+            if !self.unindexed.remove(slot.0) {
+                self.meta_index.remove(slot, &state.meta);
+            }
+            state.meta = VectorMeta::empty();
+            self.free.push(slot);
+            freed += 1;
+        }
+        freed > 0
+    }
+
+    /// Puts the metadata of some slots into the index; false when all are in it.
+    pub fn index_some(&mut self) -> bool {
+        for _ in 0..SLICE_SLOTS {
+            let Some(slot) = self.unindexed.min() else { return false };
+            self.unindexed.remove(slot);
+            self.meta_index.insert(Slot(slot), &self.slots[slot as usize].meta);
+        }
+        true
+    }
+
+    /// The index over metadata, and the slots it does not hold yet.
+    #[must_use]
+    pub fn meta_index(&self) -> (&MetaIndex, &RoaringBitmap) {
+        (&self.meta_index, &self.unindexed)
+    }
+
+    /// Live slots.
+    #[must_use]
+    pub fn live(&self) -> &RoaringBitmap {
+        &self.live
+    }
+
+    /// Of some slots, removes those whose metadata does not satisfy a filter.
+    pub fn retain_matching(&self, slots: &mut Vec<u32>, filter: &Filter) {
+        slots.retain(|&slot| filter.matches(&self.slots[slot as usize].meta.parse()));
+    }
+
+    /// Starts a graph over what is here; everything live has yet to be put into it.
+    pub fn start_graph(&mut self, graph: Arc<Graph>) -> Result<(), Error> {
+        graph.nodes().reserve(self.rows.capacity().max(self.slots.len()))?;
+        self.uncoded = self.live.clone();
+        self.graph = Some(graph);
+        Ok(())
+    }
+
+    /// Starts with a graph whose `known` slots are linked already, each if it still holds what was born then. Slots that
+    /// died meanwhile are buried.
+    pub fn adopt_graph(&mut self, graph: Arc<Graph>, known: &[(u32, Revision)]) -> Result<(), Error> {
+        graph.nodes().reserve(self.rows.capacity().max(self.slots.len()))?;
+        self.uncoded = self.live.clone();
+        for &(slot, born) in known {
+            let state = &mut self.slots[slot as usize];
+            debug_assert_eq!(state.born, born, "the caller's search number keeps slots from being reused");
+            state.stage = Stage::Linked;
+            if state.died == ALIVE {
+                self.uncoded.remove(slot);
+                self.linked += 1;
+            } else {
+                graph.nodes().bury(slot, state.died);
+                self.buried.push(slot);
+            }
+        }
+        let slots = &self.slots;
+        self.dead.retain(|(slot, _)| slots[slot.index()].stage == Stage::Outside);
+        self.graph = Some(graph);
+        Ok(())
+    }
+
+    /// The graph, once everything live is in its memory, and the slots that are there but not linked.
+    #[must_use]
+    pub fn searchable(&self) -> Option<(Arc<Graph>, Vec<u32>)> {
+        let graph = self.graph.as_ref().filter(|_| self.uncoded.is_empty())?;
+        Some((Arc::clone(graph), self.tail.iter().copied().collect()))
+    }
+
+    /// The graph, searchable or not.
+    #[must_use]
+    pub fn graph(&self) -> Option<&Arc<Graph>> {
+        self.graph.as_ref()
+    }
+
+    /// Puts some slots into the graph's memory; false when all are there.
+    pub fn code_some(&mut self) -> bool {
+        for _ in 0..SLICE_SLOTS {
+            let Some(slot) = self.uncoded.min() else { return false };
+            self.uncoded.remove(slot);
+            self.code(Slot(slot));
+        }
+        true
+    }
+
+    /// Takes slots from the tail to link them; [`Collection::finish_links`] must follow.
+    #[must_use]
+    pub fn claim_links(&mut self, most: usize) -> Vec<u32> {
+        let claimed: Vec<u32> = self.tail.iter().skip(self.claimed).take(most).copied().collect();
+        self.claimed += claimed.len();
+        claimed
+    }
+
+    /// Whether slots wait to be linked.
+    #[must_use]
+    pub fn has_unclaimed(&self) -> bool {
+        self.claimed < self.tail.len()
+    }
+
+    /// Reports claimed slots: linked, or found dead and left out.
+    pub fn finish_links(&mut self, slots: &[(u32, bool)], horizon: Horizon) {
+        for &(slot, is_linked) in slots {
+            let state = &mut self.slots[slot as usize];
+            if is_linked {
+                state.stage = Stage::Linked;
+                self.graph_changes += 1;
+                if state.died == ALIVE {
+                    self.linked += 1;
+                } else {
+                    self.buried.push(slot);
+                }
+            } else {
+                state.stage = Stage::Outside;
+                self.dead.push_back((Slot(slot), horizon.next));
+            }
+        }
+        while let Some(&slot) = self.tail.front()
+            && self.claimed > 0
+            && self.slots[slot as usize].stage != Stage::Waiting
+        {
+            self.tail.pop_front();
+            self.claimed -= 1;
+        }
+    }
+
+    /// Takes the buried slots for a repair pass; [`Collection::finish_repair`] must follow.
+    #[must_use]
+    pub fn take_buried(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.buried)
+    }
+
+    /// No link leads to these slots any more.
+    pub fn finish_repair(&mut self, slots: &[u32], horizon: Horizon) {
+        self.graph_changes += slots.len() as u64;
+        for &slot in slots {
+            if let Some(graph) = &self.graph {
+                graph.nodes().set_links(slot, &[]);
+            }
+            self.slots[slot as usize].stage = Stage::Outside;
+            self.dead.push_back((Slot(slot), horizon.next));
+        }
+    }
+
+    /// The live linked slots of a range, each with the revision it was born at.
+    #[must_use]
+    pub fn linked_slots(&self, range: Range<usize>) -> Vec<(u32, Revision)> {
+        let range = self.clip(range);
+        let is_linked = |state: &SlotState| state.stage == Stage::Linked && state.died == ALIVE;
+        let in_range = self.slots[range.clone()].iter().zip(range);
+        in_range.filter(|(state, _)| is_linked(state)).map(|(state, at)| (to_slot(at).0, state.born)).collect()
+    }
+
+    /// Whether a link may lead to a slot.
+    #[must_use]
+    pub fn may_be_linked(&self, slot: u32) -> bool {
+        self.slots.get(slot as usize).is_some_and(|state| state.stage != Stage::Outside)
+    }
+
+    /// Slots linked, waiting to be, and neither live nor free.
+    #[must_use]
+    pub fn graph_counts(&self) -> GraphCounts {
+        GraphCounts {
+            linked: self.linked,
+            tail: self.tail.len(),
+            uncoded: usize::try_from(self.uncoded.len()).unwrap_or(usize::MAX),
+            buried: self.buried.len(),
+            garbage: self.slots.len() - self.ids.len() - self.free.len(),
+            is_full: self.free.is_empty(),
+            changes: self.graph_changes,
+        }
+    }
+
+    /// Whether a slot holds a live vector born then.
+    #[must_use]
+    pub fn is_born(&self, slot: u32, born: Revision) -> bool {
+        self.slots.get(slot as usize).is_some_and(|state| state.died == ALIVE && state.born == born)
+    }
+
+    /// The numbers in a slot that the caller knows to be occupied.
+    #[must_use]
+    pub fn row(&self, slot: u32) -> &[f32] {
+        self.rows.row(Slot(slot))
     }
 
     /// The revision and metadata of a live id.
@@ -407,14 +756,11 @@ impl Collection {
             .collect()
     }
 
-    /// Live ids in a slice of slots that satisfy a filter, as of now.
-    pub fn matching(&self, slots: Range<usize>, filter: &Filter, found: &mut Vec<VectorId>) {
-        for slot in self.clip(slots) {
-            let state = &self.slots[slot];
-            if state.died == ALIVE && filter.matches(&state.meta.parse()) {
-                found.push(state.id.clone());
-            }
-        }
+    /// The ids of those of some slots that are live.
+    #[must_use]
+    pub fn ids_of(&self, slots: &[u32]) -> Vec<VectorId> {
+        let states = slots.iter().map(|&slot| &self.slots[slot as usize]);
+        states.filter(|state| state.died == ALIVE).map(|state| state.id.clone()).collect()
     }
 
     fn clip(&self, slots: Range<usize>) -> Range<usize> {
@@ -423,25 +769,33 @@ impl Collection {
 
     /// Scores every vector in a slice of slots that was live at `at`, for all scans in one pass over memory.
     pub fn scan(&self, slots: Range<usize>, at: Revision, scans: &mut [Scan]) {
-        let wants_meta = scans.iter().any(|s| s.filter.is_some() || s.groups.is_some());
-        for slot in self.clip(slots).map(to_slot) {
-            let state = &self.slots[slot.index()];
-            if !(state.born <= at && at < state.died) {
-                continue;
-            }
-            let meta = wants_meta.then(|| state.meta.parse());
+        for slot in self.clip(slots) {
             for scan in &mut *scans {
-                if let (Some(filter), Some(meta)) = (&scan.filter, &meta)
-                    && !filter.matches(meta)
-                {
-                    continue;
-                }
-                let score = self.score(&scan.query, slot);
-                match (&mut scan.groups, &meta) {
-                    (Some(groups), Some(meta)) => groups.offer(meta, score, slot, &state.id),
-                    _ => scan.top.offer(score, slot, &state.id),
-                }
+                self.scan_slot(to_slot(slot), at, scan);
             }
+        }
+    }
+
+    /// Scores those of some slots that were live at `at`.
+    pub fn scan_slots(&self, slots: &[u32], at: Revision, scan: &mut Scan) {
+        for (place, &slot) in slots.iter().enumerate() {
+            if let Some(&next) = slots.get(place + 1) {
+                self.rows.prefetch(Slot(next));
+            }
+            self.scan_slot(Slot(slot), at, scan);
+        }
+    }
+
+    #[inline]
+    fn scan_slot(&self, slot: Slot, at: Revision, scan: &mut Scan) {
+        let state = &self.slots[slot.index()];
+        if !(state.born <= at && at < state.died) {
+            return;
+        }
+        let score = self.score(&scan.query, slot);
+        match &mut scan.groups {
+            Some(groups) => groups.offer(&state.meta.parse(), score, slot, &state.id),
+            None => scan.top.offer(score, slot, &state.id),
         }
     }
 
@@ -500,7 +854,7 @@ impl Collection {
             Some(&slot) => {
                 let state = &self.slots[slot.index()];
                 let meta = state.meta.clone();
-                SlotEntry::Live { id: id.clone(), slot, revision: state.revision, norm: state.norm, meta }
+                SlotEntry::Live { id: id.clone(), slot, born: state.born, revision: state.revision, norm: state.norm, meta }
             }
             None => SlotEntry::Gone { id: id.clone() },
         };
@@ -527,7 +881,15 @@ impl Collection {
 
 impl SlotState {
     fn free(id: VectorId) -> Self {
-        Self { born: ALIVE, died: Revision::ZERO, norm: 1.0, revision: Revision::ZERO, id, meta: VectorMeta::empty() }
+        Self {
+            born: ALIVE,
+            died: Revision::ZERO,
+            norm: 1.0,
+            stage: Stage::Outside,
+            revision: Revision::ZERO,
+            id,
+            meta: VectorMeta::empty(),
+        }
     }
 }
 

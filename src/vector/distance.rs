@@ -10,6 +10,8 @@
 use std::sync::OnceLock;
 
 type Kernel = fn(&[f32], &[f32]) -> f32;
+/// For each row of unsigned bytes, its inner product with a query of signed bytes.
+type CodeKernel = fn(&[i8], &[&[u8]], &mut [i32]);
 
 /// The kernels chosen for this machine.
 #[derive(Clone, Copy)]
@@ -20,6 +22,8 @@ pub struct Kernels {
     pub dot: Kernel,
     /// Squared Euclidean distance. Both slices have the same length.
     pub l2_squared: Kernel,
+    /// Inner products of a query of signed bytes with rows of unsigned bytes, all of the same length; one for each row.
+    pub code_dots: CodeKernel,
 }
 
 /// The kernels for this machine, detected once.
@@ -29,7 +33,7 @@ pub fn kernels() -> Kernels {
     *CHOSEN.get_or_init(|| supported().pop().unwrap_or(SCALAR))
 }
 
-const SCALAR: Kernels = Kernels { name: "scalar", dot: dot_scalar, l2_squared: l2_scalar };
+const SCALAR: Kernels = Kernels { name: "scalar", dot: dot_scalar, l2_squared: l2_scalar, code_dots: code_dots_scalar };
 
 /// Every kernel set this machine can run, narrowest first.
 pub fn supported() -> Vec<Kernels> {
@@ -38,14 +42,33 @@ pub fn supported() -> Vec<Kernels> {
     #[cfg(target_arch = "x86_64")]
     {
         if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            sets.push(Kernels { name: "avx2", dot: x86::dot_avx2_checked, l2_squared: x86::l2_avx2_checked });
+            sets.push(Kernels {
+                name: "avx2",
+                dot: x86::dot_avx2_checked,
+                l2_squared: x86::l2_avx2_checked,
+                code_dots: x86::code_dots_avx2_checked,
+            });
         }
         if std::arch::is_x86_feature_detected!("avx512f") {
-            sets.push(Kernels { name: "avx512", dot: x86::dot_avx512_checked, l2_squared: x86::l2_avx512_checked });
+            let has_vnni = std::arch::is_x86_feature_detected!("avx512bw")
+                && std::arch::is_x86_feature_detected!("avx512vnni")
+                && std::arch::is_x86_feature_detected!("avx2");
+            let narrower = sets.last().map_or(code_dots_scalar as CodeKernel, |set| set.code_dots);
+            sets.push(Kernels {
+                name: "avx512",
+                dot: x86::dot_avx512_checked,
+                l2_squared: x86::l2_avx512_checked,
+                code_dots: if has_vnni { x86::code_dots_vnni_checked } else { narrower },
+            });
         }
     }
     #[cfg(target_arch = "aarch64")]
-    sets.push(Kernels { name: "neon", dot: neon::dot_checked, l2_squared: neon::l2_checked });
+    sets.push(Kernels {
+        name: "neon",
+        dot: neon::dot_checked,
+        l2_squared: neon::l2_checked,
+        code_dots: neon::code_dots_checked,
+    });
     sets
 }
 
@@ -73,6 +96,26 @@ fn dot_scalar(a: &[f32], b: &[f32]) -> f32 {
 
 fn l2_scalar(a: &[f32], b: &[f32]) -> f32 {
     scalar(a, b, |x, y| (x - y) * (x - y))
+}
+
+fn code_dots_scalar(query: &[i8], rows: &[&[u8]], out: &mut [i32]) {
+    assert_eq!(rows.len(), out.len());
+    for (row, out) in rows.iter().zip(out) {
+        assert_eq!(row.len(), query.len());
+        *out = row.iter().zip(query).map(|(&u, &q)| i32::from(u) * i32::from(q)).sum();
+    }
+}
+
+/// Asks the processor to fetch a cache line.
+#[inline]
+pub fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch is a hint; it cannot fault whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Inner product in f64: for rows whose f32 sum overflows, and for norms.
@@ -164,6 +207,114 @@ mod x86 {
         reduce_avx512(sums)
     }
 
+    pub fn code_dots_vnni_checked(query: &[i8], rows: &[&[u8]], out: &mut [i32]) {
+        assert_eq!(rows.len(), out.len());
+        assert!(rows.iter().all(|row| row.len() == query.len()));
+        // SAFETY: `supported` lists this function only after detecting its CPU features; lengths are equal.
+        unsafe { code_dots_vnni(query, rows, out) }
+    }
+
+    /// Four rows at a time share the loads of the query, and their sums are folded together.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 F, BW and VNNI; each row is as long as the query, and there are as many sums as rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+    unsafe fn code_dots_vnni(query: &[i8], rows: &[&[u8]], out: &mut [i32]) {
+        let (fours, rest) = rows.as_chunks::<4>();
+        let (out_fours, out_rest) = out.as_chunks_mut::<4>();
+        for (rows, out) in fours.iter().zip(out_fours) {
+            // SAFETY: as this function's.
+            *out = unsafe { four_dots_vnni(query, *rows) };
+        }
+        if let [first, ..] = *rest {
+            // The missing rows repeat the first: cheaper than another kernel.
+            let padded = std::array::from_fn(|at| rest.get(at).copied().unwrap_or(first));
+            // SAFETY: as this function's.
+            let sums = unsafe { four_dots_vnni(query, padded) };
+            out_rest.copy_from_slice(&sums[..rest.len()]);
+        }
+    }
+
+    /// # Safety
+    /// As [`code_dots_vnni`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+    unsafe fn four_dots_vnni(query: &[i8], rows: [&[u8]; 4]) -> [i32; 4] {
+        let mut sums = [_mm512_setzero_si512(); 4];
+        let mut at = 0;
+        while at + 64 <= query.len() {
+            // SAFETY: `at + 64 <= len` of the query and of each row.
+            unsafe {
+                let q = _mm512_loadu_si512(query.as_ptr().add(at).cast());
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    *sum = _mm512_dpbusd_epi32(*sum, _mm512_loadu_si512(row.as_ptr().add(at).cast()), q);
+                }
+            }
+            at += 64;
+        }
+        if at < query.len() {
+            let mask = (1u64 << (query.len() - at)) - 1;
+            // SAFETY: masked-off bytes are not read, the others lie below `len`.
+            unsafe {
+                let q = _mm512_maskz_loadu_epi8(mask, query.as_ptr().add(at));
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    let bytes = _mm512_maskz_loadu_epi8(mask, row.as_ptr().add(at).cast());
+                    *sum = _mm512_dpbusd_epi32(*sum, bytes, q);
+                }
+            }
+        }
+        let halves = sums
+            .map(|s| _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64::<1>(s)));
+        let pairs = _mm256_hadd_epi32(
+            _mm256_hadd_epi32(halves[0], halves[1]),
+            _mm256_hadd_epi32(halves[2], halves[3]),
+        );
+        let folded = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
+        let mut out = [0; 4];
+        // SAFETY: `out` is 16 bytes.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), folded) };
+        out
+    }
+
+    pub fn code_dots_avx2_checked(query: &[i8], rows: &[&[u8]], out: &mut [i32]) {
+        assert_eq!(rows.len(), out.len());
+        assert!(rows.iter().all(|row| row.len() == query.len()));
+        for (row, out) in rows.iter().zip(out) {
+            // SAFETY: `supported` lists this function only after detecting its CPU features; lengths are equal.
+            *out = unsafe { code_dot_avx2(query, row) };
+        }
+    }
+
+    /// Widens to 16 bits: the byte form of multiply-and-add saturates.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and `query.len() == row.len()`.
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn code_dot_avx2(query: &[i8], row: &[u8]) -> i32 {
+        let mut sums = [_mm256_setzero_si256(); 2];
+        let mut at = 0;
+        while at + 32 <= query.len() {
+            for (half, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `at + 32 <= len` of both, so the 16 bytes from `at + 16 * half` are inside.
+                let (q, u) = unsafe {
+                    (
+                        _mm_loadu_si128(query.as_ptr().add(at + 16 * half).cast()),
+                        _mm_loadu_si128(row.as_ptr().add(at + 16 * half).cast()),
+                    )
+                };
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(q), _mm256_cvtepu8_epi16(u)));
+            }
+            at += 32;
+        }
+        let sum = _mm256_add_epi32(sums[0], sums[1]);
+        let half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+        let pair = _mm_add_epi32(half, _mm_shuffle_epi32::<0b01_00_11_10>(half));
+        let one = _mm_add_epi32(pair, _mm_shuffle_epi32::<0b00_00_00_01>(pair));
+        let mut rest = [0];
+        super::code_dots_scalar(&query[at..], &[&row[at..]], &mut rest);
+        _mm_cvtsi128_si32(one) + rest[0]
+    }
+
     fn tail_mask(left: usize) -> __mmask16 {
         if left >= 16 { !0 } else { (1u16 << left) - 1 }
     }
@@ -242,6 +393,29 @@ mod neon {
         }) + super::l2_scalar(&a[a.len() / 16 * 16..], &b[a.len() / 16 * 16..])
     }
 
+    pub fn code_dots_checked(query: &[i8], rows: &[&[u8]], out: &mut [i32]) {
+        assert_eq!(rows.len(), out.len());
+        for (row, out) in rows.iter().zip(out) {
+            assert_eq!(row.len(), query.len());
+            let mut at = 0;
+            // SAFETY: NEON is part of every aarch64 target; each load of 8 bytes lies below `at + 8 <= len`.
+            let sum = unsafe {
+                let mut sums = [vdupq_n_s32(0); 2];
+                while at + 8 <= query.len() {
+                    let q = vmovl_s8(vld1_s8(query.as_ptr().add(at)));
+                    let u = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(row.as_ptr().add(at))));
+                    sums[0] = vmlal_s16(sums[0], vget_low_s16(q), vget_low_s16(u));
+                    sums[1] = vmlal_s16(sums[1], vget_high_s16(q), vget_high_s16(u));
+                    at += 8;
+                }
+                vaddvq_s32(vaddq_s32(sums[0], sums[1]))
+            };
+            let mut rest = [0];
+            super::code_dots_scalar(&query[at..], &[&row[at..]], &mut rest);
+            *out = sum + rest[0];
+        }
+    }
+
     #[inline(always)]
     fn run(a: &[f32], b: &[f32], step: impl Fn(float32x4_t, float32x4_t, float32x4_t) -> float32x4_t) -> f32 {
         assert_eq!(a.len(), b.len());
@@ -278,6 +452,27 @@ mod tests {
                 let l2 = f64::from((set.l2_squared)(&a, &b));
                 assert!((dot - dot_f64(&a, &b)).abs() < 1e-5 * scale, "{} dot at {length}", set.name);
                 assert!((l2 - l2_squared_f64(&a, &b)).abs() < 1e-5 * scale, "{} l2 at {length}", set.name);
+            }
+        }
+    }
+
+    #[test]
+    fn every_code_kernel_equals_its_scalar_twin_at_every_length() {
+        let byte = |seed: usize| ((seed * 2_654_435_761) >> 7) as u8;
+        for length in (1..=200).chain([255, 256, 257, 383, 384, 385, 784, 8192]) {
+            let query: Vec<i8> = (0..length).map(|i| if length % 3 == 0 { -127 } else { byte(i).cast_signed() }).collect();
+            for count in 0..10 {
+                let rows: Vec<Vec<u8>> = (0..count)
+                    .map(|row| (0..length).map(|i| if length % 5 == 0 { 255 } else { byte(i + 7777 * (row + 1)) }).collect())
+                    .collect();
+                let rows: Vec<&[u8]> = rows.iter().map(Vec::as_slice).collect();
+                let mut expected = vec![0; count];
+                code_dots_scalar(&query, &rows, &mut expected);
+                for set in supported() {
+                    let mut sums = vec![0; count];
+                    (set.code_dots)(&query, &rows, &mut sums);
+                    assert_eq!(sums, expected, "{} at {length}", set.name);
+                }
             }
         }
     }

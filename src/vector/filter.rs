@@ -21,8 +21,9 @@ pub const PATH_NAMES_MAX: usize = 16;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Filter(Node);
 
+/// Seen by the metadata index too, which evaluates the same tree on sets of slots.
 #[derive(Clone, Debug, PartialEq)]
-enum Node {
+pub(super) enum Node {
     All(Vec<Node>),
     Any(Vec<Node>),
     Not(Box<Node>),
@@ -30,7 +31,7 @@ enum Node {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-enum Test {
+pub(super) enum Test {
     Eq(Value),
     In(Vec<Value>),
     Order(Value, &'static [Ordering]),
@@ -49,6 +50,10 @@ impl Filter {
     #[must_use]
     pub fn matches(&self, meta: &Value) -> bool {
         holds(&self.0, meta)
+    }
+
+    pub(super) fn root(&self) -> &Node {
+        &self.0
     }
 }
 
@@ -171,12 +176,7 @@ fn holds(node: &Node, meta: &Value) -> bool {
                 found = true;
                 test.holds(value)
             });
-            let wants_absent = match test {
-                Test::Eq(operand) => operand.is_null(),
-                Test::In(operands) => operands.iter().any(Value::is_null),
-                _ => false,
-            };
-            satisfied || (wants_absent && !found)
+            satisfied || (test.wants_absent() && !found)
         }
     }
 }
@@ -197,6 +197,15 @@ pub fn any_at(value: &Value, path: &[Box<str>], test: &mut impl FnMut(&Value) ->
 }
 
 impl Test {
+    /// Whether it holds where there is no such field.
+    pub(super) fn wants_absent(&self) -> bool {
+        match self {
+            Self::Eq(operand) => operand.is_null(),
+            Self::In(operands) => operands.iter().any(Value::is_null),
+            _ => false,
+        }
+    }
+
     fn holds(&self, value: &Value) -> bool {
         let each = |one: &dyn Fn(&Value) -> bool| match value {
             Value::Array(list) => one(value) || list.iter().any(one),

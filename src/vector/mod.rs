@@ -16,11 +16,18 @@
 //!
 //! Deliberately absent: tokio, the engine, HTTP, locks and threads. Whoever owns a collection decides how to share it.
 
+pub mod codes;
 pub mod collection;
 pub mod distance;
 pub mod filter;
+pub mod graph;
+pub mod graph_file;
+pub mod meta_index;
+pub mod nodes;
+pub mod plan;
 pub mod storage;
 pub mod topk;
+pub mod validate;
 
 use crate::error::Rejection;
 use std::borrow::Borrow;

@@ -10,6 +10,7 @@
 //!
 //! `unsafe` stands here (mapping files) and in `distance.rs` only.
 
+use super::distance::prefetch;
 use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
 use crate::error::Error;
 use crate::revision::Revision;
@@ -145,6 +146,14 @@ impl RowStore {
         bytemuck::cast_slice(&self.chunks[chunk][start..start + self.dim * size_of::<f32>()])
     }
 
+    /// Asks the processor to fetch a row: worth it where rows come in no order.
+    pub fn prefetch(&self, slot: Slot) {
+        let row = self.row(slot);
+        for line in row.chunks(ROW_ALIGN / size_of::<f32>()) {
+            prefetch(line.as_ptr().cast());
+        }
+    }
+
     /// Replaces the numbers in a slot. The room must have been allocated.
     pub fn write(&mut self, slot: Slot, numbers: &[f32]) {
         assert_eq!(numbers.len(), self.dim);
@@ -176,7 +185,7 @@ fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
 /// First bytes of a `slots.log`.
 const MAGIC: &[u8; 8] = b"KISSSLOT";
 /// Format version of `slots.log`.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, dim, metric, created revision, CRC32C.
 const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
 /// Length, CRC32C.
@@ -187,7 +196,7 @@ const FRAME_HEADER_BYTES: usize = 8;
 #[expect(missing_docs, reason = "the fields are those of a slot")]
 pub enum SlotEntry {
     /// It lives here.
-    Live { id: VectorId, slot: Slot, revision: Revision, norm: f32, meta: VectorMeta },
+    Live { id: VectorId, slot: Slot, born: Revision, revision: Revision, norm: f32, meta: VectorMeta },
     /// It is gone.
     Gone { id: VectorId },
 }
@@ -214,7 +223,8 @@ pub struct Opened {
     pub entries: Vec<SlotEntry>,
 }
 
-fn metric_code(metric: Metric) -> u32 {
+/// How files name a metric.
+pub fn metric_code(metric: Metric) -> u32 {
     match metric {
         Metric::Cosine => 1,
         Metric::Dot => 2,
@@ -339,10 +349,11 @@ pub fn encode_frame(checkpoint: Revision, newest: Revision, entries: &[SlotEntry
     frame.put_u32(u32::try_from(entries.len()).expect("slots are counted in u32"));
     for entry in entries {
         match entry {
-            SlotEntry::Live { id, slot, revision, norm, meta } => {
+            SlotEntry::Live { id, slot, born, revision, norm, meta } => {
                 frame.put_byte(1);
                 frame.put_text(id.as_str());
                 frame.put_u32(slot.0);
+                frame.put_revision(*born);
                 frame.put_revision(*revision);
                 frame.put_u32(norm.to_bits());
                 frame.put_text(meta.text());
@@ -381,6 +392,7 @@ fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, 
             1 => SlotEntry::Live {
                 id,
                 slot: Slot(reader.u32("slot")?),
+                born: reader.revision("born")?,
                 revision: reader.revision("revision")?,
                 norm: f32::from_bits(reader.u32("norm")?),
                 meta: VectorMeta::new(reader.text("meta")?).map_err(|e| Malformed(e.to_string()))?,
@@ -432,6 +444,7 @@ mod tests {
         let live = |n: u32| SlotEntry::Live {
             id: id(n),
             slot: Slot(n),
+            born: Revision(1),
             revision: Revision(u64::from(n)),
             norm: 1.0,
             meta: VectorMeta::empty(),

@@ -1,0 +1,396 @@
+//! Running searches: which way, over what, and the best scored again.
+//!
+//! A search takes no lock while it walks the graph. It holds its number (see [`SearchTicket`]), which keeps every slot it
+//! may meet from being reused, and asks each slot near enough whether it was visible at the search's revision. The tail of
+//! vectors not yet linked was noted when it began; those it has not met on its walk it scans.
+
+use super::collections::SharedCollection;
+use crate::revision::Revision;
+use crate::vector::codes::Probe;
+use crate::vector::collection::{Groups, Query, Scan, SearchNumber};
+use crate::vector::filter::Filter;
+use crate::vector::graph::{Graph, Scratch};
+use crate::vector::meta_index::select;
+use crate::vector::plan::{self, Way};
+use crate::vector::topk::{Candidate, TopK};
+use crate::vector::{Hit, VectorId};
+use rayon::prelude::*;
+use roaring::RoaringBitmap;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Work done under one hold of the collection's lock, in numbers multiplied: about a hundred microseconds.
+const SLICE_COST: usize = 1 << 20;
+/// Rows in a slice at most, however cheap they are.
+const SLICE_ROWS_MAX: usize = 4096;
+/// Searches cheaper than this run where they are: handing them to other threads would take longer.
+pub const INLINE_COST: usize = 1 << 19;
+/// Metadata objects parsed under one hold of the lock.
+const SLICE_METAS: usize = 64;
+/// Numbers of graph rows compared in the time of one multiplied.
+const CODES_PER_NUMBER: usize = 4;
+/// Candidates scored again beyond a quarter more than there are hits: what rounding may have put behind. Measured: twelve
+/// for ten hits lose no recall that forty find.
+const SPARE: usize = 4;
+/// Vectors up to which a filtered search is cheap whatever its filter matches.
+const INLINE_VECTORS: usize = 100_000;
+
+/// One search, valid for its collection.
+#[derive(Clone, Debug)]
+pub struct Search {
+    /// What to look near.
+    pub query: Query,
+    /// Which vectors count.
+    pub filter: Option<Filter>,
+    /// Hits wanted, 1 to `K_MAX`.
+    pub k: usize,
+    /// Hits to leave out at the front.
+    pub offset: usize,
+    /// Leaves out what scores lower.
+    pub min_score: Option<f32>,
+    /// Hits carry their numbers.
+    pub include_vector: bool,
+    /// Score everything with the numbers as sent.
+    pub is_exact: bool,
+    /// Candidates a walk keeps; more find more.
+    pub ef: Option<usize>,
+    /// Keep the best `size` hits for each value at this metadata path; `k` then counts groups.
+    pub group: Option<Grouping>,
+}
+
+/// How hits are grouped.
+#[derive(Clone, Debug)]
+pub struct Grouping {
+    /// A dotted path into the metadata.
+    pub path: Vec<Box<str>>,
+    /// Hits kept in each group.
+    pub size: usize,
+}
+
+/// What a search found.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// Best first.
+    Hits(Vec<Hit>),
+    /// Groups in the order of their best hit, with the value they share.
+    Groups(Vec<(serde_json::Value, Vec<Hit>)>),
+}
+
+/// How a search was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The way in the end.
+    pub way: Way,
+    /// The way that was tried first and given up.
+    pub given_up: Option<Way>,
+    /// Candidates kept by a walk.
+    pub ef: usize,
+    /// Live vectors.
+    pub vectors: usize,
+    /// Those of them that satisfy the filter; all without one.
+    pub matches: usize,
+    /// Rows compared with the query.
+    pub scored: usize,
+    /// Slots whose links were followed.
+    pub expanded: usize,
+    /// Vectors not yet linked, which were scanned.
+    pub tail: usize,
+}
+
+/// A search's answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The hits.
+    pub found: Found,
+    /// How they were found.
+    pub plan: Plan,
+}
+
+/// The right to search at one revision. Dropping it lets the slots go.
+#[derive(Debug)]
+pub struct SearchTicket {
+    pub(super) collection: Arc<SharedCollection>,
+    pub(super) at: Revision,
+    pub(super) number: SearchNumber,
+    /// The graph and its tail when the search began.
+    pub(super) graph: Option<(Arc<Graph>, Vec<u32>)>,
+    /// Everything live then, where a search needs it. Its slots are not reused before the ticket is dropped.
+    pub(super) live: Option<RoaringBitmap>,
+}
+
+impl Drop for SearchTicket {
+    fn drop(&mut self) {
+        self.collection.end_search(self.number);
+    }
+}
+
+thread_local! {
+    /// Memory of searches, one for each thread that runs them.
+    static SCRATCH: RefCell<(Probe, Scratch)> = RefCell::default();
+}
+
+impl Search {
+    /// Whether it may look at live slots one by one, among so many vectors.
+    pub(super) fn needs_live(&self, vectors: usize) -> bool {
+        let ef = plan::effort(self.ef, self.offset + self.k);
+        self.filter.is_some() || plan::choose(ef, vectors, vectors) == Way::Scan
+    }
+}
+
+impl SearchTicket {
+    /// The revision searched at.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        self.at
+    }
+
+    /// What these searches cost, about, in numbers multiplied: decides where they run.
+    #[must_use]
+    pub fn cost(&self, searches: &[Search]) -> usize {
+        let dim = self.collection.spec().dim;
+        let (slots, text_bytes) = self.collection.read(|c| (c.slot_count(), c.text_bytes_average()));
+        // Parsing a byte of metadata costs as much as some tens of numbers.
+        const META_BYTE_COST: usize = 32;
+        let one = |search: &Search| match &self.graph {
+            _ if search.group.is_some() => slots * (dim + (text_bytes + 16) * META_BYTE_COST),
+            Some((_, tail)) if !search.is_exact => {
+                let ef = plan::effort(search.ef, search.offset + search.k);
+                let is_long = search.filter.is_some() && slots > INLINE_VECTORS;
+                let walked = if is_long { slots } else { ef * 32 };
+                (walked + tail.len()).min(slots) * dim / CODES_PER_NUMBER
+            }
+            _ => slots * dim,
+        };
+        searches.iter().map(one).sum()
+    }
+
+    /// Runs the searches; several threads when it is worth it.
+    #[must_use]
+    pub fn run(&self, searches: &[Search]) -> Vec<Answer> {
+        let is_cheap = self.cost(searches) < INLINE_COST;
+        // Those that look at everything do so together, in one pass over memory.
+        let (together, alone): (Vec<_>, Vec<_>) =
+            searches.iter().enumerate().partition(|(_, search)| self.looks_at_everything(search));
+        let mut answers: Vec<(usize, Answer)> = match alone.as_slice() {
+            [] => Vec::new(),
+            [(at, search)] => vec![(*at, self.run_one(search))],
+            _ if is_cheap => alone.iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
+            _ => alone.par_iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
+        };
+        if !together.is_empty() {
+            let (places, searches): (Vec<usize>, Vec<&Search>) = together.into_iter().unzip();
+            answers.extend(places.into_iter().zip(self.scan_everything(&searches, is_cheap)));
+        }
+        answers.sort_unstable_by_key(|(at, _)| *at);
+        answers.into_iter().map(|(_, answer)| answer).collect()
+    }
+
+    fn looks_at_everything(&self, search: &Search) -> bool {
+        search.filter.is_none() && (search.is_exact || search.group.is_some() || self.graph.is_none())
+    }
+
+    fn new_scan(search: &Search) -> Scan {
+        let groups = search.group.as_ref().map(|grouping| Groups {
+            path: grouping.path.clone(),
+            size: grouping.size,
+            min_score: search.min_score,
+            best: HashMap::new(),
+        });
+        Scan { query: search.query.clone(), top: TopK::new(search.offset + search.k, search.min_score), groups }
+    }
+
+    /// O(vectors x dim) for each, all in one pass.
+    fn scan_everything(&self, searches: &[&Search], is_cheap: bool) -> Vec<Answer> {
+        let (slots, vectors) = self.collection.read(|c| (c.slot_count(), c.len()));
+        let scans: Vec<Scan> = searches.iter().map(|search| Self::new_scan(search)).collect();
+        let rows = (SLICE_COST / (self.collection.spec().dim * searches.len() + 1)).clamp(16, SLICE_ROWS_MAX);
+        let slices: Vec<_> = (0..slots).step_by(rows).map(|start| start..(start + rows).min(slots)).collect();
+        let scan_slice = |mut scans: Vec<Scan>, slice: std::ops::Range<usize>| {
+            self.collection.read(|c| c.scan(slice, self.at, &mut scans));
+            scans
+        };
+        let merge = |a: Vec<Scan>, b: Vec<Scan>| a.into_iter().zip(b).map(|(a, b)| merge_scans(a, b)).collect();
+        let scans = if is_cheap {
+            slices.into_iter().fold(scans, scan_slice)
+        } else {
+            slices.into_par_iter().fold(|| scans.clone(), scan_slice).reduce(|| scans.clone(), merge)
+        };
+        let plan = Plan {
+            way: Way::Exact,
+            given_up: None,
+            ef: 0,
+            vectors,
+            matches: vectors,
+            scored: slots,
+            expanded: 0,
+            tail: 0,
+        };
+        let answer = |(search, scan): (&&Search, Scan)| Answer { found: self.finish(search, scan), plan };
+        searches.iter().zip(scans).map(answer).collect()
+    }
+
+    /// The slots that were live when the search began and satisfy a filter.
+    fn select(&self, filter: &Filter) -> RoaringBitmap {
+        let Some(live) = &self.live else { return RoaringBitmap::new() };
+        // What is not in the index is noted first: a slot indexed meanwhile is then looked at here all the same.
+        let unindexed = self.collection.read(|c| c.meta_index().1 & live);
+        let selection = select(filter, &|look| self.collection.read(|c| look(c.meta_index().0)));
+        let mut slots = (selection.slots & live) - &unindexed;
+        if !selection.is_exact {
+            slots = self.check(&slots, filter);
+        }
+        slots | self.check(&unindexed, filter)
+    }
+
+    /// Those slots whose metadata, parsed, satisfies a filter.
+    fn check(&self, slots: &RoaringBitmap, filter: &Filter) -> RoaringBitmap {
+        let slots: Vec<u32> = slots.iter().collect();
+        let check = |slice: &[u32]| {
+            let mut slice = slice.to_vec();
+            self.collection.read(|c| c.retain_matching(&mut slice, filter));
+            slice
+        };
+        let kept: Vec<Vec<u32>> = if slots.len() <= 4 * SLICE_METAS {
+            slots.chunks(SLICE_METAS).map(check).collect()
+        } else {
+            slots.par_chunks(SLICE_METAS).map(check).collect()
+        };
+        RoaringBitmap::from_sorted_iter(kept.into_iter().flatten()).unwrap_or_default()
+    }
+
+    /// How many vectors satisfied a filter when this began.
+    #[must_use]
+    pub fn count_matching(&self, filter: &Filter) -> usize {
+        self.select(filter).iter().count()
+    }
+
+    /// The ids of the vectors that satisfied a filter when this began and are still there.
+    #[must_use]
+    pub fn ids_matching(&self, filter: &Filter) -> Vec<VectorId> {
+        let slots: Vec<u32> = self.select(filter).iter().collect();
+        slots.chunks(SLICE_ROWS_MAX).flat_map(|slice| self.collection.read(|c| c.ids_of(slice))).collect()
+    }
+
+    fn run_one(&self, search: &Search) -> Answer {
+        let selected = match &search.filter {
+            Some(filter) => Some(self.select(filter)),
+            None => self.live.clone(),
+        };
+        let vectors = self.collection.read(|c| c.len());
+        let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
+        let wanted = search.offset + search.k;
+        let ef = plan::effort(search.ef, wanted);
+        let mut plan =
+            Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
+        let graph = self.graph.as_ref().filter(|_| !search.is_exact && search.group.is_none());
+        let (graph, tail) = match (graph, &selected) {
+            (Some(graph), _) => graph,
+            (None, Some(selected)) => return self.scan_selected(search, selected, plan),
+            (None, None) => return self.scan_everything(&[search], false).remove(0),
+        };
+        plan.way = plan::choose(ef, matches, vectors);
+        SCRATCH.with_borrow_mut(|(probe, scratch)| {
+            probe.of_query(graph.metric(), search.query.numbers());
+            if plan.way != Way::Scan {
+                self.walk(search, selected.as_ref(), graph, tail, probe, scratch, &mut plan);
+                if scratch.found().take(wanted).count() < wanted.min(matches) {
+                    // Too dear, or the links did not lead to enough.
+                    plan.given_up = Some(plan.way);
+                    plan.way = Way::Scan;
+                }
+            }
+            if plan.way == Way::Scan {
+                let Some(selected) = &selected else {
+                    let mut all = self.scan_everything(&[search], false).remove(0);
+                    all.plan.given_up = plan.given_up;
+                    return all;
+                };
+                let slots: Vec<u32> = selected.iter().collect();
+                plan.scored += graph.scan(probe, 2 * wanted + SPARE, &slots, scratch).scored;
+            }
+            // The rows of the graph are rounded: the best are scored again with the numbers as sent.
+            let best: Vec<u32> = scratch.found().take(wanted + wanted / 4 + SPARE).collect();
+            let mut scan = Self::new_scan(search);
+            for slice in best.chunks(SLICE_METAS) {
+                self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
+            }
+            Answer { found: self.finish(search, scan), plan }
+        })
+    }
+
+    /// Walks the graph, then scans what of the tail the walk has not met. Given up, it leaves nothing found.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one search, taken apart by its caller")]
+    fn walk(
+        &self,
+        search: &Search,
+        selected: Option<&RoaringBitmap>,
+        graph: &Graph,
+        tail: &[u32],
+        probe: &Probe,
+        scratch: &mut Scratch,
+        plan: &mut Plan,
+    ) {
+        let is_visible = |slot| graph.nodes().is_visible(slot, self.at);
+        let effort = match (selected, plan.way) {
+            (Some(selected), _) if search.filter.is_some() => {
+                // Dearer than looking at every match, it is given up.
+                let is_selected = |slot| selected.contains(slot);
+                graph.search(probe, plan.ef, plan.matches, plan.way == Way::TwoHop, is_selected, scratch)
+            }
+            _ => graph.search(probe, plan.ef, usize::MAX, false, is_visible, scratch),
+        };
+        let unseen: Vec<u32> = tail.iter().copied().filter(|&slot| scratch.is_new(slot)).collect();
+        let more = match selected {
+            Some(selected) => graph.scan_more(probe, &unseen, |slot| selected.contains(slot), scratch),
+            None => graph.scan_more(probe, &unseen, is_visible, scratch),
+        };
+        plan.scored = effort.scored + more.scored;
+        plan.expanded = effort.expanded;
+        plan.tail = tail.len();
+        if effort.is_over_budget {
+            scratch.forget();
+        }
+    }
+
+    /// Scores what is selected with the numbers as sent.
+    fn scan_selected(&self, search: &Search, selected: &RoaringBitmap, plan: Plan) -> Answer {
+        let slots: Vec<u32> = selected.iter().collect();
+        let rows = (SLICE_COST / self.collection.spec().dim).clamp(16, SLICE_ROWS_MAX);
+        let scan_slice = |mut scan: Scan, slice: &[u32]| {
+            self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
+            scan
+        };
+        let empty = || Self::new_scan(search);
+        let scan = if slots.len() * self.collection.spec().dim < INLINE_COST {
+            slots.chunks(rows).fold(empty(), scan_slice)
+        } else {
+            slots.par_chunks(rows).fold(empty, scan_slice).reduce(empty, merge_scans)
+        };
+        Answer { found: self.finish(search, scan), plan: Plan { scored: slots.len(), ..plan } }
+    }
+
+    fn finish(&self, search: &Search, scan: Scan) -> Found {
+        self.collection.read(|inner| {
+            let hit = |c: Candidate| inner.hit(c.slot, c.score, search.include_vector);
+            let Some(groups) = scan.groups else {
+                let best = scan.top.into_sorted().into_iter();
+                return Found::Hits(best.skip(search.offset).take(search.k).map(hit).collect());
+            };
+            let mut groups: Vec<(Candidate, String, serde_json::Value, TopK)> = groups
+                .best
+                .into_iter()
+                .filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top)))
+                .collect();
+            groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+            let wanted = groups.into_iter().skip(search.offset).take(search.k);
+            Found::Groups(
+                wanted.map(|(_, _, value, top)| (value, top.into_sorted().into_iter().map(hit).collect())).collect(),
+            )
+        })
+    }
+}
+
+fn merge_scans(a: Scan, b: Scan) -> Scan {
+    Scan { top: a.top.merge(b.top), groups: a.groups.zip(b.groups).map(|(a, b)| a.merge(b)), ..a }
+}

@@ -1,0 +1,141 @@
+//! Rows of one byte a number, and how near two of them are.
+//!
+//! Each row is scaled by its own largest number to -127..=127 and stored with 128 added, because the widest
+//! instructions multiply unsigned by signed bytes (scalar quantisation as in LVQ, Aguerrebere et al. 2023, with one
+//! scale for each vector and no mean taken off). With `scale` and `square` beside the bytes the distance of what two rows stand for
+//! is exact; only the rounding to bytes is lost, and the best candidates are scored again with the numbers as sent.
+//!
+//! One notion of distance serves all metrics, so that there is one graph algorithm:
+//! - `l2`: the squared distance.
+//! - `cosine`: the squared distance of the unit vectors, which orders as cosine does.
+//! - `dot`: queries go by the inner product itself; among themselves vectors are compared after a further coordinate,
+//!   the lift `sqrt(M^2 - |x|^2)`, has brought all to the largest length M (Bachrach et al. 2014): there the nearest by
+//!   distance is the largest inner product, and links can be pruned by the triangle inequality.
+
+use super::Metric;
+use super::distance::kernels;
+use super::nodes::{Figures, Nodes};
+
+/// Added to a signed step to store it unsigned.
+const OFFSET: i32 = 128;
+/// Largest step.
+const STEPS: f32 = 127.0;
+
+/// Writes the bytes of a row and returns its figures. `longest` is the largest squared length in the collection, for the
+/// lift of inner products.
+pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) -> Figures {
+    let largest = numbers.iter().fold(0f32, |m, n| m.max(n.abs()));
+    if largest == 0.0 {
+        code.fill(OFFSET as u8);
+        return Figures { scale: 0.0, square: 0.0, lift: lift(metric, 0.0, longest) };
+    }
+    let inverse = STEPS / largest;
+    if inverse.is_finite() {
+        quantise(numbers.iter().map(|n| n * inverse), code);
+    } else {
+        // So small that its inverse is infinite.
+        quantise(numbers.iter().map(|n| n / largest * STEPS), code);
+    }
+    let squares: i32 = code.iter().map(|&byte| (i32::from(byte) - OFFSET).pow(2)).sum();
+    // The cast: at most DIM_MAX * 127^2, and f32 keeps seven digits of it.
+    let squares = squares as f32;
+    match metric {
+        Metric::Cosine => Figures { scale: 1.0 / squares.sqrt(), square: 1.0, lift: 0.0 },
+        Metric::L2 | Metric::Dot => {
+            let scale = largest / STEPS;
+            let square = scale * scale * squares;
+            Figures { scale, square, lift: lift(metric, square, longest) }
+        }
+    }
+}
+
+/// Rounds to steps. Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the float: one instruction for many
+/// numbers at once, where a call to round is one for each.
+fn quantise(steps: impl Iterator<Item = f32>, code: &mut [u8]) {
+    const MAGIC: f32 = 12_582_912.0;
+    for (code, step) in code.iter_mut().zip(steps) {
+        // The cast keeps the low byte: -127..=127 with the offset added is 1..=255.
+        *code = ((step + MAGIC).to_bits().wrapping_add(OFFSET as u32)) as u8;
+    }
+}
+
+fn lift(metric: Metric, square: f32, longest: f32) -> f32 {
+    if metric == Metric::Dot { (longest - square).max(0.0).sqrt() } else { 0.0 }
+}
+
+/// What rows are compared with: the bytes of a query or of another row, signed.
+#[derive(Clone, Debug, Default)]
+pub struct Probe {
+    code: Vec<i8>,
+    /// What the offset of the stored bytes adds to every inner product.
+    correction: i32,
+    figures: Figures,
+    /// 1 for distances, 0 where only the inner product counts.
+    weight: f32,
+}
+
+impl Probe {
+    /// For a query of these numbers.
+    pub fn of_query(&mut self, metric: Metric, numbers: &[f32]) {
+        let mut code = vec![0; numbers.len()];
+        let figures = encode(metric, numbers, 0.0, &mut code);
+        self.set(&code, Figures { lift: 0.0, ..figures }, if metric == Metric::Dot { 0.0 } else { 1.0 });
+    }
+
+    /// For a row, to compare it with other rows.
+    pub fn of_row(&mut self, nodes: &Nodes, slot: u32) {
+        self.set(nodes.code(slot), nodes.figures(slot), 1.0);
+    }
+
+    fn set(&mut self, code: &[u8], figures: Figures, weight: f32) {
+        self.code.clear();
+        self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
+        self.correction = OFFSET * self.code.iter().map(|&step| i32::from(step)).sum::<i32>();
+        self.figures = figures;
+        self.weight = weight;
+    }
+
+    /// The distances of rows, smaller is nearer, never NaN. They order alike; for `dot` queries they are no distances.
+    pub fn distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
+        scratch.dots.resize(slots.len(), 0);
+        scratch.keys.resize(slots.len(), 0.0);
+        let kernel = kernels().code_dots;
+        const GROUP: usize = 16;
+        for (slots, dots) in slots.chunks(GROUP).zip(scratch.dots.chunks_mut(GROUP)) {
+            let mut rows: [&[u8]; GROUP] = [&[]; GROUP];
+            for (row, &slot) in rows.iter_mut().zip(slots) {
+                *row = nodes.code(slot);
+            }
+            kernel(&self.code, &rows[..slots.len()], dots);
+        }
+        for ((key, &dot), &slot) in scratch.keys.iter_mut().zip(&scratch.dots).zip(slots) {
+            *key = self.key(nodes.figures(slot), dot);
+        }
+    }
+
+    /// The distance of one row.
+    #[must_use]
+    pub fn distance(&self, nodes: &Nodes, slot: u32) -> f32 {
+        let mut dot = [0];
+        (kernels().code_dots)(&self.code, &[nodes.code(slot)], &mut dot);
+        self.key(nodes.figures(slot), dot[0])
+    }
+
+    #[inline]
+    fn key(&self, row: Figures, dot: i32) -> f32 {
+        // The cast: f32 keeps seven digits, more than the bytes do.
+        let product = self.figures.scale * row.scale * (dot - self.correction) as f32;
+        let lift = row.lift - self.figures.lift;
+        let key = self.weight * (self.figures.square + row.square + lift * lift) - 2.0 * product;
+        // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
+        key.min(f32::MAX)
+    }
+}
+
+/// Room for the distances of one step.
+#[derive(Debug, Default)]
+pub struct Distances {
+    dots: Vec<i32>,
+    /// One for each slot asked for.
+    pub keys: Vec<f32>,
+}

@@ -1,0 +1,664 @@
+//! The graph index: how a search finds the nearest of a million vectors by looking at two thousand.
+//!
+//! Each slot has up to [`LINKS_MAX`] links to others near it. A search starts at a sample of slots, always expands the
+//! nearest it knows and not yet expanded, scores where the links lead, and ends when the nearest `ef` are all expanded.
+//! One flat graph, no levels: in hundreds of dimensions the levels of HNSW find nothing that a sample of entry points
+//! does not (Munyampirwa et al. 2024, "Down with the Hierarchy").
+//!
+//! - **Linking** a slot is a search for its neighbourhood, from which those are kept that no nearer kept one makes
+//!   superfluous (the robust pruning of Vamana, Subramanya et al. 2019), and a link back from each.
+//! - **Deleting** leaves a slot as a way-point until a repair pass over all slots has replaced the links to it by links to
+//!   what it led to (FreshDiskANN, Singh et al. 2021; one for one as in IP-DiskANN, Xu et al. 2025); then nothing leads to
+//!   it, and it can be used again.
+//! - **Filters**: way-points again, or with few matches their neighbours' neighbours (ACORN, Patel et al. 2024).
+//!
+//! What was measured, and why the constants are what they are, stands in `docs/benchmarks.md` and beside them.
+//!
+//! Invariants
+//! - A link leads to a slot whose row is written; once a repair pass is over, to none that the pass condemned.
+//! - Links of one slot change under its stripe lock; they are read without any.
+//! - Which slots are entry points depends on their numbers alone.
+//!
+//! Deliberately absent: threads, ids, metadata, the decision what to search how (`plan.rs`).
+
+use super::Metric;
+use super::codes::{Distances, Probe};
+use super::nodes::{LINKS_MAX, Nodes};
+use super::plan::EF_DEFAULT;
+use parking_lot::{Mutex, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+/// Candidates a new slot's links are chosen from. Vectors a second into the graph against recall: 60 loses a point of
+/// recall at equal effort, 200 halves the rate for half a point.
+const LINK_EF: usize = 100;
+/// A candidate is superfluous when a kept one is nearer to it than its distance to the slot divided by this (both
+/// squared). 1.05 squared: at 1.2, usual for disks, the longest links crowd out near ones and a search for recall 0.95
+/// scores a third more rows; at 1.0 hard queries miss.
+const SLACK: f32 = 1.05 * 1.05;
+/// Entry points are between this many and twice as many. Fewer miss small clusters, more cost every search.
+const ENTRIES: usize = 64;
+/// Locks for the links of slots; more than any machine has cores, so that two threads rarely meet.
+const STRIPES: usize = 1024;
+/// Way-points a search may hold for each result it wants. Bounds the pool when nearly nothing is accepted.
+const POOL_PER_RESULT: usize = 16;
+/// Kept candidates compared at a time while pruning: the nearest ones rule out most.
+const PRUNE_GROUP: usize = 8;
+/// Rows of a scan scored together; they are prefetched one group ahead.
+const SCAN_GROUP: usize = 16;
+/// Slots that are one piece of a pass: milliseconds.
+const PASS_SLOTS: usize = 64;
+
+/// A graph over the slots of one collection.
+#[derive(Debug)]
+pub struct Graph {
+    metric: Metric,
+    nodes: Nodes,
+    stripes: Box<[Mutex<()>]>,
+    /// Where searches start; replaced as a whole, so a search holds the lock only to clone the `Arc`.
+    entries: RwLock<Arc<Vec<u32>>>,
+    /// Entry points are the slots whose hash has none of these bits.
+    entry_mask: AtomicU32,
+    /// Largest squared length seen, as f32 bits, for the lift of inner products.
+    longest: AtomicU32,
+}
+
+/// One place in a search's pool.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    key: f32,
+    /// The slot with [`EXPANDED`] and [`WAY_POINT`].
+    tag: u32,
+}
+
+/// The links of this spot have been followed.
+const EXPANDED: u32 = 1 << 31;
+/// This spot leads on, but is no result.
+const WAY_POINT: u32 = 1 << 30;
+
+impl Spot {
+    fn slot(self) -> u32 {
+        self.tag & !(EXPANDED | WAY_POINT)
+    }
+
+    fn is_result(self) -> bool {
+        self.tag & WAY_POINT == 0
+    }
+}
+
+/// The nearest spots so far, nearest first: at most `ef` results and the way-points among them.
+#[derive(Debug, Default)]
+struct Pool {
+    spots: Vec<Spot>,
+    results: usize,
+    ef: usize,
+}
+
+impl Pool {
+    fn begin(&mut self, ef: usize) {
+        self.spots.clear();
+        self.results = 0;
+        self.ef = ef;
+    }
+
+    /// Whether something at this distance would be kept.
+    #[inline]
+    fn admits(&self, key: f32) -> bool {
+        let is_full = self.results >= self.ef || self.spots.len() >= self.ef * POOL_PER_RESULT;
+        !is_full || self.spots.last().is_none_or(|last| key < last.key)
+    }
+
+    /// Puts an admitted spot in its place and drops what falls out at the end.
+    #[inline]
+    fn insert(&mut self, key: f32, slot: u32, is_result: bool) -> usize {
+        let at = self.spots.partition_point(|spot| spot.key <= key);
+        self.spots.insert(at, Spot { key, tag: if is_result { slot } else { slot | WAY_POINT } });
+        self.results += usize::from(is_result);
+        while self.results > self.ef
+            || self.spots.len() > self.ef * POOL_PER_RESULT
+            || (self.results == self.ef && self.spots.last().is_some_and(|s| !s.is_result()))
+        {
+            let dropped = self.spots.pop().expect("the pool holds results");
+            self.results -= usize::from(dropped.is_result());
+        }
+        at
+    }
+}
+
+/// Memory of a search or a link, kept for the next: no allocation while searching.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// By slot: the search that last saw it. A byte, so that it stays in the cache; cleared every 255 searches.
+    visited: Vec<u8>,
+    epoch: u8,
+    pool: Pool,
+    fresh: Vec<u32>,
+    failing: Vec<u32>,
+    distances: Distances,
+    probe: Probe,
+    other: Probe,
+    chosen: Vec<u32>,
+    list: Vec<(f32, u32)>,
+}
+
+/// What a search looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effort {
+    /// Rows compared with the query.
+    pub scored: usize,
+    /// Slots whose links were followed.
+    pub expanded: usize,
+    /// It would have cost more than its budget and was given up.
+    pub is_over_budget: bool,
+}
+
+impl Scratch {
+    fn begin(&mut self, slots: usize, ef: usize) {
+        if self.visited.len() < slots {
+            self.visited.resize(slots, 0);
+        }
+        self.epoch = self.epoch.wrapping_add(1);
+        if self.epoch == 0 {
+            self.visited.fill(0);
+            self.epoch = 1;
+        }
+        self.pool.begin(ef);
+    }
+
+    /// Whether a slot is met for the first time. One beyond the table was reserved after this search began: not for it.
+    #[inline]
+    pub fn is_new(&mut self, slot: u32) -> bool {
+        match self.visited.get_mut(slot as usize) {
+            Some(seen) if *seen != self.epoch => {
+                *seen = self.epoch;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The results, nearest first.
+    pub fn found(&self) -> impl Iterator<Item = u32> + '_ {
+        self.pool.spots.iter().filter(|spot| spot.is_result()).map(|spot| spot.slot())
+    }
+
+    /// Forgets what was found.
+    pub fn forget(&mut self) {
+        let ef = self.pool.ef;
+        self.pool.begin(ef);
+    }
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+fn hash(slot: u32) -> u32 {
+    let mut z = u64::from(slot).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    // The cast takes the low half.
+    (z ^ (z >> 31)) as u32
+}
+
+impl Graph {
+    /// An empty graph.
+    #[must_use]
+    pub fn new(metric: Metric, dim: usize) -> Self {
+        Self {
+            metric,
+            nodes: Nodes::new(dim),
+            stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
+            entries: RwLock::new(Arc::new(Vec::new())),
+            entry_mask: AtomicU32::new(0),
+            longest: AtomicU32::new(0),
+        }
+    }
+
+    /// The rows and links.
+    #[must_use]
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+
+    /// Notes a vector's squared length and returns the largest so far. Lengths are not negative, so their bits order as
+    /// they do.
+    pub fn note_length(&self, square: f32) -> f32 {
+        let bits = square.min(f32::MAX).to_bits();
+        f32::from_bits(self.longest.fetch_max(bits, Ordering::Relaxed).max(bits))
+    }
+
+    /// Searches from the entry points. `is_result` is asked for slots near enough to matter; others lead on. With
+    /// `two_hop` only results are scored: from a neighbour that is none, its neighbours are looked at instead, which finds
+    /// matches that lie scattered with far fewer scores. Gives up when it has scored `budget` rows. The results are then
+    /// in `scratch`.
+    #[inline]
+    pub fn search(
+        &self,
+        probe: &Probe,
+        ef: usize,
+        budget: usize,
+        two_hop: bool,
+        is_result: impl Fn(u32) -> bool,
+        scratch: &mut Scratch,
+    ) -> Effort {
+        scratch.begin(self.nodes.capacity(), ef);
+        let mut effort = Effort::default();
+        let entries = Arc::clone(&self.entries.read());
+        scratch.fresh.clear();
+        for &slot in entries.iter() {
+            if scratch.is_new(slot) {
+                scratch.fresh.push(slot);
+            }
+        }
+        self.score(probe, &is_result, scratch, &mut effort);
+        let mut next = 0;
+        while let Some(spot) = scratch.pool.spots.get_mut(next) {
+            if spot.tag & EXPANDED != 0 {
+                next += 1;
+                continue;
+            }
+            if effort.scored > budget {
+                effort.is_over_budget = true;
+                break;
+            }
+            spot.tag |= EXPANDED;
+            let slot = spot.slot();
+            effort.expanded += 1;
+            scratch.fresh.clear();
+            scratch.failing.clear();
+            for to in self.nodes.neighbours(slot) {
+                if !scratch.is_new(to) {
+                    continue;
+                }
+                if !two_hop || is_result(to) {
+                    self.nodes.prefetch_row(to);
+                    scratch.fresh.push(to);
+                } else {
+                    self.nodes.prefetch_links(to);
+                    scratch.failing.push(to);
+                }
+            }
+            for at in 0..scratch.failing.len() {
+                for to in self.nodes.neighbours(scratch.failing[at]) {
+                    if is_result(to) && scratch.is_new(to) {
+                        self.nodes.prefetch_row(to);
+                        scratch.fresh.push(to);
+                    }
+                }
+            }
+            // While the rows arrive, so may the links that are probably followed next.
+            if let Some(spot) = scratch.pool.spots.get(next + 1) {
+                self.nodes.prefetch_links(spot.slot());
+            }
+            next = self.score(probe, &is_result, scratch, &mut effort).min(next + 1);
+        }
+        effort
+    }
+
+    /// Scores what is fresh and takes it into the pool; returns the first place that changed.
+    #[inline]
+    fn score(
+        &self,
+        probe: &Probe,
+        is_result: &impl Fn(u32) -> bool,
+        scratch: &mut Scratch,
+        effort: &mut Effort,
+    ) -> usize {
+        probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        effort.scored += scratch.fresh.len();
+        let mut first = usize::MAX;
+        for (&slot, &key) in scratch.fresh.iter().zip(&scratch.distances.keys) {
+            if scratch.pool.admits(key) {
+                let at = scratch.pool.insert(key, slot, is_result(slot));
+                if at <= first {
+                    // So far the next to be expanded.
+                    first = at;
+                    self.nodes.prefetch_links(slot);
+                }
+            }
+        }
+        first
+    }
+
+    /// Scores every given slot. The nearest `ef` are then in `scratch`.
+    pub fn scan(&self, probe: &Probe, ef: usize, slots: &[u32], scratch: &mut Scratch) -> Effort {
+        scratch.pool.begin(ef);
+        self.scan_more(probe, slots, |_| true, scratch)
+    }
+
+    /// Adds slots to what a search or scan has found.
+    pub fn scan_more(
+        &self,
+        probe: &Probe,
+        slots: &[u32],
+        is_result: impl Fn(u32) -> bool,
+        scratch: &mut Scratch,
+    ) -> Effort {
+        let mut groups = slots.chunks(SCAN_GROUP).peekable();
+        while let Some(group) = groups.next() {
+            for &slot in groups.peek().copied().unwrap_or_default() {
+                self.nodes.prefetch_row(slot);
+            }
+            probe.distances(&self.nodes, group, &mut scratch.distances);
+            for (&slot, &key) in group.iter().zip(&scratch.distances.keys) {
+                if scratch.pool.admits(key) && is_result(slot) {
+                    scratch.pool.insert(key, slot, true);
+                }
+            }
+        }
+        Effort { scored: slots.len(), ..Effort::default() }
+    }
+
+    /// Links a slot whose row is written. False when it died meanwhile and was left out. Several threads may link
+    /// different slots.
+    pub fn link(&self, slot: u32, scratch: &mut Scratch) -> bool {
+        if !self.nodes.is_live(slot) {
+            return false;
+        }
+        let mut probe = std::mem::take(&mut scratch.probe);
+        let mut list = std::mem::take(&mut scratch.list);
+        probe.of_row(&self.nodes, slot);
+        let is_candidate = |other| other != slot && self.nodes.is_live(other);
+        self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
+        list.clear();
+        list.extend(scratch.pool.spots.iter().filter(|s| s.is_result()).map(|s| (s.key, s.slot())));
+        self.prune(&list, scratch);
+        let chosen = std::mem::take(&mut scratch.chosen);
+        self.nodes.set_links(slot, &chosen);
+        for (place, &from) in chosen.iter().enumerate() {
+            // Whoever looks for this vector comes to the nearest, as the search above did: from there it must go on.
+            if !self.link_back(from, slot, &mut probe, &mut list, scratch) && place == 0 {
+                let _guard = self.stripe(from);
+                self.nodes.replace_last_link(from, slot);
+            }
+        }
+        scratch.chosen = chosen;
+        scratch.list = list;
+        scratch.probe = probe;
+        self.consider_entry(slot);
+        true
+    }
+
+    /// Adds a link from an older slot to a new one; false when the older has better ones.
+    fn link_back(
+        &self,
+        from: u32,
+        to: u32,
+        probe: &mut Probe,
+        list: &mut Vec<(f32, u32)>,
+        scratch: &mut Scratch,
+    ) -> bool {
+        let _guard = self.stripe(from);
+        if self.nodes.push_link(from, to) {
+            return true;
+        }
+        probe.of_row(&self.nodes, from);
+        scratch.fresh.clear();
+        scratch.fresh.extend(self.nodes.neighbours(from));
+        scratch.fresh.push(to);
+        self.sorted_by_distance(probe, list, scratch);
+        self.prune(list, scratch);
+        self.nodes.set_links(from, &scratch.chosen);
+        scratch.chosen.contains(&to)
+    }
+
+    /// Looks for a linked slot by its own row, as a search of default effort would. If that fails the nearest it came to gets
+    /// a link there. Returns whether the slot had been lost.
+    pub fn find_again(&self, slot: u32, scratch: &mut Scratch) -> bool {
+        let mut probe = std::mem::take(&mut scratch.probe);
+        probe.of_row(&self.nodes, slot);
+        let best = self.nearest(&probe, scratch);
+        let is_lost = best.is_none_or(|best| {
+            best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot)
+        });
+        scratch.probe = probe;
+        if is_lost {
+            // One with room costs no other link.
+            let near: Vec<u32> = scratch.found().take(EF_DEFAULT / 2).collect();
+            let has_room = |&from: &u32| {
+                let _guard = self.stripe(from);
+                self.nodes.push_link(from, slot)
+            };
+            if !near.iter().any(has_room) {
+                match best {
+                    Some(best) => {
+                        let _guard = self.stripe(best);
+                        self.nodes.replace_last_link(best, slot);
+                    }
+                    None => self.consider_entry(slot),
+                }
+            }
+        }
+        is_lost
+    }
+
+    /// The nearest live slot that a search of default effort comes to.
+    #[must_use]
+    pub fn nearest(&self, probe: &Probe, scratch: &mut Scratch) -> Option<u32> {
+        self.search(probe, EF_DEFAULT, usize::MAX, false, |slot| self.nodes.is_live(slot), scratch);
+        scratch.found().next()
+    }
+
+    fn stripe(&self, slot: u32) -> parking_lot::MutexGuard<'_, ()> {
+        self.stripes[slot as usize % STRIPES].lock()
+    }
+
+    /// Fills `list` with what is fresh, nearest first.
+    fn sorted_by_distance(&self, probe: &Probe, list: &mut Vec<(f32, u32)>, scratch: &mut Scratch) {
+        for &slot in &scratch.fresh {
+            self.nodes.prefetch_row(slot);
+        }
+        probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        list.clear();
+        list.extend(scratch.distances.keys.iter().copied().zip(scratch.fresh.iter().copied()));
+        list.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    }
+
+    /// From candidates sorted by distance, chooses those that no nearer chosen one makes superfluous.
+    fn prune(&self, list: &[(f32, u32)], scratch: &mut Scratch) {
+        let mut chosen = std::mem::take(&mut scratch.chosen);
+        chosen.clear();
+        for &(distance, slot) in list {
+            if chosen.len() >= LINKS_MAX {
+                break;
+            }
+            if !self.is_superfluous(distance, slot, &chosen, scratch) {
+                chosen.push(slot);
+            }
+        }
+        scratch.chosen = chosen;
+    }
+
+    /// Whether one of `chosen` is so near to a candidate that the way to it leads through there.
+    fn is_superfluous(&self, distance: f32, slot: u32, chosen: &[u32], scratch: &mut Scratch) -> bool {
+        if chosen.is_empty() {
+            return false;
+        }
+        scratch.other.of_row(&self.nodes, slot);
+        chosen.chunks(PRUNE_GROUP).any(|group| {
+            scratch.other.distances(&self.nodes, group, &mut scratch.distances);
+            scratch.distances.keys.iter().any(|&between| SLACK * between <= distance)
+        })
+    }
+
+    fn consider_entry(&self, slot: u32) {
+        let is_entry = |mask| hash(slot) & mask == 0;
+        let is_first = || self.entries.read().is_empty();
+        if !is_entry(self.entry_mask.load(Ordering::Relaxed)) && !is_first() {
+            return;
+        }
+        let mut entries = self.entries.write();
+        let list = Arc::make_mut(&mut entries);
+        if list.contains(&slot) {
+            return;
+        }
+        list.push(slot);
+        while list.len() > 2 * ENTRIES {
+            let mask = self.entry_mask.load(Ordering::Relaxed) << 1 | 1;
+            self.entry_mask.store(mask, Ordering::Relaxed);
+            list.retain(|&slot| hash(slot) & mask == 0);
+        }
+    }
+
+    /// Chooses the entry points anew from all linked slots.
+    pub fn choose_entries(&self, linked: &[u32]) {
+        let mut mask = 0;
+        while linked.iter().filter(|&&slot| hash(slot) & mask == 0).take(2 * ENTRIES + 1).count() > 2 * ENTRIES {
+            mask = mask << 1 | 1;
+        }
+        let mut chosen: Vec<u32> = linked.iter().copied().filter(|&slot| hash(slot) & mask == 0).collect();
+        if chosen.is_empty() {
+            chosen.extend(linked.first());
+        }
+        let mut entries = self.entries.write();
+        self.entry_mask.store(mask, Ordering::Relaxed);
+        *entries = Arc::new(chosen);
+    }
+
+    /// Takes condemned slots out of the entry points, before a repair pass.
+    pub fn drop_entries(&self, is_condemned: impl Fn(u32) -> bool) {
+        let mut entries = self.entries.write();
+        Arc::make_mut(&mut entries).retain(|&slot| !is_condemned(slot));
+    }
+
+    /// Replaces a slot's links to condemned slots by links to where those lead.
+    pub fn repair(&self, slot: u32, is_condemned: impl Fn(u32) -> bool, scratch: &mut Scratch) {
+        let leads_on = |gone: u32, visit: &mut dyn FnMut(u32)| self.nodes.neighbours(gone).for_each(visit);
+        self.repair_with(slot, is_condemned, leads_on, scratch);
+    }
+
+    /// As [`Graph::repair`], where `leads_on` tells where a condemned slot leads.
+    pub fn repair_with(
+        &self,
+        slot: u32,
+        is_condemned: impl Fn(u32) -> bool,
+        leads_on: impl Fn(u32, &mut dyn FnMut(u32)),
+        scratch: &mut Scratch,
+    ) {
+        if !self.nodes.neighbours(slot).any(&is_condemned) {
+            return;
+        }
+        let _guard = self.stripe(slot);
+        scratch.begin(self.nodes.capacity(), 0);
+        let mut kept = std::mem::take(&mut scratch.chosen);
+        kept.clear();
+        scratch.failing.clear();
+        scratch.is_new(slot);
+        for to in self.nodes.neighbours(slot) {
+            if is_condemned(to) {
+                scratch.failing.push(to);
+            } else if scratch.is_new(to) {
+                kept.push(to);
+            }
+        }
+        scratch.fresh.clear();
+        let gone = std::mem::take(&mut scratch.failing);
+        for &gone in &gone {
+            leads_on(gone, &mut |to| {
+                if !is_condemned(to) && self.nodes.is_live(to) && scratch.is_new(to) {
+                    scratch.fresh.push(to);
+                }
+            });
+        }
+        let mut probe = std::mem::take(&mut scratch.probe);
+        let mut list = std::mem::take(&mut scratch.list);
+        probe.of_row(&self.nodes, slot);
+        self.sorted_by_distance(&probe, &mut list, scratch);
+        let room = kept.len() + gone.len();
+        for &(distance, candidate) in &list {
+            if kept.len() >= room.min(LINKS_MAX) {
+                break;
+            }
+            if !self.is_superfluous(distance, candidate, &kept, scratch) {
+                kept.push(candidate);
+            }
+        }
+        self.nodes.set_links(slot, &kept);
+        scratch.failing = gone;
+        scratch.probe = probe;
+        scratch.list = list;
+        scratch.chosen = kept;
+    }
+
+    /// What a walk over the links from the entry points reaches, as one flag for each of `slots` slots.
+    #[must_use]
+    pub fn reach(&self, slots: usize) -> Vec<bool> {
+        let mut reached = vec![false; slots];
+        let mut waiting: Vec<u32> = self.entries.read().to_vec();
+        for &slot in &waiting {
+            reached[slot as usize] = true;
+        }
+        while let Some(slot) = waiting.pop() {
+            for to in self.nodes.neighbours(slot) {
+                if let Some(seen) = reached.get_mut(to as usize)
+                    && !*seen
+                {
+                    *seen = true;
+                    waiting.push(to);
+                }
+            }
+        }
+        reached
+    }
+
+    /// The metric it compares by.
+    #[must_use]
+    pub fn metric(&self) -> Metric {
+        self.metric
+    }
+}
+
+/// Pieces of work over all slots there were when it began, taken by any number of threads.
+#[derive(Debug)]
+pub struct Pass {
+    end: usize,
+    next: AtomicUsize,
+    done: AtomicUsize,
+}
+
+impl Pass {
+    /// Over `slots` slots.
+    #[must_use]
+    pub fn new(slots: usize) -> Self {
+        Self { end: slots, next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
+    }
+
+    /// The next piece, if there is one.
+    pub fn claim(&self) -> Option<std::ops::Range<usize>> {
+        let start = self.next.fetch_add(PASS_SLOTS, Ordering::Relaxed);
+        (start < self.end).then(|| start..(start + PASS_SLOTS).min(self.end))
+    }
+
+    /// Reports a piece as done; true for the one that completes the pass.
+    pub fn finish(&self, piece: &std::ops::Range<usize>) -> bool {
+        self.done.fetch_add(piece.len(), Ordering::AcqRel) + piece.len() == self.end
+    }
+}
+
+/// A pass that removes every link to condemned slots.
+#[derive(Debug)]
+pub struct Repair {
+    /// By slot.
+    condemned: Vec<u64>,
+    /// The condemned slots.
+    pub slots: Vec<u32>,
+    /// The slots whose links are looked at.
+    pub pass: Pass,
+}
+
+impl Repair {
+    /// Condemns slots. No link to them may be made from here on: they are dead, and whoever was linking when they died
+    /// has ended.
+    #[must_use]
+    pub fn new(slots: Vec<u32>, end: usize) -> Self {
+        let mut condemned = vec![0; end.div_ceil(64)];
+        for &slot in &slots {
+            condemned[slot as usize / 64] |= 1 << (slot % 64);
+        }
+        Self { condemned, slots, pass: Pass::new(end) }
+    }
+
+    /// Whether a slot is condemned.
+    #[must_use]
+    pub fn is_condemned(&self, slot: u32) -> bool {
+        self.condemned.get(slot as usize / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1)
+    }
+}

@@ -1,0 +1,272 @@
+//! What the graph keeps of each slot: a row of one byte for each number, three figures that go with it, when the slot
+//! was born and died, and its links. Addressed by slot, never moved, in anonymous memory.
+//!
+//! A row takes `dim` bytes and a trailer of [`TRAILER_BYTES`], rounded up to cache lines; links take
+//! [`LINKS_BYTES`]. Both lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge
+//! pages: a search reads a few hundred rows in no order, and with small pages it would wait for the page table as long
+//! as for the row.
+//!
+//! Who may write what, and when
+//! - A row is written by [`Nodes::write`] while no link leads to its slot and no search may know it: readers need no
+//!   lock. That is the caller's promise, and why `write` is `unsafe`.
+//! - Links and the revisions in the trailer are atomic: they change while searches read them.
+//!
+//! `unsafe` stands here, in `storage.rs` and in `distance.rs`, and where `write` is called.
+
+use super::distance::prefetch;
+use crate::error::Error;
+use crate::revision::Revision;
+use memmap2::{MmapOptions, MmapRaw};
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+/// Slots in a chunk. A chunk of the smallest row is 8 MiB, and memory that is not touched costs nothing.
+pub const CHUNK_SLOTS: usize = 1 << 16;
+/// Chunks a collection may have: 2^28 vectors.
+const CHUNKS_MAX: usize = 1 << 12;
+/// Rows and links start at cache lines.
+const LINE_BYTES: usize = 64;
+/// Most links of a slot: with their count they fill [`LINKS_BYTES`].
+pub const LINKS_MAX: usize = LINKS_BYTES / size_of::<u32>() - 1;
+/// Count and links of a slot: whole cache lines.
+pub const LINKS_BYTES: usize = 192;
+/// Figures and revisions behind the bytes of a row.
+const TRAILER_BYTES: usize = size_of::<Trailer>();
+
+/// The figures that make a row's bytes comparable; see `codes.rs`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct Figures {
+    /// What one step of the bytes is worth.
+    pub scale: f32,
+    /// Squared length of what the bytes stand for.
+    pub square: f32,
+    /// The further coordinate that makes inner products comparable as distances; 0 for other metrics.
+    pub lift: f32,
+}
+
+#[repr(C)]
+struct Trailer {
+    born: AtomicU64,
+    died: AtomicU64,
+    figures: Figures,
+}
+
+/// The memory. All methods take `&self`; see the module's text for who may call what.
+#[derive(Debug)]
+pub struct Nodes {
+    dim: usize,
+    /// Bytes of a row before its trailer.
+    trailer_at: usize,
+    /// Bytes from one row to the next.
+    stride: usize,
+    rows: Box<[OnceLock<MmapRaw>]>,
+    links: Box<[OnceLock<MmapRaw>]>,
+    /// Slots there is room for.
+    capacity: AtomicUsize,
+}
+
+impl Nodes {
+    /// Nothing is allocated yet.
+    #[must_use]
+    pub fn new(dim: usize) -> Self {
+        let trailer_at = dim.next_multiple_of(align_of::<Trailer>());
+        let stride = (trailer_at + TRAILER_BYTES).next_multiple_of(LINE_BYTES);
+        let table = || (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect();
+        Self { dim, trailer_at, stride, rows: table(), links: table(), capacity: AtomicUsize::new(0) }
+    }
+
+    /// Bytes a slot takes: row and links.
+    #[must_use]
+    pub fn slot_bytes(&self) -> usize {
+        self.stride + LINKS_BYTES
+    }
+
+    /// Makes room for slots below `slots`. Must be called before one of them is named to any other method.
+    pub fn reserve(&self, slots: usize) -> Result<(), Error> {
+        let no_room = |detail: String| {
+            Error::io("cannot get memory for", Path::new("the vector index"))(std::io::Error::other(detail))
+        };
+        for chunk in self.capacity() / CHUNK_SLOTS..slots.div_ceil(CHUNK_SLOTS) {
+            if chunk >= CHUNKS_MAX {
+                return Err(no_room(format!("a collection holds at most {} vectors", CHUNKS_MAX * CHUNK_SLOTS)));
+            }
+            for (table, bytes) in [(&self.rows, self.stride), (&self.links, LINKS_BYTES)] {
+                if table[chunk].get().is_none() {
+                    let map = map_chunk(bytes * CHUNK_SLOTS).map_err(|e| no_room(e.to_string()))?;
+                    // Another thread may have been first; then this one is unmapped again.
+                    drop(table[chunk].set(map));
+                }
+            }
+            self.capacity.fetch_max((chunk + 1) * CHUNK_SLOTS, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Slots there is room for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity.load(Ordering::Acquire)
+    }
+
+    fn place(table: &[OnceLock<MmapRaw>], slot: u32, bytes: usize) -> *mut u8 {
+        let slot = slot as usize;
+        let chunk = table[slot / CHUNK_SLOTS].get().expect("room is reserved before a slot is used");
+        // In bounds: a chunk has CHUNK_SLOTS places of `bytes`.
+        chunk.as_mut_ptr().wrapping_add(slot % CHUNK_SLOTS * bytes)
+    }
+
+    /// The bytes of a row.
+    #[must_use]
+    pub fn code(&self, slot: u32) -> &[u8] {
+        let row = Self::place(&self.rows, slot, self.stride);
+        // SAFETY: `place` is the start of `stride >= dim` mapped bytes that live as long as `self`; whoever writes them
+        // has promised that nobody reads them meanwhile (`Nodes::write`).
+        unsafe { std::slice::from_raw_parts(row, self.dim) }
+    }
+
+    fn trailer(&self, slot: u32) -> *mut Trailer {
+        // Aligned: rows start at cache lines, and `trailer_at` is a multiple of the trailer's alignment.
+        #[expect(clippy::cast_ptr_alignment, reason = "see above")]
+        let trailer = Self::place(&self.rows, slot, self.stride).wrapping_add(self.trailer_at).cast::<Trailer>();
+        trailer
+    }
+
+    /// The figures of a row.
+    #[must_use]
+    pub fn figures(&self, slot: u32) -> Figures {
+        // SAFETY: mapped and aligned (see `trailer`); written under the same promise as the bytes.
+        unsafe { (&raw const (*self.trailer(slot)).figures).read() }
+    }
+
+    fn revisions(&self, slot: u32) -> (&AtomicU64, &AtomicU64) {
+        let trailer = self.trailer(slot);
+        // SAFETY: mapped and aligned (see `trailer`); both are only ever accessed as atomics.
+        unsafe { (&(*trailer).born, &(*trailer).died) }
+    }
+
+    /// Whether a slot is visible at a revision.
+    #[must_use]
+    pub fn is_visible(&self, slot: u32, at: Revision) -> bool {
+        let (born, died) = self.revisions(slot);
+        born.load(Ordering::Relaxed) <= at.0 && at.0 < died.load(Ordering::Relaxed)
+    }
+
+    /// Whether a slot has not died.
+    #[must_use]
+    pub fn is_live(&self, slot: u32) -> bool {
+        self.revisions(slot).1.load(Ordering::Relaxed) == u64::MAX
+    }
+
+    /// The revision a slot's vector was written at.
+    #[must_use]
+    pub fn born(&self, slot: u32) -> Revision {
+        Revision(self.revisions(slot).0.load(Ordering::Relaxed))
+    }
+
+    /// From `at` on the slot is not visible any more.
+    pub fn bury(&self, slot: u32, at: Revision) {
+        self.revisions(slot).1.store(at.0, Ordering::Relaxed);
+    }
+
+    /// Fills a slot: `fill` writes the bytes and tells the figures.
+    ///
+    /// # Safety
+    /// No link leads to the slot, it is in no list a search or linker has or will get before this returns, and none that
+    /// could have learned of an earlier tenant is still running.
+    pub unsafe fn write(
+        &self,
+        slot: u32,
+        born: Revision,
+        died: Revision,
+        fill: impl FnOnce(&mut [u8]) -> Figures,
+    ) {
+        let row = Self::place(&self.rows, slot, self.stride);
+        // SAFETY: mapped (see `code`), and nobody else looks at it: this function's contract.
+        let code = unsafe { std::slice::from_raw_parts_mut(row, self.dim) };
+        let figures = fill(code);
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.trailer(slot)).figures).write(figures) };
+        let (b, d) = self.revisions(slot);
+        b.store(born.0, Ordering::Relaxed);
+        d.store(died.0, Ordering::Relaxed);
+    }
+
+    /// Count and places of a slot's links.
+    fn links(&self, slot: u32) -> &[AtomicU32; LINKS_MAX + 1] {
+        let start = Self::place(&self.links, slot, LINKS_BYTES);
+        // SAFETY: LINKS_BYTES mapped bytes at a cache line, only ever accessed as atomics; zeroed memory is no links.
+        #[expect(clippy::cast_ptr_alignment, reason = "chunks are page-aligned and LINKS_BYTES is whole lines")]
+        unsafe {
+            &*start.cast()
+        }
+    }
+
+    /// Where a slot's links lead. While another thread changes them the list may mix old and new ones; each was a link
+    /// of this slot at some time. The acquire pairs with the release in [`Nodes::set_links`]: who sees a link sees the
+    /// row it leads to.
+    pub fn neighbours(&self, slot: u32) -> impl ExactSizeIterator<Item = u32> + '_ {
+        let (count, places) = self.links(slot).split_first().expect("the count is always there");
+        let count = (count.load(Ordering::Acquire) as usize).min(LINKS_MAX);
+        places[..count].iter().map(|place| place.load(Ordering::Acquire))
+    }
+
+    /// Replaces a slot's links. One thread at a time for each slot.
+    pub fn set_links(&self, slot: u32, to: &[u32]) {
+        let (count, places) = self.links(slot).split_first().expect("the count is always there");
+        for (place, &to) in places.iter().zip(to) {
+            place.store(to, Ordering::Release);
+        }
+        count.store(to.len().min(LINKS_MAX) as u32, Ordering::Release);
+    }
+
+    /// Appends a link where there is room. One thread at a time for each slot.
+    pub fn push_link(&self, slot: u32, to: u32) -> bool {
+        let (count, places) = self.links(slot).split_first().expect("the count is always there");
+        let at = count.load(Ordering::Relaxed) as usize;
+        if at >= LINKS_MAX {
+            return false;
+        }
+        places[at].store(to, Ordering::Release);
+        count.store(at as u32 + 1, Ordering::Release);
+        true
+    }
+
+    /// Replaces a slot's last link, its longest, by another. One thread at a time for each slot.
+    pub fn replace_last_link(&self, slot: u32, to: u32) {
+        let (count, places) = self.links(slot).split_first().expect("the count is always there");
+        match (count.load(Ordering::Relaxed) as usize).min(LINKS_MAX) {
+            0 => drop(self.push_link(slot, to)),
+            count => places[count - 1].store(to, Ordering::Release),
+        }
+    }
+
+    /// Asks the processor to fetch a whole row.
+    #[inline]
+    pub fn prefetch_row(&self, slot: u32) {
+        let row = Self::place(&self.rows, slot, self.stride);
+        for line in (0..self.stride).step_by(LINE_BYTES) {
+            prefetch(row.wrapping_add(line));
+        }
+    }
+
+    /// Asks the processor to fetch a slot's links.
+    #[inline]
+    pub fn prefetch_links(&self, slot: u32) {
+        let links = Self::place(&self.links, slot, LINKS_BYTES);
+        for line in (0..LINKS_BYTES).step_by(LINE_BYTES) {
+            prefetch(links.wrapping_add(line));
+        }
+    }
+}
+
+fn map_chunk(bytes: usize) -> std::io::Result<MmapRaw> {
+    let map = MmapOptions::new().len(bytes).map_anon()?;
+    // A hint: without huge pages a search is slower, not wrong.
+    #[cfg(target_os = "linux")]
+    if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+        tracing::debug!(%error, "no huge pages for the vector index");
+    }
+    Ok(map.into())
+}
