@@ -4,14 +4,14 @@
 //! then searches it, in turns, on the same threads, and prints gigabytes a second of both.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use kiss_vdb::engine::collections::{Search, SharedCollection};
+use kiss_vdb::engine::collections::SharedCollection;
+use kiss_vdb::engine::linker::Background;
+use kiss_vdb::engine::search::Search;
 use kiss_vdb::revision::Revision;
 use kiss_vdb::vector::collection::Query;
 use kiss_vdb::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use rayon::prelude::*;
 use std::hint::black_box;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 const DIM: usize = 384;
@@ -39,8 +39,7 @@ fn main() {
     let bytes = (plain.len() * size_of::<f32>()) as f64;
     for metric in [Metric::Dot, Metric::Cosine, Metric::L2] {
         let spec = CollectionSpec::new(DIM, metric).unwrap();
-        let durable = Arc::new(AtomicU64::new(u64::MAX));
-        let collection = SharedCollection::open(None, spec, Revision(1), &durable).unwrap();
+        let collection = SharedCollection::open(None, spec, Revision(1), &Background::new()).unwrap();
         for (row, numbers) in plain.chunks(DIM).enumerate() {
             collection.reserve(1).unwrap();
             let id = VectorId::new(&format!("{row}")).unwrap();
@@ -53,6 +52,8 @@ fn main() {
             offset: 0,
             min_score: None,
             include_vector: false,
+            is_exact: true,
+            ef: None,
             group: None,
         };
         let (mut reading, mut searching) = (Vec::new(), Vec::new());
@@ -61,7 +62,7 @@ fn main() {
             black_box(plain.par_chunks(1 << 18).map(sum).sum::<f32>());
             reading.push(started.elapsed().as_secs_f64());
             let started = Instant::now();
-            black_box(collection.begin_search(Revision(u64::MAX - 1)).run(std::slice::from_ref(&search)));
+            black_box(collection.begin_search(Revision(u64::MAX - 1), &[]).run(std::slice::from_ref(&search)));
             searching.push(started.elapsed().as_secs_f64());
         }
         let (read, searched) = (bytes / median(reading) / 1e9, bytes / median(searching) / 1e9);

@@ -5,9 +5,9 @@
 
 use kiss_vdb::config::Resolved;
 use kiss_vdb::engine::Engine;
-use kiss_vdb::engine::collections::{Found, Search};
 use kiss_vdb::engine::command::{Command, Condition, Key, Op, Outcome, Value, VectorSelection, VectorWrite};
 use kiss_vdb::engine::json::compact;
+use kiss_vdb::engine::search::{Found, Search};
 use kiss_vdb::error::Rejection;
 use kiss_vdb::revision::Revision;
 use kiss_vdb::vector::collection::Query;
@@ -337,7 +337,7 @@ async fn play(steps: Vec<Step>) {
             Step::DeleteMatching(c, m) => {
                 let Some((_, vectors)) = model.collections.get_mut(c) else { continue };
                 let filter = Filter::parse(&json!({ "m": m })).unwrap();
-                let ids = running.engine.collection(name(*c).as_str()).unwrap().matching(&filter);
+                let ids = running.engine.begin_match(name(*c).as_str()).unwrap().ids_matching(&filter);
                 let selection = VectorSelection { ids, filter: Some(filter) };
                 let result =
                     running.engine.submit(Command::one(Op::DeleteVectors { collection: name(*c), selection })).await;
@@ -368,12 +368,14 @@ async fn play(steps: Vec<Step>) {
                     offset: 0,
                     min_score: None,
                     include_vector: true,
+                    is_exact: false,
+                    ef: None,
                     group: None,
                 };
                 let (found, at, _) =
                     running.engine.search(name(*c).as_str(), |c| Ok(vec![search(c.spec())])).await.unwrap();
                 assert_eq!(at.0, model.revision);
-                let Found::Hits(hits) = &found[0] else { panic!("groups") };
+                let Found::Hits(hits) = &found[0].found else { panic!("groups") };
                 assert_eq!(hits.len(), naive.len(), "min(k, matches)");
                 for (hit, (score, _)) in hits.iter().zip(&naive) {
                     assert!(

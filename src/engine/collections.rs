@@ -18,7 +18,6 @@ use crate::revision::Revision;
 use crate::vector::collection::{Collection, Horizon, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
-use crate::vector::plan::GRAPH_FROM;
 use crate::vector::storage::{NewChunk, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
@@ -291,7 +290,7 @@ impl SharedCollection {
             return true;
         }
         let (has_graph, vectors, counts) = self.read(|c| (c.graph().is_some(), c.len(), c.graph_counts()));
-        if !has_graph && vectors >= GRAPH_FROM {
+        if !has_graph && vectors >= self.background.graph_from {
             let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim));
             if let Err(error) = self.inner.write().start_graph(graph) {
                 tracing::warn!(%error, "no memory for a graph; searches stay exact");
@@ -420,7 +419,7 @@ impl SharedCollection {
         if party.pass.finish(&piece) {
             let found = party.found.load(Ordering::Relaxed);
             *self.search_party.lock() = None;
-            eprintln!("found {found}");
+            tracing::debug!(found, "looked for lost vectors");
             if found > 0 && party.passes_left > 1 {
                 self.begin_search_party(party.passes_left - 1);
                 self.wake();
@@ -522,6 +521,17 @@ impl SharedCollection {
     /// `sync_log` makes all that was applied durable in the log, so that the files never show what the log could lose.
     /// Returns whether anything was written. Blocking; the collection's lock is held for slices only.
     pub fn checkpoint(
+        &self,
+        head: impl FnOnce() -> Revision,
+        sync_log: impl Fn() -> Result<(), Error>,
+    ) -> Result<bool, Error> {
+        let is_written = self.checkpoint_slots(head, sync_log)?;
+        // After the slots: a graph file that is ahead of them only names vectors that the next start may not know.
+        self.save_graph();
+        Ok(is_written)
+    }
+
+    fn checkpoint_slots(
         &self,
         head: impl FnOnce() -> Revision,
         sync_log: impl Fn() -> Result<(), Error>,

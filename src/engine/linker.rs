@@ -10,6 +10,7 @@
 
 use super::collections::SharedCollection;
 use crate::vector::graph::Scratch;
+use crate::vector::plan::GRAPH_FROM;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
@@ -28,6 +29,8 @@ pub struct Background {
     /// How far the log is durable, for the reuse of slots: what a crash of a relaxed mode could undo must not have been
     /// overwritten. `u64::MAX` in `always` mode, where everything applied is durable.
     pub durable: AtomicU64,
+    /// From so many vectors on a collection gets a graph.
+    pub graph_from: usize,
     queue: Mutex<Queue>,
     has_work: Condvar,
 }
@@ -42,7 +45,14 @@ impl Background {
     /// While recovering, everything is durable.
     #[must_use]
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { durable: AtomicU64::new(u64::MAX), queue: Mutex::default(), has_work: Condvar::new() })
+        Self::with_graph_from(GRAPH_FROM)
+    }
+
+    /// As [`Background::new`], with graphs for smaller collections: for tests.
+    #[must_use]
+    pub fn with_graph_from(graph_from: usize) -> Arc<Self> {
+        let durable = AtomicU64::new(u64::MAX);
+        Arc::new(Self { durable, graph_from, queue: Mutex::default(), has_work: Condvar::new() })
     }
 
     /// A collection has work; it must not be in the queue already.
