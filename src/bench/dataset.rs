@@ -12,6 +12,11 @@ use serde_json::{Value, json};
 use std::io::Read;
 use std::path::Path;
 
+/// Dimensions in which made-up vectors differ.
+const LATENT: usize = 24;
+/// Centres around which they lie.
+const CENTRES: usize = 200;
+
 /// Rows of equal length.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Matrix<T> {
@@ -141,10 +146,26 @@ impl Dataset {
         Ok(Self { name: description.name, metric: description.metric, base, queries, meta, truth, filters })
     }
 
-    /// Made-up vectors: uniform, always the same. Real data are easier to search and tell more.
+    /// Made-up vectors, always the same: points of a space of [`LATENT`] dimensions, around centres, spread over `dim`
+    /// numbers by a random map. Embeddings are like that; numbers drawn one by one would all be equally far apart. Real
+    /// data tell more.
     pub(super) fn made_up(n: usize, queries: usize, dim: usize) -> anyhow::Result<Self> {
         let mut state = 1;
-        let mut rows = |count: usize| Matrix::new(dim, (0..count * dim).map(|_| uniform(&mut state)).collect());
+        let mut draw = |count: usize| -> Vec<f32> { (0..count).map(|_| uniform(&mut state)).collect() };
+        let (map, centres) = (draw(LATENT * dim), draw(LATENT * CENTRES));
+        let mut rows = |count: usize| {
+            let mut values = Vec::with_capacity(count * dim);
+            for _ in 0..count {
+                let centre = (draw(1)[0].abs() * CENTRES as f32) as usize % CENTRES * LATENT;
+                let latent: Vec<f32> =
+                    draw(LATENT).iter().zip(&centres[centre..]).map(|(own, centre)| own * 0.7 + centre).collect();
+                values.extend((0..dim).map(|at| {
+                    let weights = &map[at * LATENT..(at + 1) * LATENT];
+                    latent.iter().zip(weights).map(|(l, w)| l * w).sum::<f32>()
+                }));
+            }
+            Matrix::new(dim, values)
+        };
         let (base, queries) = (rows(n)?, rows(queries)?);
         let (name, metric) = (format!("made-up-{dim}"), "cosine".to_owned());
         Ok(Self { name, metric, base, queries, meta: Vec::new(), truth: None, filters: Vec::new() })

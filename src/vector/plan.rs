@@ -1,21 +1,23 @@
 //! How a search is answered: by looking at everything, at all matches of its filter, or by walking the graph.
 //!
 //! The cheapest by an estimate that was fitted to measurements (`docs/benchmarks.md`); its unit is one row of the graph
-//! scored in a scan, about 10 ns at 384 numbers. Whatever is chosen, a walk that turns out dearer than looking at all
+//! scored in a scan, about 13 ns at 384 numbers. Whatever is chosen, a walk that turns out dearer than looking at all
 //! matches is given up for that, and so is one that finds fewer than there are.
 
-/// Effort of a search that does not say: recall@10 of 0.95 and more on the data sets measured.
-pub const EF_DEFAULT: usize = 64;
+/// Effort of a search that does not say: recall@10 of 0.97 and more on the data sets measured.
+pub const EF_DEFAULT: usize = 48;
 /// Largest effort a search may ask for.
 pub const EF_MAX: usize = 10_000;
-/// From so many vectors on a collection gets a graph. Below, an exact scan takes less than a walk.
-pub const GRAPH_FROM: usize = 4096;
+/// From so many vectors on a collection gets a graph. Below, the exact scan takes about as long as a walk, and is exact.
+pub const GRAPH_FROM: usize = 2048;
 /// Rows a walk scores for each spot of its pool.
 const SCORED_PER_EF: f64 = 26.0;
 /// What a row costs a walk, where it comes out of order, in rows of a scan.
-const WALK_ROW_COST: f64 = 2.5;
-/// What looking at the neighbours of neighbours costs for each match scored, in rows of a scan.
-const TWO_HOP_ROW_COST: f64 = 6.0;
+const WALK_ROW_COST: f64 = 2.6;
+/// With a filter a walk scores so many rows more for each match, over the share that matches.
+const MISSES: f64 = 1.4;
+/// What a match costs when it is looked for among neighbours of neighbours, in rows of a scan.
+const TWO_HOP_ROW_COST: f64 = 13.0;
 
 /// The ways to answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,19 +45,28 @@ impl Way {
     }
 }
 
-/// The effort for so many hits: what was asked for, but never less than the hits.
+/// The effort for so many hits among the share of vectors that match: what was asked for, but never less than the hits.
+/// A walk with a filter passes more rows on its way, so that less effort finds as much.
 #[must_use]
-pub fn effort(asked: Option<usize>, hits: usize) -> usize {
-    asked.unwrap_or_else(|| EF_DEFAULT.max(hits + hits / 2)).max(hits)
+pub fn effort(asked: Option<usize>, hits: usize, share: f64) -> usize {
+    // The cast: a small positive number.
+    asked.unwrap_or_else(|| (EF_DEFAULT as f64 * share.clamp(0.25, 1.0).sqrt()) as usize + hits / 2).max(hits)
+}
+
+/// Rows a walk may score before looking at all matches instead. Most walks that succeed score far fewer; one whose query
+/// lies far from all matches would go on for long.
+#[must_use]
+pub fn budget(matches: usize) -> usize {
+    matches / 4
 }
 
 /// Chooses among `matches` of `count` live vectors.
 #[must_use]
 pub fn choose(effort: usize, matches: usize, count: usize) -> Way {
     let share = matches as f64 / count.max(1) as f64;
+    let misses = if matches < count { MISSES / share.max(1e-9) } else { 1.0 };
     let scan = matches as f64;
-    // To meet one match a walk scores 1/share rows; beyond that it goes on until its pool is full of matches.
-    let walk = effort as f64 * SCORED_PER_EF * WALK_ROW_COST / share.sqrt().max(1e-6);
+    let walk = effort as f64 * SCORED_PER_EF * WALK_ROW_COST * misses;
     let two_hop = effort as f64 * SCORED_PER_EF * TWO_HOP_ROW_COST;
     if scan <= walk.min(two_hop) {
         Way::Scan
@@ -63,5 +74,25 @@ pub fn choose(effort: usize, matches: usize, count: usize) -> Way {
         Way::Graph
     } else {
         Way::TwoHop
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_matches_are_scanned_and_many_are_walked_to() {
+        let way = |matches, count| choose(effort(None, 10, matches as f64 / count as f64), matches, count);
+        assert_eq!(way(60_000, 60_000), Way::Graph);
+        assert_eq!(way(29_428, 60_000), Way::Graph);
+        assert_eq!(way(6288, 60_000), Way::Scan);
+        assert_eq!(way(56, 60_000), Way::Scan);
+        assert_eq!(way(0, 60_000), Way::Scan);
+        assert_eq!(way(100_000, 1_000_000), Way::TwoHop);
+        assert_eq!(way(900_000, 1_000_000), Way::Graph);
+        assert_eq!(way(2500, 2500), Way::Scan);
+        // A thousand hits of few vectors: no walk is cheaper than looking at all.
+        assert_eq!(choose(effort(None, 1000, 1.0), 60_000, 60_000), Way::Scan);
     }
 }
