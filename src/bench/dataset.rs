@@ -199,7 +199,7 @@ pub(super) fn count_found(truth: &[i32], k: usize, ids: &[usize]) -> (usize, usi
 }
 
 /// In -1 to 1. SplitMix64 (Steele, Lea, Flood 2014): even, and the same everywhere.
-fn uniform(state: &mut u64) -> f32 {
+pub(super) fn uniform(state: &mut u64) -> f32 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -2,16 +2,20 @@
 //! `benches/peers.py`, which reads the lines that `--json` prints.
 
 use super::BenchArgs;
-use super::dataset::{Dataset, count_found};
+use super::dataset::{Dataset, count_found, uniform};
 use crate::engine::collections::SharedCollection;
 use crate::engine::linker::Background;
 use crate::engine::search::{Found, Search};
 use crate::revision::Revision;
-use crate::vector::collection::Query;
+use crate::vector::collection::{Collection, Query};
+use crate::vector::distance::kernels;
 use crate::vector::filter::Filter;
 use crate::vector::graph::Scratch;
+use crate::vector::plan::EF_DEFAULT;
+use crate::vector::validate::Report;
 use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use anyhow::ensure;
+use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,6 +24,16 @@ use std::time::Instant;
 const EFFORTS: [u32; 12] = [10, 15, 20, 30, 40, 64, 80, 100, 150, 200, 300, 400];
 /// Each effort is measured so often, in turns.
 const ROUNDS: usize = 5;
+
+/// Turnovers of `churn`, and the steps of one.
+const TURNOVERS: usize = 10;
+const CHURN_STEPS: usize = 100;
+
+struct Measured {
+    recall: f64,
+    per_second: f64,
+    scored: f64,
+}
 
 /// A collection in memory, whose background work is done by whoever asks.
 struct Index {
@@ -64,6 +78,46 @@ impl Index {
         while !is_enough() && self.collection.work_once(&mut scratch) {}
     }
 
+    fn is_linked(&self) -> bool {
+        self.collection.read(|c| c.graph().is_some() && c.graph_counts().linked == c.len())
+    }
+
+    /// As a client's write would find it, and nearly linked.
+    fn has_room(&self) -> bool {
+        self.collection.has_room() && self.collection.read(|c| c.graph_counts().tail < CHURN_STEPS)
+    }
+
+    /// Fails when the graph is not what it should be.
+    fn sound(&self) -> anyhow::Result<Option<Report>> {
+        let report = self.collection.validate();
+        ensure!(report.as_ref().is_none_or(Report::is_sound), "the graph is not sound: {report:?}");
+        Ok(report)
+    }
+
+    /// The nearest by looking at everything.
+    fn truth(&self, dataset: &Dataset, filter: Option<&Filter>) -> Vec<Vec<i32>> {
+        let exact = |query| {
+            let search = Search { is_exact: true, ..self.search(dataset.queries.row(query), 1, filter) };
+            // The cast: rows are counted in far fewer.
+            self.run(search).0.into_iter().map(|row| row as i32).collect()
+        };
+        (0..dataset.queries.len()).map(exact).collect()
+    }
+
+    /// All queries, one after another.
+    fn measure(&self, dataset: &Dataset, truth: &[Vec<i32>], ef: u32, filter: Option<&Filter>) -> Measured {
+        let (mut found, mut of, mut scored) = (0, 0, 0);
+        let started = Instant::now();
+        for (query, truth) in truth.iter().enumerate() {
+            let (ids, rows) = self.run(self.search(dataset.queries.row(query), ef, filter));
+            let (f, o) = count_found(truth, 10, &ids);
+            (found, of, scored) = (found + f, of + o, scored + rows);
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let queries = truth.len() as f64;
+        Measured { recall: found as f64 / of as f64, per_second: queries / seconds, scored: scored as f64 / queries }
+    }
+
     fn search(&self, numbers: &[f32], ef: u32, filter: Option<&Filter>) -> Search {
         Search {
             query: Query::new(self.spec, numbers),
@@ -95,17 +149,18 @@ fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Prints a line for the build, one for each effort and round, and one for each filter asked for.
+fn print(args: &BenchArgs, line: &Value) {
+    if args.json {
+        println!("{line}");
+    } else {
+        let members = line.as_object().into_iter().flatten();
+        let text: Vec<String> = members.map(|(name, value)| format!("{name} {value}")).collect();
+        println!("{}", text.join("  "));
+    }
+}
+
+/// Prints a line for the build, and one for each filter asked for, each effort and each round.
 pub(super) fn run(dataset: &Dataset, args: &BenchArgs) -> anyhow::Result<()> {
-    let print = |line: Value| {
-        if args.json {
-            println!("{line}");
-        } else {
-            let members = line.as_object().into_iter().flatten();
-            let text: Vec<String> = members.map(|(name, value)| format!("{name} {value}")).collect();
-            println!("{}", text.join("  "));
-        }
-    };
     let rows = dataset.base.len();
     let mut index = Index::new(dataset)?;
     let resident = resident_bytes();
@@ -114,50 +169,140 @@ pub(super) fn run(dataset: &Dataset, args: &BenchArgs) -> anyhow::Result<()> {
         index.put(dataset, row)?;
     }
     let stored = started.elapsed().as_secs_f64();
-    let is_linked = || index.collection.read(|c| c.graph().is_some() && c.graph_counts().linked == c.len());
-    index.settle(is_linked);
+    index.settle(|| index.is_linked());
     let seconds = started.elapsed().as_secs_f64();
     index.settle(|| false);
     let settled = started.elapsed().as_secs_f64();
     let grown = resident_bytes().saturating_sub(resident);
-    let (memory, report) = (index.collection.read(|c| c.memory_bytes()), index.collection.validate());
-    if let Some(r) = &report { eprintln!("unreachable {} lost {}", r.unreachable.len(), r.lost.len()); }
-    if false { ensure!(report.as_ref().is_none_or(|r| r.is_sound()), "the graph is not sound: {report:?}"); }
-    print(json!({
-        "step": "index.build", "dataset": dataset.name, "vectors": rows, "seconds": round(seconds, 3),
-        "store_seconds": round(stored, 3), "per_second": round(rows as f64 / seconds, 0), "threads": threads(),
-        "settled_seconds": round(settled, 3),
-        "links_each": report.map(|r| round(r.links as f64 / r.linked.max(1) as f64, 1)),
-        "memory_bytes": memory, "resident_grown_bytes": grown,
-    }));
+    let (memory, report) = (index.collection.read(Collection::memory_bytes), index.sound()?);
+    print(
+        args,
+        &json!({
+            "step": "index.build", "dataset": dataset.name, "vectors": rows, "seconds": round(seconds, 3),
+            "store_seconds": round(stored, 3), "settled_seconds": round(settled, 3),
+            "per_second": round(rows as f64 / seconds, 0), "threads": threads(),
+            "links_each": report.map(|r| round(r.links as f64 / r.linked.max(1) as f64, 1)),
+            "memory_bytes": memory, "resident_grown_bytes": grown,
+        }),
+    );
     let efforts = if args.ef.is_empty() { EFFORTS.to_vec() } else { args.ef.clone() };
     for case in dataset.cases(&args.filter)? {
-        let Some(truth) = &case.truth else { continue };
         let filter = case.filter.as_ref().map(Filter::parse).transpose()?;
+        let truth: Vec<Vec<i32>> = match &case.truth {
+            Some(truth) => (0..truth.len()).map(|query| truth.row(query).to_vec()).collect(),
+            None => index.truth(dataset, filter.as_ref()),
+        };
         for _ in 0..ROUNDS {
             for &ef in &efforts {
-                let (mut found, mut of, mut scored) = (0, 0, 0);
-                let started = Instant::now();
-                for query in 0..dataset.queries.len() {
-                    let search = index.search(dataset.queries.row(query), ef, filter.as_ref());
-                    let (ids, rows) = index.run(search);
-                    let (f, o) = count_found(truth.row(query), 10, &ids);
-                    (found, of, scored) = (found + f, of + o, scored + rows);
-                }
-                let seconds = started.elapsed().as_secs_f64();
-                let queries = dataset.queries.len() as f64;
+                let measured = index.measure(dataset, &truth, ef, filter.as_ref());
                 let mut line = json!({
-                    "step": "index.search", "ef": ef, "recall": round(found as f64 / of as f64, 4),
-                    "qps": round(queries / seconds, 0), "scored": round(scored as f64 / queries, 0),
+                    "step": "index.search", "ef": ef, "recall": round(measured.recall, 4),
+                    "qps": round(measured.per_second, 0), "scored": round(measured.scored, 0),
                 });
                 if case.filter.is_some() {
                     line["filter"] = json!(case.name);
                 }
-                print(line);
+                print(args, &line);
+            }
+        }
+    }
+    let queries: Vec<usize> = (0..dataset.queries.len()).collect();
+    let all = |threads: usize| -> anyhow::Result<f64> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let search =
+            |&query: &usize| index.run(index.search(dataset.queries.row(query), EF_DEFAULT as u32, None)).0.len();
+        // Once to fill the caches.
+        pool.install(|| queries.par_iter().map(search).sum::<usize>());
+        let started = Instant::now();
+        pool.install(|| queries.par_iter().map(search).sum::<usize>());
+        Ok(queries.len() as f64 / started.elapsed().as_secs_f64())
+    };
+    let (one, many) = (all(1)?, all(threads())?);
+    print(
+        args,
+        &json!({
+            "step": "index.parallel", "threads": threads(), "qps": round(many, 0), "qps_of_one": round(one, 0),
+            "ratio": round(many / one, 2),
+        }),
+    );
+    Ok(())
+}
+
+/// Half of the vectors are in. Ten times all of them leave and others come: one by one at random, then cluster by cluster.
+/// Prints recall and memory beside those of an index freshly made of the same vectors.
+pub(super) fn churn(dataset: &Dataset, args: &BenchArgs) -> anyhow::Result<()> {
+    let rows = dataset.base.len();
+    for clustered in [false, true] {
+        let mut index = Index::new(dataset)?;
+        let mut state = 7;
+        let mut live: Vec<usize> = (0..rows / 2).collect();
+        let mut away: Vec<usize> = (rows / 2..rows).collect();
+        for &row in &live {
+            index.put(dataset, row)?;
+        }
+        index.settle(|| false);
+        for turnover in 0..=TURNOVERS {
+            if turnover > 0 {
+                let step = (rows / 2 / CHURN_STEPS).max(1);
+                for _ in 0..CHURN_STEPS {
+                    let leaving = pick(dataset, &mut live, step, clustered, &mut state);
+                    let coming = pick(dataset, &mut away, step, clustered, &mut state);
+                    for &row in &leaving {
+                        index.delete(row)?;
+                    }
+                    for &row in &coming {
+                        index.put(dataset, row)?;
+                    }
+                    live.extend(coming);
+                    away.extend(leaving);
+                    index.settle(|| index.has_room());
+                }
+            }
+            if turnover != 0 && turnover != 1 && turnover != TURNOVERS {
+                continue;
+            }
+            index.settle(|| false);
+            index.sound()?;
+            let mut fresh = Index::new(dataset)?;
+            live.sort_unstable();
+            for &row in &live {
+                fresh.put(dataset, row)?;
+            }
+            fresh.settle(|| false);
+            let truth = fresh.truth(dataset, None);
+            let efforts = if args.ef.is_empty() { vec![EF_DEFAULT as u32] } else { args.ef.clone() };
+            for ef in efforts {
+                let [ours, new] = [&index, &fresh].map(|i| i.measure(dataset, &truth, ef, None));
+                let [bytes, new_bytes] = [&index, &fresh].map(|i| i.collection.read(Collection::memory_bytes));
+                print(
+                    args,
+                    &json!({
+                        "step": "churn", "clustered": clustered, "turnovers": turnover, "ef": ef,
+                        "recall": round(ours.recall, 4), "recall_fresh": round(new.recall, 4),
+                        "qps": round(ours.per_second, 0), "qps_fresh": round(new.per_second, 0),
+                        "memory_ratio": round(bytes as f64 / new_bytes as f64, 3),
+                    }),
+                );
             }
         }
     }
     Ok(())
+}
+
+/// Takes rows out of a list: any, or one and those nearest to it.
+fn pick(dataset: &Dataset, from: &mut Vec<usize>, count: usize, clustered: bool, state: &mut u64) -> Vec<usize> {
+    let mut any = |below: usize| (f64::from(uniform(state).abs()) * below as f64) as usize % below.max(1);
+    if !clustered {
+        return (0..count.min(from.len())).map(|_| from.swap_remove(any(from.len()))).collect();
+    }
+    let centre = dataset.base.row(from[any(from.len())]);
+    let l2 = kernels().l2_squared;
+    let mut near: Vec<(f32, usize)> =
+        from.par_iter().enumerate().map(|(at, &row)| (l2(centre, dataset.base.row(row)), at)).collect();
+    near.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+    let mut places: Vec<usize> = near.iter().take(count).map(|&(_, at)| at).collect();
+    places.sort_unstable();
+    places.into_iter().rev().map(|at| from.swap_remove(at)).collect()
 }
 
 fn round(number: f64, digits: i32) -> f64 {

@@ -78,8 +78,10 @@ pub enum Phase {
     Search,
     /// SSE delivery
     Streams,
-    /// The vector index in this process, without a server
+    /// The vector index in this process, without a server; only when asked for
     Index,
+    /// The same under ten turnovers of all vectors, beside a fresh one; only when asked for
+    Churn,
 }
 
 /// Flags of `kiss-vdb bench`.
@@ -173,6 +175,27 @@ pub struct BenchArgs {
     /// After `--`: more flags for the server that is started
     #[arg(last = true)]
     serve_flags: Vec<String>,
+}
+
+impl BenchArgs {
+    fn phases(&self) -> Vec<Phase> {
+        let asked = if self.only.is_empty() { Phase::value_variants() } else { &self.only };
+        asked.iter().copied().filter(|phase| !self.only.is_empty() || !phase.is_in_process()).collect()
+    }
+
+    fn load_dataset(&self) -> anyhow::Result<Dataset> {
+        match &self.dataset {
+            Some(dir) => Dataset::load(dir, self.n),
+            None => Dataset::made_up(self.n.unwrap_or(MADE_UP_VECTORS), MADE_UP_QUERIES, self.dim),
+        }
+    }
+}
+
+impl Phase {
+    /// Needs no server.
+    fn is_in_process(&self) -> bool {
+        matches!(self, Self::Index | Self::Churn)
+    }
 }
 
 /// Flags of `kiss-vdb bench-bare`.
@@ -273,6 +296,16 @@ fn progress_bar(name: &str) -> ProgressBar {
 /// Runs the phases and prints the report; an error when a request failed or an event went missing.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     crate::api::serve::raise_file_limit();
+    for phase in &args.only {
+        match phase {
+            Phase::Index => index::run(&args.load_dataset()?, args)?,
+            Phase::Churn => index::churn(&args.load_dataset()?, args)?,
+            _ => {}
+        }
+    }
+    if args.phases().iter().all(Phase::is_in_process) {
+        return Ok(());
+    }
     let mut bench = Bench::start(args)?;
     let outcome = bench.run_phases();
     // What was measured before a failure is still worth having.
@@ -334,8 +367,7 @@ impl<'a> Bench<'a> {
     }
 
     fn run_phases(&mut self) -> anyhow::Result<()> {
-        let phases = if self.args.only.is_empty() { Phase::value_variants() } else { &self.args.only };
-        for phase in phases {
+        for phase in self.args.phases() {
             match phase {
                 Phase::Fsync => self.fsync()?,
                 Phase::Put => self.put()?,
@@ -346,7 +378,7 @@ impl<'a> Bench<'a> {
                 Phase::Upsert => self.upsert()?,
                 Phase::Search => self.search()?,
                 Phase::Streams => self.streams()?,
-                Phase::Index => { let dataset = self.dataset()?; index::run(&dataset, &self.args)? },
+                Phase::Index | Phase::Churn => {}
             }
         }
         Ok(())
@@ -490,10 +522,7 @@ impl<'a> Bench<'a> {
             return Ok(Arc::clone(dataset));
         }
         let args = self.args;
-        let dataset = match &args.dataset {
-            Some(dir) => Dataset::load(dir, args.n)?,
-            None => Dataset::made_up(args.n.unwrap_or(MADE_UP_VECTORS), MADE_UP_QUERIES, args.dim)?,
-        };
+        let dataset = args.load_dataset()?;
         let dataset = Arc::new(dataset);
         self.dataset = Some(Arc::clone(&dataset));
         Ok(dataset)

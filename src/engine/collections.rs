@@ -252,8 +252,7 @@ impl SharedCollection {
     fn ticket(&self, at: Revision, needs_live: impl FnOnce(usize) -> bool) -> SearchTicket {
         let collection = self.me.upgrade().expect("whoever calls holds it");
         let number = self.begin();
-        let (graph, live) =
-            self.read(|c| (c.searchable(), needs_live(c.len()).then(|| c.live().clone())));
+        let (graph, live) = self.read(|c| (c.searchable(), needs_live(c.len()).then(|| c.live().clone())));
         SearchTicket { collection, at, number, graph, live }
     }
 
@@ -394,7 +393,19 @@ impl SharedCollection {
     fn linked_slots(&self) -> Vec<u32> {
         let slots = self.read(Collection::slot_count);
         let slices = (0..slots).step_by(SLICE_SLOTS);
-        slices.flat_map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS))).map(|(slot, _)| slot).collect()
+        slices
+            .flat_map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)))
+            .map(|(slot, _)| slot)
+            .collect()
+    }
+
+    /// Does all background work there is, on this thread, and looks for lost vectors whether it is time or not: for tests and
+    /// `kiss-vdb check`.
+    pub fn settle(&self) {
+        let mut scratch = Scratch::default();
+        while self.work_once(&mut scratch) {}
+        self.begin_search_party(SEARCH_PARTIES);
+        while self.work_once(&mut scratch) {}
     }
 
     fn begin_search_party(&self, passes_left: usize) {
@@ -412,7 +423,8 @@ impl SharedCollection {
             let _linking = self.linking.read();
             let number = self.begin();
             let slots = self.read(|c| c.linked_slots(piece.clone()));
-            let lost = slots.iter().filter(|&&(slot, _)| graph.nodes().is_live(slot) && graph.find_again(slot, scratch));
+            let lost =
+                slots.iter().filter(|&&(slot, _)| graph.nodes().is_live(slot) && graph.find_again(slot, scratch));
             party.found.fetch_add(lost.count(), Ordering::Relaxed);
             self.end_search(number);
         }
@@ -497,7 +509,8 @@ impl SharedCollection {
         }
         let number = self.begin();
         let slots = self.read(Collection::slot_count);
-        let slices = (0..slots).step_by(SLICE_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)));
+        let slices =
+            (0..slots).step_by(SLICE_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)));
         let result = graph_file::write(dir, self.spec, self.created, &graph, slices);
         self.end_search(number);
         match result {

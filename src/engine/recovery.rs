@@ -178,7 +178,8 @@ fn load(snapshot: Snapshot, vectors: &Path, background: &Arc<Background>) -> Res
     for saved in &snapshot.collections {
         if saved.checkpoint > saved.created && !SharedCollection::dir_below(vectors, saved.created).exists() {
             missing.push(saved.created);
-            collections.insert(saved.name.clone(), SharedCollection::open(None, saved.spec, saved.created, background)?);
+            collections
+                .insert(saved.name.clone(), SharedCollection::open(None, saved.spec, saved.created, background)?);
             continue;
         }
         let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created, background)?;

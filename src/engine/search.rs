@@ -281,8 +281,7 @@ impl SearchTicket {
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
         let ef = plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64);
-        let mut plan =
-            Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
+        let mut plan = Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
         let graph = self.graph.as_ref().filter(|_| !search.is_exact && search.group.is_none());
         let (graph, tail) = match (graph, &selected) {
             (Some(graph), _) => graph,

@@ -8,10 +8,10 @@
 //!
 //! Deliberately absent: locks. The engine shares a collection behind one lock and scans it in slices.
 
+use super::codes::encode;
 use super::distance::{dot_f64, kernels, l2_squared_f64};
 use super::filter::{Filter, any_at};
 use super::graph::Graph;
-use super::codes::encode;
 use super::meta_index::MetaIndex;
 use super::storage::{NewChunk, RowStore, SlotEntry, SlotLog};
 use super::topk::TopK;
@@ -854,7 +854,14 @@ impl Collection {
             Some(&slot) => {
                 let state = &self.slots[slot.index()];
                 let meta = state.meta.clone();
-                SlotEntry::Live { id: id.clone(), slot, born: state.born, revision: state.revision, norm: state.norm, meta }
+                SlotEntry::Live {
+                    id: id.clone(),
+                    slot,
+                    born: state.born,
+                    revision: state.revision,
+                    norm: state.norm,
+                    meta,
+                }
             }
             None => SlotEntry::Gone { id: id.clone() },
         };

@@ -263,12 +263,8 @@ mod x86 {
                 }
             }
         }
-        let halves = sums
-            .map(|s| _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64::<1>(s)));
-        let pairs = _mm256_hadd_epi32(
-            _mm256_hadd_epi32(halves[0], halves[1]),
-            _mm256_hadd_epi32(halves[2], halves[3]),
-        );
+        let halves = sums.map(|s| _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64::<1>(s)));
+        let pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(halves[0], halves[1]), _mm256_hadd_epi32(halves[2], halves[3]));
         let folded = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
         let mut out = [0; 4];
         // SAFETY: `out` is 16 bytes.
@@ -460,10 +456,13 @@ mod tests {
     fn every_code_kernel_equals_its_scalar_twin_at_every_length() {
         let byte = |seed: usize| ((seed * 2_654_435_761) >> 7) as u8;
         for length in (1..=200).chain([255, 256, 257, 383, 384, 385, 784, 8192]) {
-            let query: Vec<i8> = (0..length).map(|i| if length % 3 == 0 { -127 } else { byte(i).cast_signed() }).collect();
+            let query: Vec<i8> =
+                (0..length).map(|i| if length % 3 == 0 { -127 } else { byte(i).cast_signed() }).collect();
             for count in 0..10 {
                 let rows: Vec<Vec<u8>> = (0..count)
-                    .map(|row| (0..length).map(|i| if length % 5 == 0 { 255 } else { byte(i + 7777 * (row + 1)) }).collect())
+                    .map(|row| {
+                        (0..length).map(|i| if length % 5 == 0 { 255 } else { byte(i + 7777 * (row + 1)) }).collect()
+                    })
                     .collect();
                 let rows: Vec<&[u8]> = rows.iter().map(Vec::as_slice).collect();
                 let mut expected = vec![0; count];

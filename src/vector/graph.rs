@@ -406,9 +406,8 @@ impl Graph {
         let mut probe = std::mem::take(&mut scratch.probe);
         probe.of_row(&self.nodes, slot);
         let best = self.nearest(&probe, scratch);
-        let is_lost = best.is_none_or(|best| {
-            best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot)
-        });
+        let is_lost = best
+            .is_none_or(|best| best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot));
         scratch.probe = probe;
         if is_lost {
             // One with room costs no other link.

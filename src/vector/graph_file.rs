@@ -9,10 +9,10 @@
 //! Written beside, synced, renamed. While it is written the graph changes on; each list is one that was true at some
 //! time, and a reader trusts none of it beyond what the slots say.
 
+use super::CollectionSpec;
 use super::graph::{Graph, Scratch};
 use super::nodes::LINKS_MAX;
 use super::storage::metric_code;
-use super::CollectionSpec;
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};

@@ -175,13 +175,7 @@ impl Nodes {
     /// # Safety
     /// No link leads to the slot, it is in no list a search or linker has or will get before this returns, and none that
     /// could have learned of an earlier tenant is still running.
-    pub unsafe fn write(
-        &self,
-        slot: u32,
-        born: Revision,
-        died: Revision,
-        fill: impl FnOnce(&mut [u8]) -> Figures,
-    ) {
+    pub unsafe fn write(&self, slot: u32, born: Revision, died: Revision, fill: impl FnOnce(&mut [u8]) -> Figures) {
         let row = Self::place(&self.rows, slot, self.stride);
         // SAFETY: mapped (see `code`), and nobody else looks at it: this function's contract.
         let code = unsafe { std::slice::from_raw_parts_mut(row, self.dim) };

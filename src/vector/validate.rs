@@ -53,7 +53,9 @@ pub fn validate(graph: &Graph, linked: &[u32], slots: usize, may_be_linked: impl
     report.lost = linked
         .par_iter()
         .copied()
-        .map_init(<(Probe, Scratch)>::default, |(probe, scratch), slot| (slot, finds_itself(graph, slot, probe, scratch)))
+        .map_init(<(Probe, Scratch)>::default, |(probe, scratch), slot| {
+            (slot, finds_itself(graph, slot, probe, scratch))
+        })
         .filter(|(_, is_found)| !is_found)
         .map(|(slot, _)| slot)
         .collect();

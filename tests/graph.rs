@@ -1,0 +1,530 @@
+//! The graph index behind searches, against brute force: random writes and searches with filters from several threads,
+//! restarts, torn graph files, churn. Collections get a graph from a few vectors on, so that every rule is met often.
+//!
+//! What would break: a vector not found right after its write, a deleted one found, fewer than min(k, matches) hits, a
+//! link to a freed slot, recall that decays.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use kiss_vdb::engine::collections::SharedCollection;
+use kiss_vdb::engine::linker::Background;
+use kiss_vdb::engine::search::{Answer, Found, Search};
+use kiss_vdb::revision::Revision;
+use kiss_vdb::vector::collection::Query;
+use kiss_vdb::vector::filter::Filter;
+use kiss_vdb::vector::graph::Scratch;
+use kiss_vdb::vector::{CollectionSpec, Hit, Metric, VectorId, VectorMeta};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+const DIM: usize = 16;
+
+/// Always the same numbers: SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    fn number(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// Near one of `clusters` centres, which are the same for all.
+    fn vector(&mut self, dim: usize, clusters: usize) -> Vec<f32> {
+        let mut centre = Random(self.below(clusters) as u64 + 1_000_000);
+        (0..dim).map(|_| centre.number() * 2.0 + self.number() * 0.8).collect()
+    }
+}
+
+/// A collection with its writer's revisions and what should be in it.
+struct Live {
+    collection: Arc<SharedCollection>,
+    spec: CollectionSpec,
+    revision: u64,
+    model: BTreeMap<String, (Vec<f32>, Value)>,
+}
+
+impl Live {
+    fn open(dir: Option<&Path>, metric: Metric, dim: usize) -> Self {
+        let spec = CollectionSpec::new(dim, metric).unwrap();
+        let background = Background::with_graph_from(64);
+        let collection = SharedCollection::open(dir, spec, Revision(1), &background).unwrap();
+        Self { collection, spec, revision: 1, model: BTreeMap::new() }
+    }
+
+    fn put(&mut self, id: &str, numbers: Vec<f32>, meta: Value) {
+        self.revision += 1;
+        self.collection.reserve(1).unwrap();
+        let text = VectorMeta::new(&meta.to_string()).unwrap();
+        self.collection.put(&VectorId::new(id).unwrap(), &numbers, &text, Revision(self.revision));
+        self.model.insert(id.to_owned(), (numbers, meta));
+    }
+
+    fn set_meta(&mut self, id: &str, meta: Value) {
+        if let Some(entry) = self.model.get_mut(id) {
+            self.revision += 1;
+            let text = VectorMeta::new(&meta.to_string()).unwrap();
+            self.collection.set_meta(&VectorId::new(id).unwrap(), &text, Revision(self.revision));
+            entry.1 = meta;
+        }
+    }
+
+    fn delete(&mut self, id: &str) {
+        if self.model.remove(id).is_some() {
+            self.revision += 1;
+            self.collection.delete(&VectorId::new(id).unwrap(), Revision(self.revision));
+        }
+    }
+
+    fn work(&self, pieces: usize) {
+        let mut scratch = Scratch::default();
+        for _ in 0..pieces {
+            if !self.collection.work_once(&mut scratch) {
+                return;
+            }
+        }
+    }
+
+    fn search(&self, numbers: &[f32], k: usize, filter: Option<&Value>, is_exact: bool, ef: Option<usize>) -> Answer {
+        let searches = [Search {
+            query: Query::new(self.spec, numbers),
+            filter: filter.map(|f| Filter::parse(f).unwrap()),
+            k,
+            offset: 0,
+            min_score: None,
+            include_vector: true,
+            is_exact,
+            ef,
+            group: None,
+        }];
+        self.collection.begin_search(Revision(self.revision), &searches).run(&searches).remove(0)
+    }
+
+    /// Scores of what matches, best first.
+    fn truth(&self, query: &[f32], filter: Option<&Value>) -> Vec<(f64, &str)> {
+        let filter = filter.map(|f| Filter::parse(f).unwrap());
+        let matching = self.model.iter().filter(|(_, (_, meta))| filter.as_ref().is_none_or(|f| f.matches(meta)));
+        let mut scores: Vec<_> =
+            matching.map(|(id, (numbers, _))| (score(self.spec.metric, query, numbers), id.as_str())).collect();
+        scores.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
+        scores
+    }
+
+    /// Checks one search against the model; returns how many of the k best it found, and k.
+    fn check(&self, query: &[f32], k: usize, filter: Option<&Value>, is_exact: bool) -> (usize, usize) {
+        let answer = self.search(query, k, filter, is_exact, None);
+        let hits = hits(&answer);
+        let truth = self.truth(query, filter);
+        let wanted = k.min(truth.len());
+        assert_eq!(hits.len(), wanted, "min(k, matches) of {} vectors: {:?}", self.model.len(), answer.plan);
+        assert_eq!(answer.plan.matches, truth.len(), "{:?}", answer.plan);
+        let ids: BTreeSet<&str> = hits.iter().map(|hit| hit.id.as_str()).collect();
+        assert_eq!(ids.len(), hits.len(), "the same vector twice: {:?}", answer.plan);
+        let by_id: BTreeMap<&str, f64> = truth.iter().map(|&(score, id)| (id, score)).collect();
+        for pair in hits.windows(2) {
+            assert!(pair[0].score >= pair[1].score, "best first");
+        }
+        for hit in hits {
+            let expected = by_id.get(hit.id.as_str()).unwrap_or_else(|| panic!("{hit:?} is gone or does not match"));
+            assert!((f64::from(hit.score) - expected).abs() < 1e-3 * (1.0 + expected.abs()), "{hit:?}: {expected}");
+            assert_eq!(hit.vector.as_deref(), Some(&self.model[hit.id.as_str()].0[..]));
+        }
+        // By score: among equals any will do.
+        let floor = truth.get(wanted.wrapping_sub(1)).map_or(f64::MAX, |last| last.0 - 1e-6 * (1.0 + last.0.abs()));
+        let found = hits.iter().filter(|hit| by_id[hit.id.as_str()] >= floor).count();
+        if is_exact {
+            assert_eq!(found, wanted, "exact");
+        }
+        (found, wanted)
+    }
+
+    /// Part of the ten nearest that searches find, over many queries.
+    fn recall(&self, random: &mut Random, clusters: usize, filter: Option<&Value>) -> f64 {
+        let (mut found, mut of) = (0, 0);
+        for _ in 0..200 {
+            let (f, o) = self.check(&random.vector(self.spec.dim, clusters), 10, filter, false);
+            (found, of) = (found + f, of + o);
+        }
+        if of == 0 { 1.0 } else { found as f64 / of as f64 }
+    }
+
+    fn assert_sound(&self) {
+        self.collection.settle();
+        let report = self.collection.validate().expect("there is a graph");
+        assert!(report.is_sound(), "{report:?}");
+    }
+}
+
+fn hits(answer: &Answer) -> &[Hit] {
+    let Found::Hits(hits) = &answer.found else { panic!("groups") };
+    hits
+}
+
+fn score(metric: Metric, a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
+    match metric {
+        Metric::Dot => dot(a, b),
+        Metric::Cosine => dot(a, b) / (dot(a, a) * dot(b, b)).sqrt(),
+        Metric::L2 => -a.iter().zip(b).map(|(&x, &y)| (f64::from(x) - f64::from(y)).powi(2)).sum::<f64>().sqrt(),
+    }
+}
+
+const METRICS: [Metric; 3] = [Metric::Cosine, Metric::Dot, Metric::L2];
+
+fn meta(random: &mut Random) -> Value {
+    json!({ "n": random.below(100), "tags": [random.below(5), random.below(5)], "on": random.below(2) == 0 })
+}
+
+fn filters() -> Vec<Option<Value>> {
+    vec![
+        None,
+        Some(json!({ "n": { "$lt": 90 } })),
+        Some(json!({ "on": true })),
+        Some(json!({ "n": { "$gte": 90 }, "on": true })),
+        Some(json!({ "tags": 3 })),
+        Some(json!({ "n": 7 })),
+        Some(json!({ "n": { "$gt": 1000 } })),
+        Some(json!({ "tags.1": 2 })),
+    ]
+}
+
+/// A step of a history.
+#[derive(Clone, Debug)]
+enum Step {
+    Put(u16),
+    Delete(u16),
+    SetMeta(u16),
+    DeleteMany(u16),
+    Work(u8),
+    Search {
+        k: usize,
+        filter: usize,
+        is_exact: bool,
+    },
+    /// What a restart does: the files are written, closed and opened again.
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        30 => (0..600u16).prop_map(Step::Put),
+        8 => (0..600u16).prop_map(Step::Delete),
+        3 => (0..600u16).prop_map(Step::SetMeta),
+        1 => (0..600u16).prop_map(Step::DeleteMany),
+        20 => (0..12u8).prop_map(Step::Work),
+        10 => (1..40usize, 0..8usize, any::<bool>())
+            .prop_map(|(k, filter, is_exact)| Step::Search { k, filter, is_exact }),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+fn run(steps: &[Step], metric: Metric, seed: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(seed);
+    let mut live = Live::open(Some(dir.path()), metric, DIM);
+    // Enough that there is a graph, and that one step meets it.
+    for id in 0..300 {
+        live.put(&format!("v{id}"), random.vector(DIM, 12), meta(&mut random));
+    }
+    for step in steps {
+        match step {
+            Step::Put(id) => live.put(&format!("v{id}"), random.vector(DIM, 12), meta(&mut random)),
+            Step::Delete(id) => live.delete(&format!("v{id}")),
+            Step::SetMeta(id) => live.set_meta(&format!("v{id}"), meta(&mut random)),
+            Step::DeleteMany(from) => (*from..from + 150).for_each(|id| live.delete(&format!("v{id}"))),
+            Step::Work(pieces) => live.work(usize::from(*pieces)),
+            Step::Search { k, filter, is_exact } => {
+                live.check(&random.vector(DIM, 12), *k, filters()[*filter].as_ref(), *is_exact);
+            }
+            Step::Reopen => {
+                let head = Revision(live.revision);
+                live.collection.checkpoint(|| head, || Ok(())).unwrap();
+                let (model, revision) = (std::mem::take(&mut live.model), live.revision);
+                drop(live);
+                live = Live { model, revision, ..Live::open(Some(dir.path()), metric, DIM) };
+            }
+        }
+    }
+    live.work(usize::MAX);
+    if live.collection.read(|c| c.graph().is_some()) {
+        live.assert_sound();
+    }
+    for filter in filters() {
+        live.check(&random.vector(DIM, 12), 10, filter.as_ref(), false);
+        live.check(&random.vector(DIM, 12), 10, filter.as_ref(), true);
+    }
+}
+
+#[test]
+fn any_history_of_writes_and_searches_agrees_with_brute_force() {
+    let cases = std::env::var("KISS_GRAPH_CASES").map_or(60, |n| n.parse().unwrap());
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) };
+    proptest!(config, |(steps in prop::collection::vec(step(), 50..400), metric in 0..3usize, seed: u64)| {
+        run(&steps, METRICS[metric], seed);
+    });
+}
+
+#[test]
+fn recall_holds_for_every_metric_and_filter_on_clustered_data() {
+    for metric in METRICS {
+        let mut random = Random(5);
+        let mut live = Live::open(None, metric, 32);
+        for id in 0..6000 {
+            live.put(&format!("v{id}"), random.vector(32, 40), meta(&mut random));
+        }
+        live.work(usize::MAX);
+        live.assert_sound();
+        let counts = live.collection.read(|c| c.graph_counts());
+        assert_eq!((counts.linked, counts.tail, counts.garbage), (6000, 0, 0));
+        for filter in filters() {
+            let recall = live.recall(&mut random, 40, filter.as_ref());
+            assert!(recall >= 0.95, "{metric:?} {filter:?}: recall {recall}");
+        }
+        let way = live.search(&random.vector(32, 40), 10, None, false, None).plan.way;
+        assert_eq!(way.as_str(), "graph", "the walk is what was measured");
+    }
+}
+
+/// All vectors leave and others come, ten times; then as clusters, where whole regions empty and fill.
+#[test]
+fn churn_leaves_recall_and_memory_as_a_fresh_build_has_them() {
+    const COUNT: usize = 2000;
+    for by_cluster in [false, true] {
+        let mut random = Random(11);
+        let mut live = Live::open(None, Metric::L2, DIM);
+        let mut next = 0;
+        let mut put = |live: &mut Live, random: &mut Random, cluster: usize| {
+            let mut centre = Random(cluster as u64 + 1_000_000);
+            let numbers: Vec<f32> = (0..DIM).map(|_| centre.number() * 2.0 + random.number() * 0.8).collect();
+            live.put(&format!("c{cluster}-{next}"), numbers, meta(random));
+            next += 1;
+        };
+        for n in 0..COUNT {
+            put(&mut live, &mut random, n % 20);
+        }
+        live.work(usize::MAX);
+        for turnover in 0..10 {
+            let ids: Vec<String> = live.model.keys().cloned().collect();
+            for (n, id) in ids.iter().enumerate() {
+                live.delete(id);
+                let cluster = if by_cluster { n * 20 / COUNT + 20 * (turnover % 2) } else { random.below(20) };
+                put(&mut live, &mut random, cluster);
+                if n % 8 == 0 {
+                    live.work(2);
+                }
+                while !live.collection.has_room() {
+                    live.work(1);
+                }
+            }
+        }
+        live.work(usize::MAX);
+        live.assert_sound();
+        let slots = live.collection.read(|c| c.slot_count());
+        assert!(slots <= COUNT + COUNT / 5 + 2048, "{slots} slots for {COUNT} vectors");
+        let mut fresh = Live::open(None, Metric::L2, DIM);
+        for (id, (numbers, meta)) in &live.model {
+            fresh.put(id, numbers.clone(), meta.clone());
+        }
+        fresh.work(usize::MAX);
+        let recall = [&live, &fresh].map(|l| l.recall(&mut Random(99), 40, None));
+        assert!(recall[0] >= recall[1] - 0.01, "after churn {}, fresh {}", recall[0], recall[1]);
+    }
+}
+
+/// Four threads write their own ids, two link, two search; every answer is checked for what it may hold.
+#[test]
+fn writers_linkers_and_searchers_at_once_lose_nothing() {
+    let spec = CollectionSpec::new(DIM, Metric::Cosine).unwrap();
+    let collection = SharedCollection::open(None, spec, Revision(1), &Background::with_graph_from(64)).unwrap();
+    // The engine gives out revisions under its state lock, which searches hold to begin.
+    let state = parking_lot::RwLock::new(1u64);
+    let (stop, searched) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..4u64)
+            .map(|writer| {
+                let (collection, state) = (&collection, &state);
+                scope.spawn(move || {
+                    let mut random = Random(writer);
+                    let mut alive: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
+                    for round in 0..1500 {
+                        let number = random.below(400);
+                        let id = VectorId::new(&format!("w{writer}-{number}")).unwrap();
+                        let numbers = random.vector(DIM, 12);
+                        let mut revision = state.write();
+                        *revision += 1;
+                        if random.below(3) == 0 {
+                            collection.delete(&id, Revision(*revision));
+                            alive.remove(&number);
+                        } else {
+                            collection.reserve(1).unwrap();
+                            collection.put(&id, &numbers, &VectorMeta::empty(), Revision(*revision));
+                            alive.insert(number, numbers.clone());
+                        }
+                        drop(revision);
+                        if round % 5 == 0 {
+                            // What was just written is found by the first search after it, what was deleted is not.
+                            let searches = [search(spec, &numbers, 3)];
+                            let ticket = {
+                                let revision = state.read();
+                                collection.begin_search(Revision(*revision), &searches)
+                            };
+                            let answer = ticket.run(&searches).remove(0);
+                            let is_found = hits(&answer).iter().any(|hit| hit.id == id);
+                            let equal = hits(&answer).iter().filter(|hit| hit.score > 0.999_999).count();
+                            assert!(is_found == alive.contains_key(&number) || equal >= 3, "{id:?} {:?}", answer.plan);
+                        }
+                    }
+                    alive.len()
+                })
+            })
+            .collect();
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut scratch = Scratch::default();
+                while !stop.load(Ordering::Relaxed) {
+                    if !collection.work_once(&mut scratch) {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            scope.spawn(|| {
+                let mut random = Random(77);
+                while !stop.load(Ordering::Relaxed) {
+                    let searches = [search(spec, &random.vector(DIM, 12), 10)];
+                    let (ticket, live) = {
+                        let revision = state.read();
+                        (collection.begin_search(Revision(*revision), &searches), collection.read(|c| c.len()))
+                    };
+                    let answer = ticket.run(&searches).remove(0);
+                    assert_eq!(hits(&answer).len(), live.min(10), "{:?}", answer.plan);
+                    for hit in hits(&answer) {
+                        let own = score(Metric::Cosine, hit.vector.as_ref().unwrap(), searches[0].query.numbers());
+                        assert!((own - f64::from(hit.score)).abs() < 1e-4, "a row changed under a search");
+                    }
+                    searched.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let alive: usize = writers.into_iter().map(|writer| writer.join().unwrap()).sum();
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(collection.read(|c| c.len()), alive);
+    });
+    collection.settle();
+    let report = collection.validate().unwrap();
+    assert!(report.is_sound(), "{report:?}");
+    assert!(searched.load(Ordering::Relaxed) > 0);
+}
+
+fn search(spec: CollectionSpec, numbers: &[f32], k: usize) -> Search {
+    Search {
+        query: Query::new(spec, numbers),
+        filter: None,
+        k,
+        offset: 0,
+        min_score: None,
+        include_vector: true,
+        is_exact: false,
+        ef: None,
+        group: None,
+    }
+}
+
+/// Cut anywhere, with any byte changed, of another collection, missing: the graph is made anew and every answer holds.
+#[test]
+fn a_damaged_graph_file_costs_time_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(3);
+    let mut live = Live::open(Some(dir.path()), Metric::Cosine, DIM);
+    for id in 0..500 {
+        live.put(&format!("v{id}"), random.vector(DIM, 12), meta(&mut random));
+    }
+    live.work(usize::MAX);
+    let head = Revision(live.revision);
+    live.collection.checkpoint(|| head, || Ok(())).unwrap();
+    let path = SharedCollection::dir_below(dir.path(), Revision(1)).join("graph.bin");
+    let whole = std::fs::read(&path).unwrap();
+    let (model, revision) = (std::mem::take(&mut live.model), live.revision);
+    drop(live);
+    let reopen = |pieces: usize| {
+        let live = Live { model: model.clone(), revision, ..Live::open(Some(dir.path()), Metric::Cosine, DIM) };
+        live.work(pieces);
+        live
+    };
+    let adopted = |live: &Live| live.collection.read(|c| c.graph_counts().linked);
+    // Whole, it is taken as it is by the first piece of work.
+    let live = reopen(1);
+    assert_eq!(adopted(&live), 500);
+    live.work(usize::MAX);
+    live.assert_sound();
+    drop(live);
+    for n in 0..40 {
+        let mut damaged = whole.clone();
+        match n {
+            0 => damaged.clear(),
+            1..20 => damaged.truncate(random.below(whole.len())),
+            _ => {
+                let at = random.below(whole.len());
+                damaged[at] ^= 1 << random.below(8);
+            }
+        }
+        std::fs::write(&path, &damaged).unwrap();
+        let live = reopen(1);
+        assert_eq!(adopted(&live), 0, "a damaged file must not be trusted");
+        live.check(&random.vector(DIM, 12), 10, None, false);
+        live.work(usize::MAX);
+        live.assert_sound();
+        live.check(&random.vector(DIM, 12), 10, None, false);
+    }
+    std::fs::remove_file(&path).unwrap();
+    reopen(usize::MAX).assert_sound();
+}
+
+/// The file knows vectors that are gone or were replaced, and lacks new ones.
+#[test]
+fn an_old_graph_file_is_repaired_around_what_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(4);
+    let mut live = Live::open(Some(dir.path()), Metric::L2, DIM);
+    for id in 0..800 {
+        live.put(&format!("v{id}"), random.vector(DIM, 12), meta(&mut random));
+    }
+    live.work(usize::MAX);
+    let checkpoint = |live: &Live| live.collection.checkpoint(|| Revision(live.revision), || Ok(())).unwrap();
+    checkpoint(&live);
+    let path = SharedCollection::dir_below(dir.path(), Revision(1)).join("graph.bin");
+    let old = std::fs::read(&path).unwrap();
+    for id in (0..800).step_by(3) {
+        live.delete(&format!("v{id}"));
+    }
+    live.work(usize::MAX);
+    for id in 0..400 {
+        live.put(&format!("w{id}"), random.vector(DIM, 12), meta(&mut random));
+    }
+    live.set_meta("v1", json!({ "n": 1 }));
+    live.work(usize::MAX);
+    checkpoint(&live);
+    std::fs::write(&path, &old).unwrap();
+    let (model, revision) = (std::mem::take(&mut live.model), live.revision);
+    drop(live);
+    let live = Live { model, revision, ..Live::open(Some(dir.path()), Metric::L2, DIM) };
+    live.work(1);
+    let linked = live.collection.read(|c| c.graph_counts().linked);
+    assert_eq!(linked, 533, "those that were neither deleted nor replaced, changed metadata included");
+    live.recall(&mut random, 12, None);
+    live.work(usize::MAX);
+    live.assert_sound();
+    assert!(live.recall(&mut random, 12, None) >= 0.95);
+}
