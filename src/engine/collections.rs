@@ -9,6 +9,7 @@
 //!   link to a slot before it was condemned has written it before the pass begins.
 //! - `upkeep`: one thread at a time loads the graph file, begins passes, and moves slots between lists.
 //! - `repair`, `search_party`: the passes under way; held to look at them.
+//! - `known` in `load_graph`: threads collect there what they have found.
 //! - `log`: the slot log, taken by the one checkpoint at a time. Never held together with `inner` over I/O.
 
 use super::linker::{Background, TAIL_MAX};
@@ -21,7 +22,6 @@ use crate::vector::graph_file::{self, GraphFile};
 use crate::vector::storage::{NewChunk, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
-use rayon::prelude::*;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -44,8 +44,6 @@ const RECLAIM_SLOTS: usize = 32;
 const SAVE_PART: u64 = 20;
 /// Slots looked at under one hold of the lock where each takes nanoseconds.
 const SLICE_SLOTS: usize = 4096;
-/// Rows read under one hold of the lock.
-const SLICE_ROWS: usize = 256;
 /// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.
 const GARBAGE_FROM: usize = 2048;
 const GARBAGE_PART: usize = 10;
@@ -464,26 +462,22 @@ impl SharedCollection {
             return;
         }
         let slots = file.slots();
-        let known: Vec<Vec<(u32, Revision)>> = (0..slots)
-            .into_par_iter()
-            .step_by(SLICE_ROWS)
-            .map(|start| {
-                let end = (start + SLICE_ROWS).min(slots);
-                self.read(|c| {
-                    let known: Vec<_> = (start..end)
-                        .filter_map(|slot| {
-                            let slot = u32::try_from(slot).ok()?;
-                            let born = file.born(slot)?;
-                            c.is_born(slot, born).then_some((slot, born))
-                        })
-                        .collect();
-                    // SAFETY: nobody else has this graph, and the slices do not overlap.
-                    unsafe { c.code_into(&graph, &known) };
-                    known
-                })
-            })
-            .collect();
-        let known: Vec<(u32, Revision)> = known.into_iter().flatten().collect();
+        let known = Mutex::new(Vec::with_capacity(slots));
+        Pass::new(slots).run(|piece, ()| {
+            let piece = self.read(|c| {
+                let is_known = |slot: usize| {
+                    let slot = u32::try_from(slot).ok()?;
+                    let born = file.born(slot)?;
+                    c.is_born(slot, born).then_some((slot, born))
+                };
+                let piece: Vec<(u32, Revision)> = piece.filter_map(is_known).collect();
+                // SAFETY: nobody else has this graph, and no two pieces overlap.
+                unsafe { c.code_into(&graph, &piece) };
+                piece
+            });
+            known.lock().extend(piece);
+        });
+        let known = known.into_inner();
         file.restore(&graph, &known);
         let adopted = self.inner.write().adopt_graph(Arc::clone(&graph), &known);
         self.end_search(number);

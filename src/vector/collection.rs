@@ -18,6 +18,7 @@ use super::topk::TopK;
 use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
 use crate::error::Error;
 use crate::revision::Revision;
+use rayon::prelude::*;
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::File;
@@ -269,39 +270,42 @@ impl Collection {
     }
 
     fn load(&mut self, entries: Vec<SlotEntry>) -> Result<(), Error> {
-        // The last word on each id counts; a slot named by two ids belongs to the later one.
-        let mut live: BTreeMap<VectorId, (Slot, Revision, Revision, f32, VectorMeta)> = BTreeMap::new();
-        let mut tenants: BTreeMap<Slot, VectorId> = BTreeMap::new();
-        for entry in entries {
-            match entry {
-                SlotEntry::Live { id, slot, born, revision, norm, meta } => {
-                    if let Some(evicted) = tenants.insert(slot, id.clone())
-                        && evicted != id
-                        && live.get(&evicted).is_some_and(|e| e.0 == slot)
-                    {
-                        live.remove(&evicted);
-                    }
-                    live.insert(id, (slot, born, revision, norm, meta));
-                }
-                SlotEntry::Gone { id } => {
-                    live.remove(&id);
-                }
-            }
-        }
-        let count = live.values().map(|e| e.0.index() + 1).max().unwrap_or(0);
-        self.rows.check_length(count)?;
-        self.rows.grow(self.rows.allocate(count)?);
         let nobody = VectorId::new("-").expect("one byte is a valid id");
-        self.slots = (0..count).map(|_| SlotState::free(nobody.clone())).collect();
-        for (id, (slot, born, revision, norm, meta)) in live {
-            self.text_bytes += id.as_str().len() + meta.text().len();
-            self.slots[slot.index()] =
-                SlotState { born, died: ALIVE, norm, stage: Stage::Outside, revision, id: id.clone(), meta };
-            self.ids.insert(id, slot);
-            self.live.insert(slot.0);
+        let mut places: HashMap<VectorId, Slot> = HashMap::with_capacity(entries.len());
+        // The last word on each id counts; a slot named by two ids belongs to the later one.
+        for entry in entries {
+            let id = match &entry {
+                SlotEntry::Live { id, .. } | SlotEntry::Gone { id } => id,
+            };
+            if let Some(old) = places.remove(id) {
+                self.slots[old.index()] = SlotState::free(nobody.clone());
+            }
+            let SlotEntry::Live { id, slot, born, revision, norm, meta } = entry else { continue };
+            if self.slots.len() <= slot.index() {
+                self.slots.resize_with(slot.index() + 1, || SlotState::free(nobody.clone()));
+            }
+            let state = &mut self.slots[slot.index()];
+            if state.died == ALIVE {
+                places.remove(&state.id);
+            }
+            places.insert(id.clone(), slot);
+            *state = SlotState { born, died: ALIVE, norm, stage: Stage::Outside, revision, id, meta };
         }
+        let used = self.slots.iter().rposition(|state| state.died == ALIVE).map_or(0, |last| last + 1);
+        self.slots.truncate(used);
+        self.rows.check_length(used)?;
+        self.rows.grow(self.rows.allocate(used)?);
+        let occupied = self.slots.iter().filter(|state| state.died == ALIVE);
+        self.text_bytes = occupied.map(|state| state.id.as_str().len() + state.meta.text().len()).sum();
+        let (live, free): (Vec<Slot>, Vec<Slot>) =
+            (0..used).map(to_slot).partition(|slot| self.slots[slot.index()].died == ALIVE);
+        self.free = free.into_iter().rev().collect();
+        self.live = live.iter().map(|slot| slot.0).collect();
         self.unindexed = self.live.clone();
-        self.free = (0..count).rev().map(to_slot).filter(|s| self.slots[s.index()].died != ALIVE).collect();
+        let mut sorted: Vec<(VectorId, Slot)> = places.into_iter().collect();
+        sorted.par_sort_unstable();
+        // Sorted, a map is built in one go.
+        self.ids = sorted.into_iter().collect();
         Ok(())
     }
 

@@ -626,6 +626,22 @@ impl Pass {
         (start < self.end).then(|| start..(start + PASS_SLOTS).min(self.end))
     }
 
+    /// Does all pieces here and now, on a thread for each core, each with memory of its own; they take this thread's
+    /// priority.
+    pub fn run<M: Default>(&self, work: impl Fn(std::ops::Range<usize>, &mut M) + Sync) {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    let mut memory = M::default();
+                    while let Some(piece) = self.claim() {
+                        work(piece, &mut memory);
+                    }
+                });
+            }
+        });
+    }
+
     /// Reports a piece as done; true for the one that completes the pass.
     pub fn finish(&self, piece: &std::ops::Range<usize>) -> bool {
         self.done.fetch_add(piece.len(), Ordering::AcqRel) + piece.len() == self.end

@@ -10,13 +10,12 @@
 //! time, and a reader trusts none of it beyond what the slots say.
 
 use super::CollectionSpec;
-use super::graph::{Graph, Scratch};
+use super::graph::{Graph, Pass, Scratch};
 use super::nodes::LINKS_MAX;
 use super::storage::metric_code;
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};
-use rayon::prelude::*;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -184,10 +183,12 @@ impl GraphFile {
             is_known[slot as usize] = true;
         }
         let is_stale = |slot: u32| is_known.get(slot as usize) != Some(&true);
-        known.par_iter().for_each(|&(slot, _)| graph.nodes().set_links(slot, self.links(slot)));
+        Pass::new(known.len()).run(|piece, ()| {
+            known[piece].iter().for_each(|&(slot, _)| graph.nodes().set_links(slot, self.links(slot)));
+        });
         let leads_on = |gone: u32, visit: &mut dyn FnMut(u32)| self.links(gone).iter().copied().for_each(visit);
-        known.par_iter().for_each_init(Scratch::default, |scratch, &(slot, _)| {
-            graph.repair_with(slot, is_stale, leads_on, scratch);
+        Pass::new(known.len()).run(|piece, scratch: &mut Scratch| {
+            known[piece].iter().for_each(|&(slot, _)| graph.repair_with(slot, is_stale, leads_on, scratch));
         });
         let slots: Vec<u32> = known.iter().map(|&(slot, _)| slot).collect();
         graph.choose_entries(&slots);

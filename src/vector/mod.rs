@@ -31,7 +31,7 @@ pub mod validate;
 
 use crate::error::Rejection;
 use std::borrow::Borrow;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// Largest dimension of a collection. Current embedding models end at 4096.
 pub const DIM_MAX: usize = 8192;
@@ -207,7 +207,9 @@ impl VectorMeta {
     /// No metadata.
     #[must_use]
     pub fn empty() -> Self {
-        Self("{}".into())
+        // One text for all: a million vectors without metadata share it.
+        static EMPTY: LazyLock<Arc<str>> = LazyLock::new(|| "{}".into());
+        Self(Arc::clone(&EMPTY))
     }
 
     /// Takes compact JSON text; refuses what is no object or larger than [`META_BYTES_MAX`].
@@ -218,7 +220,7 @@ impl VectorMeta {
         if text.len() > META_BYTES_MAX {
             return Err(Rejection::PayloadTooLarge { what: "meta", limit_bytes: META_BYTES_MAX });
         }
-        Ok(Self(text.into()))
+        Ok(if text == "{}" { Self::empty() } else { Self(text.into()) })
     }
 
     /// The JSON text.
