@@ -299,8 +299,7 @@ fn numbers_of(text: &str) -> Result<Vec<f32>, Rejection> {
 /// comma or the end. Its digits fit an f64 exactly and so does the power of ten, so the quotient is rounded once; rounding
 /// that to f32 is a second time, which differs from the right result only where the first ended half-way between two f32.
 fn short_number(text: &[u8]) -> Option<(f32, usize)> {
-    const POWERS: [f64; 16] =
-        [1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15];
+    const POWERS: [f64; 16] = [1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15];
     let negative = text.first() == Some(&b'-');
     let start = usize::from(negative);
     let (mut at, mut digits, mut point) = (start, 0u64, None);
@@ -361,11 +360,13 @@ mod tests {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             seed >> 33
         };
-        let mut texts: Vec<String> = ["0", "-0", "-0.0", "16777217", "16777217.0", "0.1", "9007199254740993", "1e-3", "1E5"]
-            .map(str::to_owned)
-            .to_vec();
+        let mut texts: Vec<String> =
+            ["0", "-0", "-0.0", "16777217", "16777217.0", "0.1", "9007199254740993", "1e-3", "1E5"]
+                .map(str::to_owned)
+                .to_vec();
         for _ in 0..20_000 {
-            let (number, digits) = (f32::from_bits(0x3000_0000 + (random() as u32 & 0x1fff_ffff)), random() as usize % 12);
+            let (number, digits) =
+                (f32::from_bits(0x3000_0000 + (random() as u32 & 0x1fff_ffff)), random() as usize % 12);
             texts.push(format!("-{number:.digits$}"));
             texts.push(format!("{number}"));
             // Half-way between two neighbours, and a little beside.

@@ -1,14 +1,15 @@
 //! Collections as the engine shares them: every lock around vectors, the background work on one collection, checkpoints.
 //!
+//! Linkers run at idle priority, so nothing that writes or searches wait for may be locked by them: the upkeep thread
+//! hands them jobs, and takes in what they report. Writers, searches and upkeep share the rest.
+//!
 //! Locks, and why each
 //! - `inner` (read/write): the writer applies a record under it for microseconds; searches hold it for a slice of a scan or
 //!   to make hits, background work for a slice of slots. Nobody holds it for longer than about a hundred microseconds, nor
 //!   over I/O.
-//! - `searches`: numbers of running searches and linkers. A slot they may know is not reused.
-//! - `linking` (read/write): linkers hold it while they link a batch; a repair pass takes it once, so that whoever chose a
-//!   link to a slot before it was condemned has written it before the pass begins.
-//! - `upkeep`: one thread at a time loads the graph file, begins passes, and moves slots between lists.
-//! - `repair`, `search_party`: the passes under way; held to look at them.
+//! - `searches`: numbers of running searches and of linkers' jobs. A slot they may know is not reused.
+//! - `upkeep`: where the background work stands; one thread at a time.
+//! - `done`: what linkers report; held to push or to take all.
 //! - `known` in `load_graph`: threads collect there what they have found.
 //! - `log`: the slot log, taken by the one checkpoint at a time. Never held together with `inner` over I/O.
 
@@ -38,10 +39,16 @@ const REPAIR_PART: usize = 32;
 /// Lost slots are looked for when this part of the graph has changed, in so many passes at most.
 const SEARCH_PARTY_PART: u64 = 16;
 const SEARCH_PARTIES: usize = 3;
+/// Slots that are one job of a repair or a search party: milliseconds.
+const WALK_SLOTS: usize = 64;
+/// Jobs a collection has out at a time: enough that no linker waits for the next.
+const JOBS_OUT: usize = 32;
 /// Dead slots freed under one hold of the lock.
 const RECLAIM_SLOTS: usize = 32;
 /// The graph file is written anew when a part of this size of the graph has changed.
 const SAVE_PART: u64 = 20;
+/// Repaired slots moved under one hold of the lock.
+const REPAIRED_SLOTS: usize = 256;
 /// Slots looked at under one hold of the lock where each takes nanoseconds.
 const SLICE_SLOTS: usize = 4096;
 /// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.
@@ -56,10 +63,8 @@ pub struct SharedCollection {
     created: Revision,
     inner: RwLock<Collection>,
     searches: Mutex<Searches>,
-    linking: RwLock<()>,
     upkeep: Mutex<Upkeep>,
-    repair: Mutex<Option<Arc<Repair>>>,
-    search_party: Mutex<Option<Arc<SearchParty>>>,
+    done: Mutex<Vec<(SearchNumber, Done)>>,
     log: Mutex<Option<SlotLog>>,
     dir: Option<PathBuf>,
     background: Arc<Background>,
@@ -67,8 +72,11 @@ pub struct SharedCollection {
     is_queued: AtomicBool,
     /// A sync of the rows failed: no more checkpoints until a restart.
     rows_failed: AtomicBool,
-    /// The graph is catching up with vectors that were there before it: writes need not wait for that.
-    is_catching_up: AtomicBool,
+    /// Slots the tail may hold before vector writes wait: [`TAIL_MAX`], or more while the graph catches up with vectors that
+    /// were there before it. Never grows.
+    tail_limit: AtomicUsize,
+    /// [`Collection::charged_bytes`] as of the last change.
+    charged: AtomicUsize,
     /// [`crate::vector::collection::GraphCounts::changes`] at the last save.
     saved_changes: AtomicU64,
 }
@@ -79,22 +87,101 @@ struct Searches {
     running: BTreeSet<SearchNumber>,
 }
 
-#[derive(Debug)]
+/// Where the background work on a collection stands.
+#[derive(Debug, Default)]
 struct Upkeep {
     /// The graph file has yet to be looked at.
     has_to_load: bool,
+    /// Jobs that linkers have and have not reported.
+    jobs_out: usize,
+    repair: Option<(Arc<Repair>, Walk)>,
+    search_party: Option<SearchParty>,
     /// Changes of the graph when lost slots were last looked for.
     searched_at: u64,
 }
 
-/// A pass that looks for every slot, and makes those findable that are not. Old links are given up for better ones, and
-/// now and then the last that led somewhere is among them.
+/// All slots there were when it began, piece by piece.
+#[derive(Debug)]
+struct Walk {
+    next: usize,
+    done: usize,
+    end: usize,
+}
+
+impl Walk {
+    fn over(slots: usize) -> Self {
+        Self { next: 0, done: 0, end: slots }
+    }
+
+    fn claim(&mut self) -> Option<std::ops::Range<usize>> {
+        let piece = self.next..(self.next + WALK_SLOTS).min(self.end);
+        self.next = piece.end;
+        (!piece.is_empty()).then_some(piece)
+    }
+}
+
+/// Looks for every slot, and makes those findable that are not. Old links are given up for better ones, and now and then
+/// the last that led somewhere is among them.
 #[derive(Debug)]
 struct SearchParty {
-    pass: Pass,
-    found: AtomicUsize,
-    /// A pass that found some is followed by another, but not for ever.
-    passes_left: usize,
+    walk: Walk,
+    found: usize,
+    /// A party that found some is followed by another, but not for ever.
+    parties_left: usize,
+}
+
+/// Work on a graph that takes no lock which writes or searches wait for.
+#[derive(Debug)]
+enum Piece {
+    Link(Vec<u32>),
+    Repair(Arc<Repair>, std::ops::Range<usize>),
+    Find(Vec<u32>, usize),
+}
+
+/// What became of it.
+#[derive(Debug)]
+enum Done {
+    /// Slots, and whether each was linked.
+    Linked(Vec<(u32, bool)>),
+    /// So many slots looked at.
+    Repaired(usize),
+    /// So many slots looked at, and found to be lost.
+    Found(usize, usize),
+}
+
+/// A piece of work for a linker. While it is out, its number keeps the slots it may meet from being reused.
+#[derive(Debug)]
+pub struct Job {
+    collection: Arc<SharedCollection>,
+    graph: Arc<Graph>,
+    number: SearchNumber,
+    piece: Piece,
+}
+
+impl Job {
+    /// Does it and reports.
+    pub fn run(self, scratch: &mut Scratch) {
+        let Self { collection, graph, number, piece } = self;
+        let done = match piece {
+            Piece::Link(slots) => {
+                Done::Linked(slots.into_iter().map(|slot| (slot, graph.link(slot, scratch))).collect())
+            }
+            Piece::Repair(repair, piece) => {
+                let count = piece.len();
+                // The cast: slots are counted in u32.
+                for slot in piece.map(|slot| slot as u32).filter(|&slot| !repair.is_condemned(slot)) {
+                    graph.repair(slot, |slot| repair.is_condemned(slot), scratch);
+                }
+                Done::Repaired(count)
+            }
+            Piece::Find(slots, count) => {
+                let is_lost = |&slot: &u32| graph.nodes().is_live(slot) && graph.find_again(slot, scratch);
+                Done::Found(count, slots.into_iter().filter(is_lost).count())
+            }
+        };
+        collection.done.lock().push((number, done));
+        collection.wake();
+    }
 }
 
 impl SharedCollection {
@@ -123,18 +210,18 @@ impl SharedCollection {
             created,
             inner: RwLock::new(collection),
             searches: Mutex::default(),
-            linking: RwLock::new(()),
-            upkeep: Mutex::new(Upkeep { has_to_load: dir.is_some(), searched_at: 0 }),
-            repair: Mutex::new(None),
-            search_party: Mutex::new(None),
+            upkeep: Mutex::new(Upkeep { has_to_load: dir.is_some(), ..Upkeep::default() }),
+            done: Mutex::default(),
             log: Mutex::new(log),
             dir,
             background: Arc::clone(background),
             is_queued: AtomicBool::new(false),
             rows_failed: AtomicBool::new(false),
-            is_catching_up: AtomicBool::new(true),
+            tail_limit: AtomicUsize::new(usize::MAX),
+            charged: AtomicUsize::new(0),
             saved_changes: AtomicU64::new(0),
         });
+        shared.write(|_, _| ());
         if has_vectors {
             shared.wake();
         }
@@ -145,6 +232,12 @@ impl SharedCollection {
     #[must_use]
     pub fn dir_below(vectors: &Path, created: Revision) -> PathBuf {
         vectors.join(format!("{:020}", created.0))
+    }
+
+    /// What the live vectors are charged against the memory budget.
+    #[must_use]
+    pub fn charged_bytes(&self) -> usize {
+        self.charged.load(Ordering::Relaxed)
     }
 
     /// Dimension and metric.
@@ -176,35 +269,37 @@ impl SharedCollection {
         if !chunks.is_empty() {
             self.inner.write().grow(chunks);
         }
-        Ok(())
+        // Last: a graph that starts meanwhile makes room for as many slots as there are rows.
+        self.inner.read().reserve_graph(more)
     }
 
-    /// Applies a write of numbers and metadata; returns by how much the charge against the memory budget changed.
-    pub fn put(&self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision) -> isize {
-        let horizon = self.horizon();
-        self.change(|inner| inner.put(id, numbers, meta, revision, horizon))
+    /// Applies a write of numbers and metadata.
+    pub fn put(&self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision) {
+        self.change(|inner, horizon| inner.put(id, numbers, meta, revision, horizon));
     }
 
     /// Applies a write of metadata alone.
-    pub fn set_meta(&self, id: &VectorId, meta: &VectorMeta, revision: Revision) -> isize {
-        self.change(|inner| inner.set_meta(id, meta, revision))
+    pub fn set_meta(&self, id: &VectorId, meta: &VectorMeta, revision: Revision) {
+        self.change(|inner, _| inner.set_meta(id, meta, revision));
     }
 
     /// Applies a delete.
-    pub fn delete(&self, id: &VectorId, revision: Revision) -> isize {
-        let horizon = self.horizon();
-        self.change(|inner| inner.delete(id, revision, horizon))
+    pub fn delete(&self, id: &VectorId, revision: Revision) {
+        self.change(|inner, horizon| inner.delete(id, revision, horizon));
     }
 
-    fn change(&self, apply: impl FnOnce(&mut Collection)) -> isize {
-        let change = {
-            let mut inner = self.inner.write();
-            let before = inner.charged_bytes();
-            apply(&mut inner);
-            inner.charged_bytes().cast_signed() - before.cast_signed()
-        };
+    fn change(&self, apply: impl FnOnce(&mut Collection, Horizon)) {
+        self.write(apply);
         self.wake();
-        change
+    }
+
+    /// The one way to change the collection: keeps the charge against the memory budget true. The horizon is taken under
+    /// the lock, so that no number given out later is behind what this does.
+    fn write<T>(&self, apply: impl FnOnce(&mut Collection, Horizon) -> T) -> T {
+        let mut inner = self.inner.write();
+        let result = apply(&mut inner, self.horizon());
+        self.charged.store(inner.charged_bytes(), Ordering::Relaxed);
+        result
     }
 
     /// Whether a vector write may go ahead, or should wait for the linkers: their tail is full, or too many dead slots are
@@ -212,8 +307,14 @@ impl SharedCollection {
     #[must_use]
     pub fn has_room(&self) -> bool {
         let (counts, slots) = self.read(|c| (c.graph_counts(), c.slot_count()));
-        let is_behind = counts.tail > TAIL_MAX && !self.is_catching_up.load(Ordering::Relaxed);
-        let is_littered = counts.is_full && counts.garbage > GARBAGE_FROM.max(slots / GARBAGE_PART);
+        let is_behind = counts.tail > self.tail_limit.load(Ordering::Relaxed);
+        // In the relaxed modes dead slots wait for the log to be synced, which may be long; no write should.
+        let is_relaxed = self.background.durable.load(Ordering::Relaxed) != u64::MAX;
+        let is_littered = counts.is_full && !is_relaxed && counts.garbage > GARBAGE_FROM.max(slots / GARBAGE_PART);
+        if is_behind || is_littered {
+            // A search that held up the reuse of slots may have ended without telling.
+            self.wake();
+        }
         !is_behind && !is_littered
     }
 
@@ -242,7 +343,7 @@ impl SharedCollection {
         self.ticket(at, needs_live)
     }
 
-    /// As [`SharedCollection::begin_search`], for [`SearchTicket::matching`].
+    /// As [`SharedCollection::begin_search`], for [`SearchTicket::count_matching`].
     pub fn begin_match(&self, at: Revision) -> SearchTicket {
         self.ticket(at, |_| true)
     }
@@ -250,8 +351,10 @@ impl SharedCollection {
     fn ticket(&self, at: Revision, needs_live: impl FnOnce(usize) -> bool) -> SearchTicket {
         let collection = self.me.upgrade().expect("whoever calls holds it");
         let number = self.begin();
-        let (graph, live) = self.read(|c| (c.searchable(), needs_live(c.len()).then(|| c.live().clone())));
-        SearchTicket { collection, at, number, graph, live }
+        self.read(|c| {
+            let live = needs_live(c.len()).then(|| c.live().clone());
+            SearchTicket { collection, at, number, graph: c.searchable(), vectors: c.len(), live }
+        })
     }
 
     /// Puts the collection into the background's queue, unless it is there.
@@ -261,26 +364,79 @@ impl SharedCollection {
         }
     }
 
-    /// Does one piece of background work, if there is one, and asks to be called again if there may be more.
-    pub fn work(&self, scratch: &mut Scratch) {
+    /// Does what is due, on the upkeep thread, and asks to be called again if there may be more.
+    pub fn work(&self) {
         self.is_queued.store(false, Ordering::Release);
-        if self.work_once(scratch) {
+        if self.keep_up() {
             self.wake();
         }
     }
 
-    /// Does one piece of background work; false when there is none.
-    pub fn work_once(&self, scratch: &mut Scratch) -> bool {
-        if let Some(upkeep) = self.upkeep.try_lock()
-            && self.keep_up(upkeep)
-        {
-            return true;
+    /// Does a linker's job, if there is one.
+    pub fn help(&self) {
+        thread_local! {
+            static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
         }
-        self.repair_piece(scratch) || self.link_piece(scratch) || self.search_party_piece(scratch)
+        if let Some(job) = self.background.take_job() {
+            SCRATCH.with_borrow_mut(|scratch| job.run(scratch));
+        }
     }
 
-    /// What one thread at a time does.
-    fn keep_up(&self, mut upkeep: parking_lot::MutexGuard<'_, Upkeep>) -> bool {
+    /// Does what is due, or a linker's job; false when there is neither. For tests and measurements without threads.
+    pub fn work_once(&self, scratch: &mut Scratch) -> bool {
+        if self.keep_up() {
+            return true;
+        }
+        let job = self.background.take_job();
+        let has_job = job.is_some();
+        job.into_iter().for_each(|job| job.run(scratch));
+        has_job
+    }
+
+    fn keep_up(&self) -> bool {
+        let Some(mut upkeep) = self.upkeep.try_lock() else { return false };
+        let has_taken = self.take_results(&mut upkeep);
+        let has_moved = self.move_slots(&mut upkeep);
+        self.hand_out(&mut upkeep) || has_moved || has_taken
+    }
+
+    fn take_results(&self, upkeep: &mut Upkeep) -> bool {
+        let done = std::mem::take(&mut *self.done.lock());
+        let has_some = !done.is_empty();
+        for (number, done) in done {
+            upkeep.jobs_out -= 1;
+            self.end_search(number);
+            match done {
+                Done::Linked(slots) => {
+                    self.write(|inner, horizon| inner.finish_links(&slots, horizon));
+                }
+                Done::Repaired(count) => {
+                    if let Some((repair, walk)) = &mut upkeep.repair {
+                        walk.done += count;
+                        if walk.done == walk.end {
+                            self.end_repair(repair);
+                            upkeep.repair = None;
+                        }
+                    }
+                }
+                Done::Found(count, lost) => {
+                    if let Some(party) = &mut upkeep.search_party {
+                        party.walk.done += count;
+                        party.found += lost;
+                        if party.walk.done == party.walk.end {
+                            let (found, left) = (party.found, party.parties_left);
+                            tracing::debug!(found, "looked for lost vectors");
+                            upkeep.search_party = (found > 0 && left > 1).then(|| self.search_party(left - 1));
+                        }
+                    }
+                }
+            }
+        }
+        has_some
+    }
+
+    /// Work under the collection's lock, a slice of it.
+    fn move_slots(&self, upkeep: &mut Upkeep) -> bool {
         if upkeep.has_to_load {
             upkeep.has_to_load = false;
             self.load_graph();
@@ -289,103 +445,100 @@ impl SharedCollection {
         let (has_graph, vectors, counts) = self.read(|c| (c.graph().is_some(), c.len(), c.graph_counts()));
         if !has_graph && vectors >= self.background.graph_from {
             let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim));
-            if let Err(error) = self.inner.write().start_graph(graph) {
+            if let Err(error) = self.write(|inner, _| inner.start_graph(graph)) {
                 tracing::warn!(%error, "no memory for a graph; searches stay exact");
                 return false;
             }
             return true;
         }
         if counts.uncoded > 0 {
-            self.inner.write().code_some();
+            self.write(|inner, _| inner.code_some());
             return true;
         }
-        if counts.tail <= TAIL_MAX {
-            self.is_catching_up.store(false, Ordering::Relaxed);
-        }
-        let is_repairing = self.repair.lock().is_some();
-        if !is_repairing && counts.buried >= REPAIR_FROM.max(counts.linked / REPAIR_PART) {
-            // Others can link and help repairing meanwhile.
-            self.wake();
-            self.begin_repair();
-            return true;
+        if has_graph {
+            self.tail_limit.fetch_min(counts.tail.max(TAIL_MAX), Ordering::Relaxed);
         }
         let changes = counts.changes - upkeep.searched_at;
-        if !is_repairing && counts.tail == 0 && changes > counts.linked as u64 / SEARCH_PARTY_PART {
+        if upkeep.search_party.is_none() && counts.tail == 0 && changes > counts.linked as u64 / SEARCH_PARTY_PART {
             upkeep.searched_at = counts.changes;
-            self.begin_search_party(SEARCH_PARTIES);
-            return true;
+            upkeep.search_party = Some(self.search_party(SEARCH_PARTIES));
         }
-        let horizon = self.horizon();
-        let mut inner = self.inner.write();
-        let has_indexed = inner.index_some();
-        inner.reclaim(RECLAIM_SLOTS, horizon) || has_indexed
+        self.read(Collection::has_upkeep)
+            && self.write(|inner, horizon| {
+                let has_more = inner.index_some();
+                inner.reclaim(RECLAIM_SLOTS, horizon) || has_more
+            })
     }
 
-    fn link_piece(&self, scratch: &mut Scratch) -> bool {
-        let _linking = self.linking.read();
-        let number = self.begin();
-        let claimed = {
-            let mut inner = self.inner.write();
-            inner.graph().cloned().map(|graph| (graph, inner.claim_links(LINK_SLOTS), inner.has_unclaimed()))
-        };
-        let has_done = match claimed {
-            Some((graph, slots, has_more)) if !slots.is_empty() => {
-                if has_more {
-                    self.wake();
-                }
-                let linked: Vec<(u32, bool)> =
-                    slots.into_iter().map(|slot| (slot, graph.link(slot, scratch))).collect();
-                let horizon = self.horizon();
-                self.inner.write().finish_links(&linked, horizon);
-                true
-            }
-            _ => false,
-        };
-        self.end_search(number);
-        has_done
-    }
-
-    fn begin_repair(&self) {
-        let (condemned, graph) = {
-            let mut inner = self.inner.write();
-            (inner.take_buried(), inner.graph().cloned())
-        };
-        let Some(graph) = graph else { return };
-        // Whoever is linking may still make a link to one of them; after this, nobody.
-        drop(self.linking.write());
-        let repair = Arc::new(Repair::new(condemned, self.read(Collection::slot_count)));
-        graph.drop_entries(|slot| repair.is_condemned(slot));
-        *self.repair.lock() = Some(repair);
-    }
-
-    fn repair_piece(&self, scratch: &mut Scratch) -> bool {
-        let Some(repair) = self.repair.lock().clone() else { return false };
-        let Some(piece) = repair.pass.claim() else { return false };
-        self.wake();
+    /// Gives linkers what they can do, a little ahead. A repair begins when no job is out: whoever chose a link to a slot
+    /// before it was condemned has then made it.
+    fn hand_out(&self, upkeep: &mut Upkeep) -> bool {
         let Some(graph) = self.read(|c| c.graph().cloned()) else { return false };
-        let number = self.begin();
-        for slot in piece.clone() {
-            // The cast: slots are counted in u32.
-            let slot = slot as u32;
-            if !repair.is_condemned(slot) {
-                graph.repair(slot, |slot| repair.is_condemned(slot), scratch);
+        let counts = self.read(Collection::graph_counts);
+        if upkeep.repair.is_none() && counts.buried >= REPAIR_FROM.max(counts.linked / REPAIR_PART) {
+            if upkeep.jobs_out > 0 {
+                return false;
             }
+            upkeep.repair = Some(self.begin_repair(&graph));
         }
-        if repair.pass.finish(&piece) {
-            self.end_repair(&graph, &repair);
+        let mut has_handed_out = false;
+        while upkeep.jobs_out < JOBS_OUT {
+            // Before the slots are looked at: from here on none that is live now is reused.
+            let number = self.begin();
+            let Some(piece) = self.next_piece(upkeep) else {
+                self.end_search(number);
+                break;
+            };
+            upkeep.jobs_out += 1;
+            has_handed_out = true;
+            let collection = self.me.upgrade().expect("whoever calls holds it");
+            self.background.give_job(Job { collection, graph: Arc::clone(&graph), number, piece });
         }
-        self.end_search(number);
-        true
+        has_handed_out
     }
 
-    fn end_repair(&self, graph: &Graph, repair: &Repair) {
-        let linked = self.linked_slots();
-        graph.choose_entries(&linked);
-        for slots in repair.slots.chunks(SLICE_SLOTS) {
-            let horizon = self.horizon();
-            self.inner.write().finish_repair(slots, horizon);
+    fn next_piece(&self, upkeep: &mut Upkeep) -> Option<Piece> {
+        if let Some((repair, walk)) = &mut upkeep.repair
+            && let Some(piece) = walk.claim()
+        {
+            return Some(Piece::Repair(Arc::clone(repair), piece));
         }
-        *self.repair.lock() = None;
+        let slots = self.inner.write().claim_links(LINK_SLOTS);
+        if !slots.is_empty() {
+            return Some(Piece::Link(slots));
+        }
+        let piece = upkeep.search_party.as_mut()?.walk.claim()?;
+        let slots = self.read(|c| c.linked_slots(piece.clone())).into_iter().map(|(slot, _)| slot).collect();
+        Some(Piece::Find(slots, piece.len()))
+    }
+
+    fn begin_repair(&self, graph: &Graph) -> (Arc<Repair>, Walk) {
+        let (condemned, slots) = {
+            let mut inner = self.inner.write();
+            (inner.take_buried(), inner.slot_count())
+        };
+        graph.choose_entries(&self.linked_slots());
+        (Arc::new(Repair::new(condemned, slots)), Walk::over(slots))
+    }
+
+    fn end_repair(&self, repair: &Repair) {
+        for slots in repair.slots.chunks(REPAIRED_SLOTS) {
+            self.write(|inner, horizon| inner.finish_repair(slots, horizon));
+        }
+    }
+
+    fn search_party(&self, parties_left: usize) -> SearchParty {
+        SearchParty { walk: Walk::over(self.read(Collection::slot_count)), found: 0, parties_left }
+    }
+
+    /// Does all background work there is, on this thread, and looks for lost vectors whether it is time or not: for tests and
+    /// `kiss-vdb check`.
+    pub fn settle(&self) {
+        let mut scratch = Scratch::default();
+        while self.work_once(&mut scratch) {}
+        let party = self.search_party(SEARCH_PARTIES);
+        self.upkeep.lock().search_party = Some(party);
+        while self.work_once(&mut scratch) {}
     }
 
     fn linked_slots(&self) -> Vec<u32> {
@@ -395,47 +548,6 @@ impl SharedCollection {
             .flat_map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)))
             .map(|(slot, _)| slot)
             .collect()
-    }
-
-    /// Does all background work there is, on this thread, and looks for lost vectors whether it is time or not: for tests and
-    /// `kiss-vdb check`.
-    pub fn settle(&self) {
-        let mut scratch = Scratch::default();
-        while self.work_once(&mut scratch) {}
-        self.begin_search_party(SEARCH_PARTIES);
-        while self.work_once(&mut scratch) {}
-    }
-
-    fn begin_search_party(&self, passes_left: usize) {
-        let pass = Pass::new(self.read(Collection::slot_count));
-        *self.search_party.lock() = Some(Arc::new(SearchParty { pass, found: AtomicUsize::new(0), passes_left }));
-    }
-
-    fn search_party_piece(&self, scratch: &mut Scratch) -> bool {
-        let Some(party) = self.search_party.lock().clone() else { return false };
-        let Some(piece) = party.pass.claim() else { return false };
-        self.wake();
-        let Some(graph) = self.read(|c| c.graph().cloned()) else { return false };
-        {
-            // It makes links, so a repair must not begin in its midst.
-            let _linking = self.linking.read();
-            let number = self.begin();
-            let slots = self.read(|c| c.linked_slots(piece.clone()));
-            let lost =
-                slots.iter().filter(|&&(slot, _)| graph.nodes().is_live(slot) && graph.find_again(slot, scratch));
-            party.found.fetch_add(lost.count(), Ordering::Relaxed);
-            self.end_search(number);
-        }
-        if party.pass.finish(&piece) {
-            let found = party.found.load(Ordering::Relaxed);
-            *self.search_party.lock() = None;
-            tracing::debug!(found, "looked for lost vectors");
-            if found > 0 && party.passes_left > 1 {
-                self.begin_search_party(party.passes_left - 1);
-                self.wake();
-            }
-        }
-        true
     }
 
     /// Takes the graph file into use, if there is one that fits. Searches are exact until then.
@@ -479,7 +591,7 @@ impl SharedCollection {
         });
         let known = known.into_inner();
         file.restore(&graph, &known);
-        let adopted = self.inner.write().adopt_graph(Arc::clone(&graph), &known);
+        let adopted = self.write(|inner, _| inner.adopt_graph(Arc::clone(&graph), &known));
         self.end_search(number);
         match adopted {
             Ok(()) => tracing::info!(
@@ -494,19 +606,17 @@ impl SharedCollection {
 
     /// Writes the graph file when enough has changed. It is a hint: whatever goes wrong is logged, and the next start takes
     /// longer.
-    fn save_graph(&self) {
+    pub fn save_graph(&self) {
         let (Some(dir), Some(graph)) = (&self.dir, self.read(|c| c.graph().cloned())) else { return };
         let counts = self.read(Collection::graph_counts);
         let changes = counts.changes - self.saved_changes.load(Ordering::Relaxed);
-        if changes * SAVE_PART < counts.linked as u64 || counts.uncoded > 0 {
+        if changes == 0 || changes * SAVE_PART < counts.linked as u64 || counts.uncoded > 0 {
             return;
         }
-        let number = self.begin();
         let slots = self.read(Collection::slot_count);
         let slices =
             (0..slots).step_by(SLICE_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)));
         let result = graph_file::write(dir, self.spec, self.created, &graph, slices);
-        self.end_search(number);
         match result {
             Ok(()) => self.saved_changes.store(counts.changes, Ordering::Relaxed),
             Err(error) => tracing::warn!(%error, "the graph file was not written; the next start links anew"),
@@ -518,7 +628,7 @@ impl SharedCollection {
     pub fn validate(&self) -> Option<crate::vector::validate::Report> {
         let graph = self.read(|c| c.graph().cloned())?;
         let linked = self.linked_slots();
-        let repair = self.repair.lock().clone();
+        let repair = self.upkeep.lock().repair.as_ref().map(|(repair, _)| Arc::clone(repair));
         let inner = self.inner.read();
         let may_be_linked = |slot| inner.may_be_linked(slot) || repair.as_ref().is_some_and(|r| r.is_condemned(slot));
         Some(crate::vector::validate::validate(&graph, &linked, inner.slot_count(), may_be_linked))

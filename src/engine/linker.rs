@@ -1,14 +1,17 @@
 //! Background work on collections: putting vectors into the graph, repairing around deleted ones, filling the index over
-//! metadata, loading and saving graph files.
+//! metadata, loading graph files.
 //!
-//! Threads: `linker-N`, one for each core, at low priority: when writes and searches want all cores, linking waits, the
-//! tail grows, and at [`TAIL_MAX`] vector writes wait for it. The queue holds each collection that has work once; its
-//! lock is held to push or pop.
+//! Threads
+//! - `upkeep`, one: everything that takes a collection's lock, in slices of tens of microseconds, and hands out jobs.
+//! - `linker-N`, one for each core, at idle priority: the jobs, which take milliseconds and no lock that anything else waits
+//!   for. When writes and searches want all cores, linking waits and the tail grows; at [`TAIL_MAX`] vector writes wait for
+//!   it, and searches that meet a long tail do a job each. At a low but not idle priority linkers kept the cores long enough
+//!   to multiply the latency of key writes.
 //!
-//! Each piece of work is small: the collection's lock is held for tens of microseconds at a time, and a shutdown waits
-//! for one piece.
+//! Queues: `waiting` holds each collection that has work once; `jobs` what collections have given out. Their locks are held
+//! to push or pop. A shutdown waits for one job.
 
-use super::collections::SharedCollection;
+use super::collections::{Job, SharedCollection};
 use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
 use parking_lot::{Condvar, Mutex};
@@ -20,8 +23,6 @@ use std::thread::JoinHandle;
 /// Vectors waiting to be linked before vector writes wait for them. A search scans the tail: at 384 numbers 50,000 take
 /// it half a millisecond.
 pub const TAIL_MAX: usize = 50_000;
-/// Lower priority than anything that answers a client.
-const NICE: i32 = 10;
 
 /// What collections share with the engine.
 #[derive(Debug)]
@@ -31,14 +32,55 @@ pub struct Background {
     pub durable: AtomicU64,
     /// From so many vectors on a collection gets a graph.
     pub graph_from: usize,
-    queue: Mutex<Queue>,
-    has_work: Condvar,
+    waiting: Queue<Weak<SharedCollection>>,
+    jobs: Queue<Job>,
 }
 
-#[derive(Debug, Default)]
-struct Queue {
-    waiting: VecDeque<Weak<SharedCollection>>,
-    is_stopped: bool,
+/// What one thread gives and another takes, until it is stopped.
+#[derive(Debug)]
+struct Queue<T> {
+    items: Mutex<(VecDeque<T>, bool)>,
+    has_some: Condvar,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { items: Mutex::new((VecDeque::new(), false)), has_some: Condvar::new() }
+    }
+}
+
+impl<T> Queue<T> {
+    fn push(&self, item: T) {
+        self.items.lock().0.push_back(item);
+        self.has_some.notify_one();
+    }
+
+    fn try_pop(&self) -> Option<T> {
+        self.items.lock().0.pop_front()
+    }
+
+    /// Waits for an item; `None` once stopped.
+    fn pop(&self) -> Option<T> {
+        let mut items = self.items.lock();
+        while !items.1 {
+            if let Some(item) = items.0.pop_front() {
+                return Some(item);
+            }
+            self.has_some.wait(&mut items);
+        }
+        None
+    }
+
+    /// Ends all waiting and drops what is there.
+    fn stop(&self) {
+        let dropped = {
+            let mut items = self.items.lock();
+            items.1 = true;
+            std::mem::take(&mut items.0)
+        };
+        self.has_some.notify_all();
+        drop(dropped);
+    }
 }
 
 impl Background {
@@ -52,56 +94,66 @@ impl Background {
     #[must_use]
     pub fn with_graph_from(graph_from: usize) -> Arc<Self> {
         let durable = AtomicU64::new(u64::MAX);
-        Arc::new(Self { durable, graph_from, queue: Mutex::default(), has_work: Condvar::new() })
+        Arc::new(Self { durable, graph_from, waiting: Queue::default(), jobs: Queue::default() })
     }
 
     /// A collection has work; it must not be in the queue already.
     pub fn push(&self, collection: Weak<SharedCollection>) {
-        self.queue.lock().waiting.push_back(collection);
-        self.has_work.notify_one();
+        self.waiting.push(collection);
     }
 
-    fn pop(&self) -> Option<Weak<SharedCollection>> {
-        let mut queue = self.queue.lock();
-        loop {
-            if queue.is_stopped {
-                return None;
-            }
-            if let Some(collection) = queue.waiting.pop_front() {
-                return Some(collection);
-            }
-            self.has_work.wait(&mut queue);
-        }
+    /// Gives a job to the linkers.
+    pub fn give_job(&self, job: Job) {
+        self.jobs.push(job);
+    }
+
+    /// A job that no linker has taken yet.
+    pub fn take_job(&self) -> Option<Job> {
+        self.jobs.try_pop()
     }
 
     /// Starts the threads.
     #[must_use]
     pub fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        (0..threads)
-            .map(|number| {
-                let background = Arc::clone(self);
-                super::spawn(&format!("linker-{number}"), move || background.run())
-            })
-            .collect()
+        let linker = |number| {
+            let background = Arc::clone(self);
+            super::spawn(&format!("linker-{number}"), move || background.run_jobs())
+        };
+        let background = Arc::clone(self);
+        let upkeep = super::spawn("upkeep", move || background.keep_up());
+        std::iter::once(upkeep).chain((0..threads).map(linker)).collect()
     }
 
-    fn run(&self) {
-        // On Linux this is the thread's own priority. Without it, linking only competes more.
-        if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-            tracing::debug!(%error, "linkers run at normal priority");
+    fn keep_up(&self) {
+        while let Some(collection) = self.waiting.pop() {
+            if let Some(collection) = collection.upgrade() {
+                collection.work();
+            }
+        }
+    }
+
+    fn run_jobs(&self) {
+        #[cfg(target_os = "linux")]
+        {
+            use thread_priority::unix as priority;
+            let idle = priority::ThreadSchedulePolicy::Normal(priority::NormalThreadSchedulePolicy::Idle);
+            let this = priority::thread_native_id();
+            if let Err(error) =
+                priority::set_thread_priority_and_policy(this, thread_priority::ThreadPriority::Min, idle)
+            {
+                tracing::debug!(?error, "linkers run at normal priority");
+            }
         }
         let mut scratch = Scratch::default();
-        while let Some(collection) = self.pop() {
-            if let Some(collection) = collection.upgrade() {
-                collection.work(&mut scratch);
-            }
+        while let Some(job) = self.jobs.pop() {
+            job.run(&mut scratch);
         }
     }
 
     /// Ends the threads after their current piece of work.
     pub fn stop(&self) {
-        self.queue.lock().is_stopped = true;
-        self.has_work.notify_all();
+        self.waiting.stop();
+        self.jobs.stop();
     }
 }

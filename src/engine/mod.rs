@@ -248,7 +248,7 @@ impl Engine {
         Ok(())
     }
 
-    /// What of a collection satisfies a filter, as of now; see [`SearchTicket::matching`].
+    /// What of a collection satisfies a filter, as of now; see [`SearchTicket::count_matching`].
     pub fn begin_match(&self, name: &str) -> Result<SearchTicket, Rejection> {
         let state = self.inner.state.read();
         Ok(state.collection(name)?.begin_match(state.revision()))
@@ -481,6 +481,9 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
             continue;
         }
         last_snapshot = Instant::now();
+        // Linking goes on after the last write.
+        let collections: Vec<_> = inner.state.read().collections().values().cloned().collect();
+        collections.iter().for_each(|collection| collection.save_graph());
         if inner.state.read().revision() == last_revision {
             continue;
         }

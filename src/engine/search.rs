@@ -7,7 +7,7 @@
 use super::collections::SharedCollection;
 use crate::revision::Revision;
 use crate::vector::codes::Probe;
-use crate::vector::collection::{Groups, Query, Scan, SearchNumber};
+use crate::vector::collection::{Collection, Groups, Query, Scan, SearchNumber};
 use crate::vector::filter::Filter;
 use crate::vector::graph::{Graph, Scratch};
 use crate::vector::meta_index::select;
@@ -33,6 +33,11 @@ const CODES_PER_NUMBER: usize = 4;
 /// Candidates scored again beyond a quarter more than there are hits: what rounding may have put behind. Measured: twelve
 /// for ten hits lose no recall that forty find.
 const SPARE: usize = 4;
+/// Hits up to which matches are scanned in the graph's rows.
+const SCANNED_MAX: usize = 512;
+/// A search that had to scan a tail longer than this does a linker's job: else, on a machine busy with searches, the tail
+/// would slow them all down for ever.
+const HELP_FROM: usize = 4096;
 /// Vectors up to which a filtered search is cheap whatever its filter matches.
 const INLINE_VECTORS: usize = 100_000;
 
@@ -115,6 +120,8 @@ pub struct SearchTicket {
     pub(super) number: SearchNumber,
     /// The graph and its tail when the search began.
     pub(super) graph: Option<(Arc<Graph>, Vec<u32>)>,
+    /// How many vectors were live then.
+    pub(super) vectors: usize,
     /// Everything live then, where a search needs it. Its slots are not reused before the ticket is dropped.
     pub(super) live: Option<RoaringBitmap>,
 }
@@ -149,7 +156,10 @@ impl SearchTicket {
     #[must_use]
     pub fn cost(&self, searches: &[Search]) -> usize {
         let dim = self.collection.spec().dim;
-        let (slots, text_bytes) = self.collection.read(|c| (c.slot_count(), c.text_bytes_average()));
+        let (slots, text_bytes, unindexed) = self.collection.read(|c| {
+            let unindexed = self.live.as_ref().map_or(0, |live| c.not_indexed(live).len());
+            (c.slot_count(), c.text_bytes_average(), usize::try_from(unindexed).unwrap_or(usize::MAX))
+        });
         // Parsing a byte of metadata costs as much as some tens of numbers.
         const META_BYTE_COST: usize = 32;
         let one = |search: &Search| match &self.graph {
@@ -162,7 +172,14 @@ impl SearchTicket {
             }
             _ => slots * dim,
         };
-        searches.iter().map(one).sum()
+        let parsed = |search: &Search| match &search.filter {
+            Some(filter) => {
+                let parsed = if filter.is_indexable() { unindexed } else { slots };
+                parsed * (text_bytes + 16) * META_BYTE_COST
+            }
+            None => 0,
+        };
+        searches.iter().map(|search| one(search) + parsed(search)).sum()
     }
 
     /// Runs the searches; several threads when it is worth it.
@@ -181,6 +198,9 @@ impl SearchTicket {
         if !together.is_empty() {
             let (places, searches): (Vec<usize>, Vec<&Search>) = together.into_iter().unzip();
             answers.extend(places.into_iter().zip(self.scan_everything(&searches, is_cheap)));
+        }
+        if self.graph.as_ref().is_some_and(|(_, tail)| tail.len() > HELP_FROM) {
+            self.collection.help();
         }
         answers.sort_unstable_by_key(|(at, _)| *at);
         answers.into_iter().map(|(_, answer)| answer).collect()
@@ -202,7 +222,7 @@ impl SearchTicket {
 
     /// O(vectors x dim) for each, all in one pass.
     fn scan_everything(&self, searches: &[&Search], is_cheap: bool) -> Vec<Answer> {
-        let (slots, vectors) = self.collection.read(|c| (c.slot_count(), c.len()));
+        let (slots, vectors) = (self.collection.read(Collection::slot_count), self.vectors);
         let scans: Vec<Scan> = searches.iter().map(|search| Self::new_scan(search)).collect();
         let rows = (SLICE_COST / (self.collection.spec().dim * searches.len() + 1)).clamp(16, SLICE_ROWS_MAX);
         let slices: Vec<_> = (0..slots).step_by(rows).map(|start| start..(start + rows).min(slots)).collect();
@@ -234,8 +254,8 @@ impl SearchTicket {
     fn select(&self, filter: &Filter) -> RoaringBitmap {
         let Some(live) = &self.live else { return RoaringBitmap::new() };
         // What is not in the index is noted first: a slot indexed meanwhile is then looked at here all the same.
-        let unindexed = self.collection.read(|c| c.meta_index().1 & live);
-        let selection = select(filter, &|look| self.collection.read(|c| look(c.meta_index().0)));
+        let unindexed = self.collection.read(|c| c.not_indexed(live));
+        let selection = select(filter, &|look| self.collection.read(|c| look(c.meta_index())));
         let mut slots = (selection.slots & live) - &unindexed;
         if !selection.is_exact {
             slots = self.check(&slots, filter);
@@ -262,7 +282,7 @@ impl SearchTicket {
     /// How many vectors satisfied a filter when this began.
     #[must_use]
     pub fn count_matching(&self, filter: &Filter) -> usize {
-        self.select(filter).iter().count()
+        usize::try_from(self.select(filter).len()).unwrap_or(usize::MAX)
     }
 
     /// The ids of the vectors that satisfied a filter when this began and are still there.
@@ -277,7 +297,7 @@ impl SearchTicket {
             Some(filter) => Some(self.select(filter)),
             None => self.live.clone(),
         };
-        let vectors = self.collection.read(|c| c.len());
+        let vectors = self.vectors;
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
         let ef = plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64);
@@ -289,8 +309,15 @@ impl SearchTicket {
             (None, None) => return self.scan_everything(&[search], false).remove(0),
         };
         plan.way = plan::choose(ef, matches, vectors);
-        SCRATCH.with_borrow_mut(|(probe, scratch)| {
+        if plan.way == Way::Scan && wanted > SCANNED_MAX {
+            // A pool of thousands is slower than a heap over all scores.
+            plan.way = Way::Exact;
+        }
+        let found = SCRATCH.with_borrow_mut(|(probe, scratch)| {
             probe.of_query(graph.metric(), search.query.numbers());
+            if plan.way == Way::Exact {
+                return None;
+            }
             if plan.way != Way::Scan {
                 self.walk(search, selected.as_ref(), graph, tail, probe, scratch, &mut plan);
                 if scratch.found().take(wanted).count() < wanted.min(matches) {
@@ -300,11 +327,8 @@ impl SearchTicket {
                 }
             }
             if plan.way == Way::Scan {
-                let Some(selected) = &selected else {
-                    let mut all = self.scan_everything(&[search], false).remove(0);
-                    all.plan.given_up = plan.given_up;
-                    return all;
-                };
+                // Looking at everything takes other threads: not while this thread's memory is lent.
+                let selected = selected.as_ref()?;
                 let slots = slots_of(selected);
                 plan.scored += graph.scan(probe, 2 * wanted + SPARE, &slots, scratch).scored;
             }
@@ -314,7 +338,18 @@ impl SearchTicket {
             for slice in best.chunks(SLICE_METAS) {
                 self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
             }
-            Answer { found: self.finish(search, scan), plan }
+            Some(Answer { found: self.finish(search, scan), plan })
+        });
+        found.unwrap_or_else(|| {
+            let plan = Plan { way: Way::Exact, ..plan };
+            match &selected {
+                Some(selected) => self.scan_selected(search, selected, plan),
+                None => {
+                    let mut all = self.scan_everything(&[search], false).remove(0);
+                    all.plan.given_up = plan.given_up;
+                    all
+                }
+            }
         })
     }
 

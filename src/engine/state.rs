@@ -40,7 +40,6 @@ pub struct State {
     /// Newest revision applied.
     revision: Revision,
     key_bytes: usize,
-    vector_bytes: usize,
     /// Consistent walks under way; see `view.rs`.
     views: Views,
 }
@@ -59,17 +58,8 @@ impl State {
     ) -> Self {
         let key_bytes = entries.iter().map(|(key, entry)| entry_bytes(key, entry)).sum();
         let expiry = entries.iter().filter_map(|(key, e)| Some((e.expires_at_ms?, key.clone()))).collect();
-        let vector_bytes = collections.values().map(|c| c.read(|c| c.charged_bytes())).sum();
         // Collecting from sorted entries builds the tree bottom up, without searching.
-        Self {
-            keys: entries.into_iter().collect(),
-            expiry,
-            collections,
-            revision,
-            key_bytes,
-            vector_bytes,
-            ..Self::default()
-        }
+        Self { keys: entries.into_iter().collect(), expiry, collections, revision, key_bytes, ..Self::default() }
     }
 
     /// Newest revision applied.
@@ -128,10 +118,10 @@ impl State {
         (self.keys.len(), self.expiry.len())
     }
 
-    /// Approximate bytes of keys and of vectors.
+    /// Approximate bytes of keys and of vectors. O(collections): theirs also change in the background.
     #[must_use]
     pub fn memory_bytes(&self) -> (usize, usize) {
-        (self.key_bytes, self.vector_bytes)
+        (self.key_bytes, self.collections.values().map(|collection| collection.charged_bytes()).sum())
     }
 
     /// The next deadline.
@@ -184,12 +174,10 @@ impl State {
                 Event::CollectionCreated { collection, .. } => {
                     let created =
                         self.prepared.remove(&revision).expect("files are prepared before their record is applied");
-                    self.vector_bytes += created.read(|c| c.charged_bytes());
                     self.collections.insert(collection.clone(), created);
                 }
                 Event::CollectionDeleted { collection, .. } => {
                     if let Some(gone) = self.collections.remove(collection) {
-                        self.vector_bytes -= gone.read(|c| c.charged_bytes()).min(self.vector_bytes);
                         self.dropped.get_mut().push(gone);
                     }
                 }
@@ -198,17 +186,12 @@ impl State {
         self.revision = self.revision.max(record.last_revision());
     }
 
-    fn on_collection(
-        &mut self,
-        name: &CollectionName,
-        revision: Revision,
-        change: impl FnOnce(&SharedCollection) -> isize,
-    ) {
+    fn on_collection(&mut self, name: &CollectionName, revision: Revision, change: impl FnOnce(&SharedCollection)) {
         // During replay the name may belong to a later collection, or to none any more.
         if let Some(collection) = self.collections.get(name)
             && collection.created() < revision
         {
-            self.vector_bytes = self.vector_bytes.saturating_add_signed(change(collection));
+            change(collection);
         }
     }
 
@@ -413,12 +396,13 @@ impl Decider<'_> {
     }
 
     fn check_budget(&mut self, bytes: usize, freed: usize) -> Result<(), Rejection> {
-        let (keys, vectors) = self.state.memory_bytes();
-        let total = keys + vectors + self.overlay.growth;
-        if self.memory_bytes_max > 0 && bytes > freed && total + bytes - freed > self.memory_bytes_max {
-            return Err(Rejection::StorageFull(
-                "the memory budget MAX_MEMORY_MB is used up; delete keys or vectors, or raise it".into(),
-            ));
+        if self.memory_bytes_max > 0 && bytes > freed {
+            let (keys, vectors) = self.state.memory_bytes();
+            if keys + vectors + self.overlay.growth + bytes - freed > self.memory_bytes_max {
+                return Err(Rejection::StorageFull(
+                    "the memory budget MAX_MEMORY_MB is used up; delete keys or vectors, or raise it".into(),
+                ));
+            }
         }
         self.overlay.growth += bytes.saturating_sub(freed);
         Ok(())

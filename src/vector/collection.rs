@@ -35,6 +35,8 @@ const REWRITE_BYTES_MIN: u64 = 4 << 20;
 /// What a slot costs in memory beside its row, id and metadata text: revisions, norm, map entry, headers.
 const SLOT_OVERHEAD_BYTES: usize = 140;
 
+/// Metadata put into the index under one hold of the lock: some tens of microseconds.
+const SLICE_META_BYTES: usize = 8 << 10;
 /// Slots moved from one list to another under one hold of the lock, where each takes a microsecond or more.
 const SLICE_SLOTS: usize = 32;
 
@@ -60,8 +62,13 @@ pub struct Collection {
     /// Live slots.
     live: RoaringBitmap,
     meta_index: MetaIndex,
-    /// Occupied slots whose metadata is not in the index yet.
+    /// Slots whose metadata is not in the index yet, or is there as it was before: a filter looks at it itself.
     unindexed: RoaringBitmap,
+    /// What the index holds of slots that are in `unindexed` all the same. Edits of the index are left to background work:
+    /// they take microseconds and more, and the writer does not wait for them.
+    outdated: HashMap<u32, VectorMeta>,
+    /// Slots whose metadata is too large for the index.
+    unindexable: RoaringBitmap,
     graph: Option<Arc<Graph>>,
     /// Live slots from before there was a graph, not yet in it.
     uncoded: RoaringBitmap,
@@ -253,6 +260,8 @@ impl Collection {
             live: RoaringBitmap::new(),
             meta_index: MetaIndex::default(),
             unindexed: RoaringBitmap::new(),
+            outdated: HashMap::new(),
+            unindexable: RoaringBitmap::new(),
             graph: None,
             uncoded: RoaringBitmap::new(),
             tail: VecDeque::new(),
@@ -376,10 +385,12 @@ impl Collection {
 
     /// Room for `more` vectors beyond those there are; give the chunks to [`Collection::grow`]. Does I/O.
     pub fn allocate(&self, more: usize) -> Result<Vec<NewChunk>, Error> {
-        if let Some(graph) = &self.graph {
-            graph.nodes().reserve(self.slots.len() + more)?;
-        }
         self.rows.allocate(self.slots.len() + more)
+    }
+
+    /// Room for `more` vectors in the graph, if there is one.
+    pub fn reserve_graph(&self, more: usize) -> Result<(), Error> {
+        self.graph.as_ref().map_or(Ok(()), |graph| graph.nodes().reserve(self.slots.len() + more))
     }
 
     /// Takes allocated chunks into use.
@@ -435,7 +446,13 @@ impl Collection {
         let longest = if metric == Metric::Dot { graph.note_length((kernels().dot)(row, row)) } else { 0.0 };
         let state = &self.slots[slot.index()];
         // SAFETY: this function's contract.
-        unsafe { graph.nodes().write(slot.0, state.born, ALIVE, |code| encode(metric, row, longest, code)) };
+        unsafe {
+            graph.nodes().write(slot.0, state.born, ALIVE, |code| {
+                let figures = encode(metric, row, longest, code);
+                graph.note_figures(figures);
+                figures
+            });
+        }
     }
 
     /// Writes the rows of some occupied slots into a graph that nobody else has yet; each slot once.
@@ -458,11 +475,9 @@ impl Collection {
         self.revision = self.revision.max(revision);
         let state = &mut self.slots[slot.index()];
         self.text_bytes = self.text_bytes + meta.text().len() - state.meta.text().len();
-        if self.unindexed.insert(slot.0) {
-            self.meta_index.remove(slot, &state.meta);
-        }
-        state.meta = meta.clone();
+        let old = std::mem::replace(&mut state.meta, meta.clone());
         state.revision = revision;
+        self.outdate(slot, old);
         self.changed.insert(id.clone());
     }
 
@@ -534,31 +549,58 @@ impl Collection {
             && horizon.durable >= self.slots[slot.index()].died
         {
             self.dead.pop_front();
-            let state = &mut self.slots[slot.index()];
-            if !self.unindexed.remove(slot.0) {
-                self.meta_index.remove(slot, &state.meta);
-            }
-            state.meta = VectorMeta::empty();
+            let meta = std::mem::replace(&mut self.slots[slot.index()].meta, VectorMeta::empty());
+            self.outdate(slot, meta);
+            self.slots[slot.index()].born = ALIVE;
             self.free.push(slot);
             freed += 1;
         }
         freed > 0
     }
 
-    /// Puts the metadata of some slots into the index; false when all are in it.
+    /// The index has a slot as it was.
+    fn outdate(&mut self, slot: Slot, meta: VectorMeta) {
+        if self.unindexed.insert(slot.0) && !self.unindexable.remove(slot.0) {
+            self.outdated.insert(slot.0, meta);
+        }
+    }
+
+    /// Brings some slots of the index up to date; false when all are. One hold of the lock takes what was there of a slot
+    /// out and puts what is there in, so that a filter on a field that did not change never misses it.
     pub fn index_some(&mut self) -> bool {
-        for _ in 0..SLICE_SLOTS {
+        let mut bytes = 0;
+        while bytes < SLICE_META_BYTES {
             let Some(slot) = self.unindexed.min() else { return false };
             self.unindexed.remove(slot);
-            self.meta_index.insert(Slot(slot), &self.slots[slot as usize].meta);
+            if let Some(old) = self.outdated.remove(&slot) {
+                bytes += old.text().len();
+                self.meta_index.remove(Slot(slot), &old);
+            }
+            let state = &self.slots[slot as usize];
+            bytes += state.meta.text().len() + SLICE_META_BYTES / SLICE_SLOTS;
+            if !state.is_free() && !self.meta_index.insert(Slot(slot), &state.meta) {
+                self.unindexable.insert(slot);
+            }
         }
         true
     }
 
-    /// The index over metadata, and the slots it does not hold yet.
+    /// The index over metadata.
     #[must_use]
-    pub fn meta_index(&self) -> (&MetaIndex, &RoaringBitmap) {
-        (&self.meta_index, &self.unindexed)
+    pub fn meta_index(&self) -> &MetaIndex {
+        &self.meta_index
+    }
+
+    /// Those of some slots whose metadata the index does not hold as it is.
+    #[must_use]
+    pub fn not_indexed(&self, slots: &RoaringBitmap) -> RoaringBitmap {
+        (&self.unindexed | &self.unindexable) & slots
+    }
+
+    /// Whether the index is behind, or dead slots wait to be freed.
+    #[must_use]
+    pub fn has_upkeep(&self) -> bool {
+        !self.unindexed.is_empty() || !self.dead.is_empty()
     }
 
     /// Live slots.
@@ -584,13 +626,18 @@ impl Collection {
     /// died meanwhile are buried.
     pub fn adopt_graph(&mut self, graph: Arc<Graph>, known: &[(u32, Revision)]) -> Result<(), Error> {
         graph.nodes().reserve(self.rows.capacity().max(self.slots.len()))?;
-        self.uncoded = self.live.clone();
+        self.uncoded = &self.live - known.iter().map(|&(slot, _)| slot).collect::<RoaringBitmap>();
         for &(slot, born) in known {
             let state = &mut self.slots[slot as usize];
-            debug_assert_eq!(state.born, born, "the caller's search number keeps slots from being reused");
+            if state.born != born || state.stage != Stage::Outside {
+                // The caller's search number keeps slots from being reused. If it had not: linked anew, at worst.
+                if state.died == ALIVE {
+                    self.uncoded.insert(slot);
+                }
+                continue;
+            }
             state.stage = Stage::Linked;
             if state.died == ALIVE {
-                self.uncoded.remove(slot);
                 self.linked += 1;
             } else {
                 graph.nodes().bury(slot, state.died);
@@ -606,7 +653,7 @@ impl Collection {
     /// The graph, once everything live is in its memory, and the slots that are there but not linked.
     #[must_use]
     pub fn searchable(&self) -> Option<(Arc<Graph>, Vec<u32>)> {
-        let graph = self.graph.as_ref().filter(|_| self.uncoded.is_empty())?;
+        let graph = self.graph.as_ref().filter(|graph| self.uncoded.is_empty() && !graph.is_unfit())?;
         Some((Arc::clone(graph), self.tail.iter().copied().collect()))
     }
 
@@ -654,7 +701,6 @@ impl Collection {
                 }
             } else {
                 state.stage = Stage::Outside;
-                self.dead.push_back((Slot(slot), horizon.next));
             }
         }
         while let Some(&slot) = self.tail.front()
@@ -663,6 +709,10 @@ impl Collection {
         {
             self.tail.pop_front();
             self.claimed -= 1;
+            if self.slots[slot as usize].stage == Stage::Outside {
+                // Found dead. Only now: a search that begins while the slot is in the tail scans it.
+                self.dead.push_back((Slot(slot), horizon.next));
+            }
         }
     }
 
@@ -891,6 +941,11 @@ impl Collection {
 }
 
 impl SlotState {
+    /// Nobody lives or lived here since it was freed.
+    fn is_free(&self) -> bool {
+        self.born == ALIVE
+    }
+
     fn free(id: VectorId) -> Self {
         Self {
             born: ALIVE,

@@ -46,6 +46,34 @@ impl Filter {
         parse_filter(value, 0, &mut budget).map(Self)
     }
 
+    /// Whether an index over values can answer it: no positions in arrays, no whole objects or arrays, no long strings.
+    #[must_use]
+    pub fn is_indexable(&self) -> bool {
+        fn is_plain(value: &Value) -> bool {
+            match value {
+                Value::Array(_) | Value::Object(_) => false,
+                Value::String(text) => text.len() <= super::meta_index::STRING_KEY_BYTES,
+                _ => true,
+            }
+        }
+        fn check(node: &Node) -> bool {
+            match node {
+                Node::All(nodes) | Node::Any(nodes) => nodes.iter().all(check),
+                Node::Not(node) => check(node),
+                Node::Field(path, test) => {
+                    path.iter().all(|name| name.parse::<usize>().is_err())
+                        && match test {
+                            Test::Eq(value) | Test::Order(value, _) => is_plain(value),
+                            Test::In(values) => values.iter().all(is_plain),
+                            Test::Exists => true,
+                            Test::Prefix(prefix) => prefix.len() <= super::meta_index::STRING_KEY_BYTES,
+                        }
+                }
+            }
+        }
+        check(&self.0)
+    }
+
     /// Whether a metadata object satisfies it.
     #[must_use]
     pub fn matches(&self, meta: &Value) -> bool {

@@ -16,8 +16,8 @@
 //!
 //! Invariants
 //! - A link leads to a slot whose row is written; once a repair pass is over, to none that the pass condemned.
-//! - Links of one slot change under its stripe lock; they are read without any.
-//! - Which slots are entry points depends on their numbers alone.
+//! - Links of a slot that others may link to change under its stripe lock; they are read without any.
+//! - Which slots are entry points depends on their numbers, beyond the first.
 //!
 //! Deliberately absent: threads, ids, metadata, the decision what to search how (`plan.rs`).
 
@@ -27,7 +27,7 @@ use super::nodes::{LINKS_MAX, Nodes};
 use super::plan::EF_DEFAULT;
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 /// Candidates a new slot's links are chosen from. Vectors a second into the graph against recall: 60 loses a point of
 /// recall at equal effort, 200 halves the rate for half a point.
@@ -46,6 +46,8 @@ const POOL_PER_RESULT: usize = 16;
 const PRUNE_GROUP: usize = 8;
 /// Rows of a scan scored together; they are prefetched one group ahead.
 const SCAN_GROUP: usize = 16;
+/// Largest squared length of a row: sums of a few of them are still finite.
+const SQUARE_MAX: f32 = f32::MAX / 16.0;
 /// Slots that are one piece of a pass: milliseconds.
 const PASS_SLOTS: usize = 64;
 
@@ -61,6 +63,8 @@ pub struct Graph {
     entry_mask: AtomicU32,
     /// Largest squared length seen, as f32 bits, for the lift of inner products.
     longest: AtomicU32,
+    /// A row's squared length does not fit f32: distances between rows mean nothing.
+    is_unfit: AtomicBool,
 }
 
 /// One place in a search's pool.
@@ -209,6 +213,7 @@ impl Graph {
             entries: RwLock::new(Arc::new(Vec::new())),
             entry_mask: AtomicU32::new(0),
             longest: AtomicU32::new(0),
+            is_unfit: AtomicBool::new(false),
         }
     }
 
@@ -223,6 +228,21 @@ impl Graph {
     pub fn note_length(&self, square: f32) -> f32 {
         let bits = square.min(f32::MAX).to_bits();
         f32::from_bits(self.longest.fetch_max(bits, Ordering::Relaxed).max(bits))
+    }
+
+    /// Notes what a row was coded to. One whose squared length is beyond f32, or so small that f32 has no digits for it,
+    /// makes the graph unfit for searches for as long as it exists: they stay exact.
+    pub fn note_figures(&self, figures: super::nodes::Figures) {
+        let is_normal = figures.square == 0.0 && figures.scale == 0.0 || figures.square.is_normal();
+        if !is_normal || figures.square > SQUARE_MAX {
+            self.is_unfit.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether searches must not use it.
+    #[must_use]
+    pub fn is_unfit(&self) -> bool {
+        self.is_unfit.load(Ordering::Relaxed)
     }
 
     /// Searches from the entry points. `is_result` is asked for slots near enough to matter; others lead on. With
@@ -367,7 +387,9 @@ impl Graph {
             // Whoever looks for this vector comes to the nearest, as the search above did: from there it must go on.
             if !self.link_back(from, slot, &mut probe, &mut list, scratch) && place == 0 {
                 let _guard = self.stripe(from);
-                self.nodes.replace_last_link(from, slot);
+                if !self.nodes.push_link(from, slot) {
+                    self.nodes.replace_last_link(from, slot);
+                }
             }
         }
         scratch.chosen = chosen;
@@ -455,9 +477,19 @@ impl Graph {
     fn prune(&self, list: &[(f32, u32)], scratch: &mut Scratch) {
         let mut chosen = std::mem::take(&mut scratch.chosen);
         chosen.clear();
+        let mut equals = 0;
         for &(distance, slot) in list {
             if chosen.len() >= LINKS_MAX {
                 break;
+            }
+            if distance <= 0.0 {
+                // One equal makes all others superfluous, and a crowd of equals would fall apart. Half of the links hold it
+                // together, the others lead out of it.
+                equals += 1;
+                if equals <= LINKS_MAX / 2 {
+                    chosen.push(slot);
+                }
+                continue;
             }
             if !self.is_superfluous(distance, slot, &chosen, scratch) {
                 chosen.push(slot);
@@ -497,7 +529,7 @@ impl Graph {
         }
     }
 
-    /// Chooses the entry points anew from all linked slots.
+    /// Chooses the entry points anew from all live linked slots, while nobody links.
     pub fn choose_entries(&self, linked: &[u32]) {
         let mut mask = 0;
         while linked.iter().filter(|&&slot| hash(slot) & mask == 0).take(2 * ENTRIES + 1).count() > 2 * ENTRIES {
@@ -510,12 +542,6 @@ impl Graph {
         let mut entries = self.entries.write();
         self.entry_mask.store(mask, Ordering::Relaxed);
         *entries = Arc::new(chosen);
-    }
-
-    /// Takes condemned slots out of the entry points, before a repair pass.
-    pub fn drop_entries(&self, is_condemned: impl Fn(u32) -> bool) {
-        let mut entries = self.entries.write();
-        Arc::make_mut(&mut entries).retain(|&slot| !is_condemned(slot));
     }
 
     /// Replaces a slot's links to condemned slots by links to where those lead.
@@ -532,10 +558,11 @@ impl Graph {
         leads_on: impl Fn(u32, &mut dyn FnMut(u32)),
         scratch: &mut Scratch,
     ) {
+        // The lock first: while a list is sorted anew, a reader may see a link twice and miss another.
+        let _guard = self.stripe(slot);
         if !self.nodes.neighbours(slot).any(&is_condemned) {
             return;
         }
-        let _guard = self.stripe(slot);
         scratch.begin(self.nodes.capacity(), 0);
         let mut kept = std::mem::take(&mut scratch.chosen);
         kept.clear();
@@ -605,23 +632,22 @@ impl Graph {
     }
 }
 
-/// Pieces of work over all slots there were when it began, taken by any number of threads.
+/// Pieces of work over many slots or places, taken by as many threads as there are cores.
 #[derive(Debug)]
 pub struct Pass {
     end: usize,
     next: AtomicUsize,
-    done: AtomicUsize,
 }
 
 impl Pass {
     /// Over `slots` slots.
     #[must_use]
     pub fn new(slots: usize) -> Self {
-        Self { end: slots, next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
+        Self { end: slots, next: AtomicUsize::new(0) }
     }
 
     /// The next piece, if there is one.
-    pub fn claim(&self) -> Option<std::ops::Range<usize>> {
+    fn claim(&self) -> Option<std::ops::Range<usize>> {
         let start = self.next.fetch_add(PASS_SLOTS, Ordering::Relaxed);
         (start < self.end).then(|| start..(start + PASS_SLOTS).min(self.end))
     }
@@ -641,22 +667,15 @@ impl Pass {
             }
         });
     }
-
-    /// Reports a piece as done; true for the one that completes the pass.
-    pub fn finish(&self, piece: &std::ops::Range<usize>) -> bool {
-        self.done.fetch_add(piece.len(), Ordering::AcqRel) + piece.len() == self.end
-    }
 }
 
-/// A pass that removes every link to condemned slots.
+/// The slots that a repair pass removes every link to.
 #[derive(Debug)]
 pub struct Repair {
     /// By slot.
     condemned: Vec<u64>,
     /// The condemned slots.
     pub slots: Vec<u32>,
-    /// The slots whose links are looked at.
-    pub pass: Pass,
 }
 
 impl Repair {
@@ -668,7 +687,7 @@ impl Repair {
         for &slot in &slots {
             condemned[slot as usize / 64] |= 1 << (slot % 64);
         }
-        Self { condemned, slots, pass: Pass::new(end) }
+        Self { condemned, slots }
     }
 
     /// Whether a slot is condemned.

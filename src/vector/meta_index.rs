@@ -92,6 +92,11 @@ struct Bits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct NumberKey(u64);
 
+/// Most values of one slot, elements of arrays included.
+pub const VALUES_MAX: usize = 256;
+/// Longest path in bytes.
+pub const PATH_BYTES_MAX: usize = 256;
+
 /// A string or its beginning. Order is kept: a smaller string never has a greater key.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct StringKey(Box<str>);
@@ -127,14 +132,26 @@ pub type Look<'a> = &'a dyn Fn(&mut dyn FnMut(&MetaIndex));
 
 impl MetaIndex {
     /// Adds a slot, which must not be in the index: a change of metadata is a removal and an insertion. O(values · log
-    /// of distinct values); 1 µs for five values.
-    pub fn insert(&mut self, slot: Slot, meta: &VectorMeta) {
-        self.edit(slot, meta, Change::Insert);
+    /// of distinct values); 1 µs for five values. False, and nothing is done, when the metadata has more than
+    /// [`VALUES_MAX`] values or a path longer than [`PATH_BYTES_MAX`]: a client must not make the index a hundred times
+    /// larger than what it sent, nor its upkeep slow.
+    pub fn insert(&mut self, slot: Slot, meta: &VectorMeta) -> bool {
+        let meta = meta.parse();
+        let (mut values, mut is_long) = (0, false);
+        each_path(&meta, &mut String::new(), 0, false, &mut |path, value, _| {
+            values += 1 + value.as_array().map_or(0, Vec::len);
+            is_long |= path.len() > PATH_BYTES_MAX;
+        });
+        let fits = values <= VALUES_MAX && !is_long;
+        if fits {
+            self.edit(slot, &meta, Change::Insert);
+        }
+        fits
     }
 
     /// Takes a slot out, given the metadata it was inserted with.
     pub fn remove(&mut self, slot: Slot, meta: &VectorMeta) {
-        self.edit(slot, meta, Change::Remove);
+        self.edit(slot, &meta.parse(), Change::Remove);
     }
 
     /// Estimate of the memory it takes. O(1).
@@ -143,14 +160,14 @@ impl MetaIndex {
         size_of::<Self>() + self.bytes
     }
 
-    fn edit(&mut self, slot: Slot, meta: &VectorMeta, change: Change) {
+    fn edit(&mut self, slot: Slot, meta: &Value, change: Change) {
         let mut edit = Edit { slot: slot.0, change, bytes: self.bytes };
         let before = self.occupied.len();
         self.occupied.apply(&mut edit);
         assert_ne!(before, self.occupied.len(), "a slot is inserted once and then removed once");
         // `parse` rather than a parser of its own that streams: what it takes a text for is what filters see. It is a
         // third of the cost.
-        each_path(&meta.parse(), &mut String::new(), 0, false, &mut |path, value, in_list| {
+        each_path(meta, &mut String::new(), 0, false, &mut |path, value, in_list| {
             self.apply(path, value, in_list, &mut edit);
         });
         self.bytes = edit.bytes;

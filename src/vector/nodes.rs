@@ -227,7 +227,7 @@ impl Nodes {
         true
     }
 
-    /// Replaces a slot's last link, its longest, by another. One thread at a time for each slot.
+    /// Replaces a slot's last link by another. One thread at a time for each slot.
     pub fn replace_last_link(&self, slot: u32, to: u32) {
         let (count, places) = self.links(slot).split_first().expect("the count is always there");
         match (count.load(Ordering::Relaxed) as usize).min(LINKS_MAX) {
