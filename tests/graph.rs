@@ -164,7 +164,7 @@ impl Live {
     fn assert_sound(&self) {
         self.collection.settle();
         let report = self.collection.validate().expect("there is a graph");
-        assert!(report.is_sound(), "{report:?}");
+        assert!(report.is_sound(), "{}", format!("{report:?}").chars().take(300).collect::<String>());
     }
 }
 
@@ -527,4 +527,184 @@ fn an_old_graph_file_is_repaired_around_what_changed() {
     live.work(usize::MAX);
     live.assert_sound();
     assert!(live.recall(&mut random, 12, None) >= 0.95);
+}
+
+/// A whole cluster dies and has not been repaired around: walks towards it end among way-points, and what is left is
+/// found by looking at everything, on rayon's threads, whoever else searches there.
+#[test]
+fn a_walk_that_ends_among_the_dead_falls_back_to_looking_at_everything() {
+    const WIDE: usize = 256;
+    let mut random = Random(1);
+    let mut live = Live::open(None, Metric::L2, WIDE);
+    let around =
+        |random: &mut Random, centre: f32| -> Vec<f32> { (0..WIDE).map(|_| centre + random.number()).collect() };
+    for id in 0..3800 {
+        live.put(&format!("a{id}"), around(&mut random, 10.0), json!({}));
+    }
+    for id in 0..1500 {
+        live.put(&format!("b{id}"), around(&mut random, 0.0), json!({}));
+    }
+    live.work(usize::MAX);
+    (0..1500).for_each(|id| live.delete(&format!("b{id}")));
+    let queries: Vec<Vec<f32>> = (0..40).map(|_| around(&mut random, 0.0)).collect();
+    let plan = live.search(&queries[0], 10, None, false, None).plan;
+    assert!(plan.given_up.is_some(), "otherwise this tests nothing: {plan:?}");
+    live.check(&queries[0], 10, None, false);
+    let (answers, answered) = std::sync::mpsc::channel();
+    for query in &queries {
+        let searches = [search(live.spec, query, 10)];
+        let ticket = live.collection.begin_search(Revision(live.revision), &searches);
+        let answers = answers.clone();
+        rayon::spawn(move || answers.send(hits(&ticket.run(&searches)[0]).len()).unwrap());
+    }
+    drop(answers);
+    assert_eq!(answered.iter().collect::<Vec<_>>(), vec![10; queries.len()]);
+}
+
+#[test]
+fn a_crowd_of_equal_vectors_neither_falls_apart_nor_hides_the_others() {
+    for metric in METRICS {
+        let mut random = Random(1);
+        let mut live = Live::open(None, metric, DIM);
+        let same = random.vector(DIM, 12);
+        for id in 0..4000 {
+            let numbers = if id % 2 == 0 { same.clone() } else { random.vector(DIM, 12) };
+            live.put(&format!("v{id}"), numbers, json!({}));
+        }
+        live.work(usize::MAX);
+        live.assert_sound();
+        let (found, of) = live.check(&same, 30, None, false);
+        assert_eq!(found, of, "{metric:?}");
+        assert!(live.recall(&mut random, 12, None) >= 0.95, "{metric:?}");
+    }
+}
+
+#[test]
+fn vectors_too_long_or_short_for_f32_distances_are_searched_exactly() {
+    for metric in METRICS {
+        for by in [1e-25, 1e-12, 1.0, 1e15, 1e20] {
+            let mut random = Random(5);
+            let mut live = Live::open(None, metric, DIM);
+            let mut scaled = || random.vector(DIM, 12).into_iter().map(|n| n * by).collect::<Vec<f32>>();
+            for id in 0..1500 {
+                live.put(&format!("v{id}"), scaled(), json!({}));
+            }
+            live.work(usize::MAX);
+            let mut same = 0;
+            for _ in 0..20 {
+                let query = scaled();
+                let [walked, exact] = [false, true].map(|is_exact| live.search(&query, 10, None, is_exact, None));
+                same += hits(&walked).iter().filter(|hit| hits(&exact).iter().any(|h| h.id == hit.id)).count();
+            }
+            assert!(same >= 190, "{metric:?} x {by:e}: {same} of 200");
+        }
+    }
+}
+
+/// What a client sends is 64 KiB at most; the index over it must not become a hundred times as much.
+#[test]
+fn metadata_of_thousands_of_fields_is_filtered_without_an_index() {
+    let mut live = Live::open(None, Metric::L2, 4);
+    let fields: serde_json::Map<_, _> = (0..3500).map(|n| (format!("f{n}"), json!(1))).collect();
+    for n in 0..4 {
+        live.put(&format!("flat{n}"), vec![1.0; 4], Value::Object(fields.clone()));
+        live.put(&format!("deep{n}"), vec![1.0; 4], json!({ format!("{n}{}", "x".repeat(20_000)): fields }));
+        live.put(&format!("list{n}"), vec![1.0; 4], json!({ "tags": (0..5000).collect::<Vec<_>>() }));
+    }
+    live.work(usize::MAX);
+    let bytes = live.collection.read(|c| c.meta_index().memory_bytes());
+    assert!(bytes < 100_000, "{bytes} bytes of index");
+    for filter in [json!({ "f7": 1 }), json!({ "tags": 4999 }), json!({ "f7": { "$exists": false } })] {
+        live.check(&[0.0; 4], 10, Some(&filter), false);
+    }
+    live.set_meta("flat0", json!({ "f7": 2 }));
+    live.check(&[0.0; 4], 10, Some(&json!({ "f7": 1 })), false);
+    live.work(usize::MAX);
+    live.check(&[0.0; 4], 10, Some(&json!({ "f7": 2 })), false);
+}
+
+/// Metadata changes in one field while another is counted: no vector may be missing from the count.
+#[test]
+fn a_filter_never_misses_a_vector_whose_other_metadata_changes() {
+    let mut random = Random(1);
+    let mut live = Live::open(None, Metric::L2, DIM);
+    for id in 0..500 {
+        live.put(&format!("v{id}"), random.vector(DIM, 4), json!({ "lang": "es", "n": 0 }));
+    }
+    live.work(usize::MAX);
+    let (collection, stop, revision) = (&live.collection, AtomicBool::new(false), AtomicU64::new(live.revision));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let at = revision.load(Ordering::Relaxed) + 1;
+                let meta = VectorMeta::new(&json!({ "lang": "es", "n": n }).to_string()).unwrap();
+                collection.set_meta(&VectorId::new(&format!("v{}", n % 500)).unwrap(), &meta, Revision(at));
+                revision.store(at, Ordering::Relaxed);
+            }
+        });
+        scope.spawn(|| {
+            let mut scratch = Scratch::default();
+            while !stop.load(Ordering::Relaxed) {
+                collection.work_once(&mut scratch);
+            }
+        });
+        let filter = Filter::parse(&json!({ "lang": "es" })).unwrap();
+        let counts: BTreeSet<usize> = (0..3000)
+            .map(|_| collection.begin_match(Revision(revision.load(Ordering::Relaxed))).count_matching(&filter))
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(counts, BTreeSet::from([500]));
+    });
+}
+
+/// The budget counts what there is, after background work and restarts too.
+#[test]
+fn what_vectors_are_charged_is_what_the_collection_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(2);
+    let mut live = Live::open(Some(dir.path()), Metric::L2, DIM);
+    let is_true =
+        |live: &Live| assert_eq!(live.collection.charged_bytes(), live.collection.read(|c| c.charged_bytes()));
+    for id in 0..800 {
+        live.put(&format!("v{id}"), random.vector(DIM, 4), meta(&mut random));
+    }
+    is_true(&live);
+    live.work(usize::MAX);
+    is_true(&live);
+    let full = live.collection.charged_bytes();
+    (0..600).for_each(|id| live.delete(&format!("v{id}")));
+    live.work(usize::MAX);
+    is_true(&live);
+    assert!(live.collection.charged_bytes() < full / 2);
+    live.collection.checkpoint(|| Revision(live.revision), || Ok(())).unwrap();
+    drop(live);
+    let live = Live::open(Some(dir.path()), Metric::L2, DIM);
+    is_true(&live);
+    live.work(usize::MAX);
+    is_true(&live);
+}
+
+/// In the relaxed modes dead slots cannot be reused before the log is synced; writes must not wait for that.
+#[test]
+fn replacing_one_vector_for_ever_neither_stalls_nor_grows() {
+    for durable in [u64::MAX, 1] {
+        let spec = CollectionSpec::new(DIM, Metric::L2).unwrap();
+        let background = Background::with_graph_from(64);
+        background.durable.store(durable, Ordering::Relaxed);
+        let collection = SharedCollection::open(None, spec, Revision(1), &background).unwrap();
+        let mut random = Random(9);
+        let mut scratch = Scratch::default();
+        for n in 0..9000u64 {
+            assert!(collection.has_room(), "write {n} would wait, durable {durable}");
+            collection.reserve(1).unwrap();
+            let id = VectorId::new(&format!("v{}", n % 100)).unwrap();
+            collection.put(&id, &random.vector(DIM, 4), &VectorMeta::empty(), Revision(n + 2));
+            while collection.work_once(&mut scratch) {}
+        }
+        let slots = collection.read(|c| c.slot_count());
+        assert!(durable == 1 || slots < 1000, "{slots} slots for 100 vectors");
+    }
 }

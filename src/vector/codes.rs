@@ -113,6 +113,12 @@ impl Probe {
         }
     }
 
+    /// Distances up to this are rounding: the rows are equal.
+    #[must_use]
+    pub fn equal(&self) -> f32 {
+        8.0 * f32::EPSILON * self.figures.square
+    }
+
     /// The distance of one row.
     #[must_use]
     pub fn distance(&self, nodes: &Nodes, slot: u32) -> f32 {

@@ -380,16 +380,13 @@ impl Graph {
         self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
         list.clear();
         list.extend(scratch.pool.spots.iter().filter(|s| s.is_result()).map(|s| (s.key, s.slot())));
-        self.prune(&list, scratch);
+        self.prune(&list, probe.equal(), scratch);
         let chosen = std::mem::take(&mut scratch.chosen);
         self.nodes.set_links(slot, &chosen);
         for (place, &from) in chosen.iter().enumerate() {
             // Whoever looks for this vector comes to the nearest, as the search above did: from there it must go on.
             if !self.link_back(from, slot, &mut probe, &mut list, scratch) && place == 0 {
-                let _guard = self.stripe(from);
-                if !self.nodes.push_link(from, slot) {
-                    self.nodes.replace_last_link(from, slot);
-                }
+                self.insert_between(from, slot);
             }
         }
         scratch.chosen = chosen;
@@ -417,7 +414,11 @@ impl Graph {
         scratch.fresh.extend(self.nodes.neighbours(from));
         scratch.fresh.push(to);
         self.sorted_by_distance(probe, list, scratch);
-        self.prune(list, scratch);
+        if list.partition_point(|&(distance, _)| distance <= probe.equal()) > LINKS_MAX / 2 {
+            // Among equals there is nothing to choose, and those given up would be found by nobody.
+            return false;
+        }
+        self.prune(list, probe.equal(), scratch);
         self.nodes.set_links(from, &scratch.chosen);
         scratch.chosen.contains(&to)
     }
@@ -439,11 +440,9 @@ impl Graph {
                 self.nodes.push_link(from, slot)
             };
             if !near.iter().any(has_room) {
-                match best {
-                    Some(best) => {
-                        let _guard = self.stripe(best);
-                        self.nodes.replace_last_link(best, slot);
-                    }
+                // All of them were expanded, so any will do: others that are lost here should not take the same.
+                match near.get(hash(slot) as usize % near.len().max(1)) {
+                    Some(&from) => self.insert_between(from, slot),
                     None => self.consider_entry(slot),
                 }
             }
@@ -456,6 +455,20 @@ impl Graph {
     pub fn nearest(&self, probe: &Probe, scratch: &mut Scratch) -> Option<u32> {
         self.search(probe, EF_DEFAULT, usize::MAX, false, |slot| self.nodes.is_live(slot), scratch);
         scratch.found().next()
+    }
+
+    /// Adds a link, if need be in place of the last; what that led to is then reached through `slot`.
+    fn insert_between(&self, from: u32, slot: u32) {
+        let given_up = {
+            let _guard = self.stripe(from);
+            if self.nodes.push_link(from, slot) { None } else { self.nodes.replace_last_link(from, slot) }
+        };
+        if let Some(given_up) = given_up.filter(|&to| to != slot && self.nodes.is_live(to)) {
+            let _guard = self.stripe(slot);
+            if !self.nodes.neighbours(slot).any(|to| to == given_up) && !self.nodes.push_link(slot, given_up) {
+                self.nodes.replace_last_link(slot, given_up);
+            }
+        }
     }
 
     fn stripe(&self, slot: u32) -> parking_lot::MutexGuard<'_, ()> {
@@ -473,8 +486,9 @@ impl Graph {
         list.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     }
 
-    /// From candidates sorted by distance, chooses those that no nearer chosen one makes superfluous.
-    fn prune(&self, list: &[(f32, u32)], scratch: &mut Scratch) {
+    /// From candidates sorted by distance, chooses those that no nearer chosen one makes superfluous. At a distance up to
+    /// `equal` rounding is all there is between two rows.
+    fn prune(&self, list: &[(f32, u32)], equal: f32, scratch: &mut Scratch) {
         let mut chosen = std::mem::take(&mut scratch.chosen);
         chosen.clear();
         let mut equals = 0;
@@ -482,7 +496,7 @@ impl Graph {
             if chosen.len() >= LINKS_MAX {
                 break;
             }
-            if distance <= 0.0 {
+            if distance <= equal {
                 // One equal makes all others superfluous, and a crowd of equals would fall apart. Half of the links hold it
                 // together, the others lead out of it.
                 equals += 1;

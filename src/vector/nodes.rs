@@ -227,13 +227,11 @@ impl Nodes {
         true
     }
 
-    /// Replaces a slot's last link by another. One thread at a time for each slot.
-    pub fn replace_last_link(&self, slot: u32, to: u32) {
+    /// Replaces a slot's last link by another and returns where it led. One thread at a time for each slot.
+    pub fn replace_last_link(&self, slot: u32, to: u32) -> Option<u32> {
         let (count, places) = self.links(slot).split_first().expect("the count is always there");
-        match (count.load(Ordering::Relaxed) as usize).min(LINKS_MAX) {
-            0 => drop(self.push_link(slot, to)),
-            count => places[count - 1].store(to, Ordering::Release),
-        }
+        let last = (count.load(Ordering::Relaxed) as usize).min(LINKS_MAX).checked_sub(1)?;
+        Some(places[last].swap(to, Ordering::AcqRel))
     }
 
     /// Asks the processor to fetch a whole row.
