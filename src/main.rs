@@ -34,6 +34,8 @@ enum Verb {
     Config(Box<SettingFlags>),
     /// Watch the whole of it work, on a server of its own, every claim checked.
     Demo(kiss_vdb::demo::DemoArgs),
+    /// Look through a data directory that no server is using: is it whole, and are the graphs sound?
+    Check(kiss_vdb::check::CheckArgs),
     /// Measure a server: this program's own in a temporary directory, or any --url.
     Bench(Box<kiss_vdb::bench::BenchArgs>),
     /// The yardstick `bench --bare` measures against.
@@ -128,6 +130,7 @@ fn main() -> ExitCode {
         None => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Serve(flags)) => flags.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Demo(args)) => kiss_vdb::demo::run(&args),
+        Some(Verb::Check(args)) => kiss_vdb::check::run(&args),
         Some(Verb::Config(flags)) => flags.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
         Some(Verb::Bench(args)) => kiss_vdb::bench::run(&args),
         Some(Verb::BenchBare(args)) => kiss_vdb::bench::run_bare(&args),

@@ -71,6 +71,7 @@ impl Collector for Gauges {
         let (key_bytes, vector_bytes) = engine.memory_bytes();
         let collections = engine.collections();
         let vectors: usize = collections.iter().map(|(_, c)| c.read(|c| c.len())).sum();
+        let pending: usize = collections.iter().map(|(_, c)| c.read(|c| c.graph_counts().tail)).sum();
         let stats = &engine.feed().stats;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let mut gauge = |name: &str, help: &str, unit: Option<&Unit>, value: f64| -> std::fmt::Result {
@@ -88,6 +89,7 @@ impl Collector for Gauges {
             gauge("kiss_vector_memory", "Approximate memory of vectors", bytes, vector_bytes as f64)?;
             gauge("kiss_collections", "Collections", None, collections.len() as f64)?;
             gauge("kiss_vectors", "Vectors in all collections", None, vectors as f64)?;
+            gauge("kiss_vectors_pending", "Vectors not linked yet, which searches scan", None, pending as f64)?;
             gauge("kiss_log", "Disk taken by log segments", bytes, engine.log().bytes() as f64)?;
             gauge("kiss_streams", "Open event streams", None, load(&stats.streams) as f64)?;
             gauge("kiss_connections", "Open connections", None, load(&self.0.connections) as f64)?;

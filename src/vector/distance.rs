@@ -5,7 +5,7 @@
 //! fallback and what the tests hold the others against. Results differ between kernels in the last bits, because the
 //! order of additions differs; on one machine they are reproducible.
 //!
-//! `unsafe` stands here and in `storage.rs` only.
+//! `unsafe` stands here for these instructions; ARCHITECTURE.md lists where else.
 
 use std::sync::OnceLock;
 

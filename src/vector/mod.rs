@@ -1,20 +1,23 @@
-//! Vectors: collections, their rows on disk, distance kernels, metadata filters and exact search.
+//! Vectors: collections, their rows on disk, distance kernels, metadata filters, exact search and the graph.
 //!
 //! ```text
 //! record ──apply──▶ Collection ── slots, id map, metadata           (memory)
-//!                        │ └────── RowStore: f32 rows by slot        (memory-mapped file)
-//!                        └──checkpoint──▶ slots.log                  (append-only, checksummed)
-//! query ──prepare──▶ scan slices of slots ──▶ TopK ──▶ hits
+//!                        │ ├────── RowStore: f32 rows by slot        (memory-mapped file)
+//!                        │ ├────── MetaIndex: slots by metadata      (memory, filled in the background)
+//!                        │ └────── Graph: byte rows and links        (memory, linked in the background)
+//!                        └──checkpoint──▶ slots.log, graph.bin
+//! query ──plan──▶ walk the graph, scan matches, or scan all ──▶ score again as sent ──▶ TopK ──▶ hits
 //! ```
 //!
 //! Invariants
 //! - A row is written once and never changes while a search may read it: an update takes a new slot, the old one is
-//!   reused only when no search is left that began before.
+//!   reused only when no link leads to it and no search is left that began before.
 //! - A slot is visible to a search at revision R exactly when `born <= R < died`.
 //! - Rows hold what was sent, bit for bit; cosine divides by the norm kept beside the row.
 //! - Files here are ahead of or level with their checkpoint, never behind; what they lack, the log replays.
 //!
-//! Deliberately absent: tokio, the engine, HTTP, locks and threads. Whoever owns a collection decides how to share it.
+//! Deliberately absent: tokio, the engine, HTTP, threads of its own, and locks but for the graph's links. Whoever owns a
+//! collection decides how to share it.
 
 pub mod codes;
 pub mod collection;

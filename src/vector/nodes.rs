@@ -11,7 +11,7 @@
 //!   lock. That is the caller's promise, and why `write` is `unsafe`.
 //! - Links and the revisions in the trailer are atomic: they change while searches read them.
 //!
-//! `unsafe` stands here, in `storage.rs` and in `distance.rs`, and where `write` is called.
+//! `unsafe` stands here and where `write` is called; ARCHITECTURE.md lists where else.
 
 use super::distance::prefetch;
 use crate::error::Error;

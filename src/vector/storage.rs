@@ -8,7 +8,7 @@
 //! Order within a checkpoint, and why: entries are encoded first, then rows are synced, then the frame is appended and
 //! synced. A frame therefore never names a row that is not on disk.
 //!
-//! `unsafe` stands here (mapping files) and in `distance.rs` only.
+//! `unsafe` stands here for mapping files; ARCHITECTURE.md lists where else.
 
 use super::distance::prefetch;
 use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
