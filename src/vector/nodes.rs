@@ -190,11 +190,8 @@ impl Nodes {
     /// Count and places of a slot's links.
     fn links(&self, slot: u32) -> &[AtomicU32; LINKS_MAX + 1] {
         let start = Self::place(&self.links, slot, LINKS_BYTES);
-        // SAFETY: LINKS_BYTES mapped bytes at a cache line, only ever accessed as atomics; zeroed memory is no links.
-        #[expect(clippy::cast_ptr_alignment, reason = "chunks are page-aligned and LINKS_BYTES is whole lines")]
-        unsafe {
-            &*start.cast()
-        }
+        // SAFETY: LINKS_BYTES mapped bytes at a cache line (chunks begin at pages), only ever accessed as atomics; zeroed memory is no links.
+        unsafe { &*start.cast() }
     }
 
     /// Where a slot's links lead. While another thread changes them the list may mix old and new ones; each was a link
