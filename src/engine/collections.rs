@@ -50,7 +50,7 @@ const SAVE_PART: u64 = 20;
 /// Repaired slots moved under one hold of the lock.
 const REPAIRED_SLOTS: usize = 256;
 /// Slots looked at under one hold of the lock where each takes nanoseconds.
-const SLICE_SLOTS: usize = 4096;
+const LISTED_SLOTS: usize = 4096;
 /// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.
 const GARBAGE_FROM: usize = 2048;
 const GARBAGE_PART: usize = 10;
@@ -543,9 +543,9 @@ impl SharedCollection {
 
     fn linked_slots(&self) -> Vec<u32> {
         let slots = self.read(Collection::slot_count);
-        let slices = (0..slots).step_by(SLICE_SLOTS);
+        let slices = (0..slots).step_by(LISTED_SLOTS);
         slices
-            .flat_map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)))
+            .flat_map(|start| self.read(|c| c.linked_slots(start..start + LISTED_SLOTS)))
             .map(|(slot, _)| slot)
             .collect()
     }
@@ -615,7 +615,7 @@ impl SharedCollection {
         }
         let slots = self.read(Collection::slot_count);
         let slices =
-            (0..slots).step_by(SLICE_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + SLICE_SLOTS)));
+            (0..slots).step_by(LISTED_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + LISTED_SLOTS)));
         let result = graph_file::write(dir, self.spec, self.created, &graph, slices);
         match result {
             Ok(()) => self.saved_changes.store(counts.changes, Ordering::Relaxed),

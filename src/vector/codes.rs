@@ -17,7 +17,7 @@ use super::distance::kernels;
 use super::nodes::{Figures, Nodes};
 
 /// Added to a signed step to store it unsigned.
-const OFFSET: i32 = 128;
+const BIAS: i32 = 128;
 /// Largest step.
 const STEPS: f32 = 127.0;
 
@@ -26,7 +26,7 @@ const STEPS: f32 = 127.0;
 pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) -> Figures {
     let largest = numbers.iter().fold(0f32, |m, n| m.max(n.abs()));
     if largest == 0.0 {
-        code.fill(OFFSET as u8);
+        code.fill(BIAS as u8);
         return Figures { scale: 0.0, square: 0.0, lift: lift(metric, 0.0, longest) };
     }
     let inverse = STEPS / largest;
@@ -36,7 +36,7 @@ pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) ->
         // So small that its inverse is infinite.
         quantise(numbers.iter().map(|n| n / largest * STEPS), code);
     }
-    let squares: i32 = code.iter().map(|&byte| (i32::from(byte) - OFFSET).pow(2)).sum();
+    let squares: i32 = code.iter().map(|&byte| (i32::from(byte) - BIAS).pow(2)).sum();
     // The cast: at most DIM_MAX * 127^2, and f32 keeps seven digits of it.
     let squares = squares as f32;
     match metric {
@@ -55,7 +55,7 @@ fn quantise(steps: impl Iterator<Item = f32>, code: &mut [u8]) {
     const MAGIC: f32 = 12_582_912.0;
     for (code, step) in code.iter_mut().zip(steps) {
         // The cast keeps the low byte: -127..=127 with the offset added is 1..=255.
-        *code = ((step + MAGIC).to_bits().wrapping_add(OFFSET as u32)) as u8;
+        *code = ((step + MAGIC).to_bits().wrapping_add(BIAS as u32)) as u8;
     }
 }
 
@@ -90,7 +90,7 @@ impl Probe {
     fn set(&mut self, code: &[u8], figures: Figures, weight: f32) {
         self.code.clear();
         self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
-        self.correction = OFFSET * self.code.iter().map(|&step| i32::from(step)).sum::<i32>();
+        self.correction = BIAS * self.code.iter().map(|&step| i32::from(step)).sum::<i32>();
         self.figures = figures;
         self.weight = weight;
     }

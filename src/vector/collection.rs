@@ -38,7 +38,7 @@ const SLOT_OVERHEAD_BYTES: usize = 140;
 /// Metadata put into the index under one hold of the lock: some tens of microseconds.
 const SLICE_META_BYTES: usize = 8 << 10;
 /// Slots moved from one list to another under one hold of the lock, where each takes a microsecond or more.
-const SLICE_SLOTS: usize = 32;
+const CODED_SLOTS: usize = 32;
 
 /// A set of vectors of one dimension and one metric.
 #[derive(Debug)]
@@ -577,7 +577,7 @@ impl Collection {
                 self.meta_index.remove(Slot(slot), &old);
             }
             let state = &self.slots[slot as usize];
-            bytes += state.meta.text().len() + SLICE_META_BYTES / SLICE_SLOTS;
+            bytes += state.meta.text().len() + SLICE_META_BYTES / CODED_SLOTS;
             if !state.is_free() && !self.meta_index.insert(Slot(slot), &state.meta) {
                 self.unindexable.insert(slot);
             }
@@ -665,7 +665,7 @@ impl Collection {
 
     /// Puts some slots into the graph's memory; false when all are there.
     pub fn code_some(&mut self) -> bool {
-        for _ in 0..SLICE_SLOTS {
+        for _ in 0..CODED_SLOTS {
             let Some(slot) = self.uncoded.min() else { return false };
             self.uncoded.remove(slot);
             self.code(Slot(slot));

@@ -12,7 +12,20 @@
 //!   it, and it can be used again.
 //! - **Filters**: way-points again, or with few matches their neighbours' neighbours (ACORN, Patel et al. 2024).
 //!
-//! What was measured, and why the constants are what they are, stands in `docs/benchmarks.md` and beside them.
+//! Evidence, on 60,000 MiniLM vectors of 384 numbers, one thread, recall@10; the whole in `docs/benchmarks.md`:
+//!
+//! ```text
+//! slack of pruning      1.0     1.05    1.1     1.2     1.3        candidates (slack 1.2)   60     100    200
+//! rows scored at 0.95   970     900     960     1,040   1,110      rows scored at 0.95   1,160  1,040    980
+//! recall at ef 200      0.994   0.996   0.995   0.992   0.989      vectors/s linked      4.9 k  4.1 k  3.6 k
+//! ```
+//!
+//! - One byte a number and the best twelve scored again: 0.9553, with forty 0.9554. The rounding costs nothing.
+//! - Half as many entry points: 50 to 60 rows less for each search, of 354 for a quick one; the same recall.
+//! - Prefetching links as a spot enters the front of the pool, and rows before they are scored: 10 to 20 % faster.
+//! - Beside hnswlib (M 16, efConstruction 200) in one run: 3.2 and 3.7 times its searches at recall 0.95 and 0.99, built 2.4 times
+//!   as fast; Fashion-MNIST (784, L2) 2.6 and 3.1 times, 2.3 times.
+//! - Ten turnovers of all vectors: 0.002 less recall than a fresh graph, 1.05 times its memory.
 //!
 //! Invariants
 //! - A link leads to a slot whose row is written; once a repair pass is over, to none that the pass condemned.
