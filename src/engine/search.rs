@@ -87,7 +87,7 @@ pub enum Found {
 pub struct Plan {
     /// The way in the end.
     pub way: Way,
-    /// The way that was tried first and given up.
+    /// The way that was tried before and given up, the last of them.
     pub given_up: Option<Way>,
     /// Candidates kept by a walk.
     pub ef: usize,
@@ -319,7 +319,13 @@ impl SearchTicket {
                 return None;
             }
             if plan.way != Way::Scan {
-                self.walk(search, selected.as_ref(), graph, tail, probe, scratch, &mut plan);
+                let is_done = self.walk(search, selected.as_ref(), graph, tail, probe, scratch, &mut plan);
+                if !is_done && plan.way == Way::Graph {
+                    // Few matches where the query lies: look for them among neighbours of neighbours.
+                    plan.given_up = Some(plan.way);
+                    plan.way = Way::TwoHop;
+                    self.walk(search, selected.as_ref(), graph, tail, probe, scratch, &mut plan);
+                }
                 if scratch.found().take(wanted).count() < wanted.min(matches) {
                     // Too dear, or the links did not lead to enough.
                     plan.given_up = Some(plan.way);
@@ -353,7 +359,7 @@ impl SearchTicket {
         })
     }
 
-    /// Walks the graph, then scans what of the tail the walk has not met. Given up, it leaves nothing found.
+    /// Walks the graph, then scans what of the tail the walk has not met. False when it was given up; then nothing is found.
     #[expect(clippy::too_many_arguments, reason = "the parts of one search, taken apart by its caller")]
     fn walk(
         &self,
@@ -364,12 +370,13 @@ impl SearchTicket {
         probe: &Probe,
         scratch: &mut Scratch,
         plan: &mut Plan,
-    ) {
+    ) -> bool {
         let is_visible = |slot| graph.nodes().is_visible(slot, self.at);
         let effort = match (selected, plan.way) {
             (Some(selected), _) if search.filter.is_some() => {
                 let is_selected = |slot| selected.contains(slot);
-                graph.search(probe, plan.ef, plan::budget(plan.matches), plan.way == Way::TwoHop, is_selected, scratch)
+                let budget = plan::budget(plan.way, plan.ef, plan.matches);
+                graph.search(probe, plan.ef, budget, plan.way == Way::TwoHop, is_selected, scratch)
             }
             _ => graph.search(probe, plan.ef, usize::MAX, false, is_visible, scratch),
         };
@@ -378,12 +385,13 @@ impl SearchTicket {
             Some(selected) => graph.scan_more(probe, &unseen, |slot| selected.contains(slot), scratch),
             None => graph.scan_more(probe, &unseen, is_visible, scratch),
         };
-        plan.scored = effort.scored + more.scored;
-        plan.expanded = effort.expanded;
+        plan.scored += effort.scored + more.scored;
+        plan.expanded += effort.expanded;
         plan.tail = tail.len();
         if effort.is_over_budget {
             scratch.forget();
         }
+        !effort.is_over_budget
     }
 
     /// Scores what is selected with the numbers as sent.

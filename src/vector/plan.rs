@@ -53,11 +53,16 @@ pub fn effort(asked: Option<usize>, hits: usize, share: f64) -> usize {
     asked.unwrap_or_else(|| (EF_DEFAULT as f64 * share.clamp(0.25, 1.0).sqrt()) as usize + hits / 2).max(hits)
 }
 
-/// Rows a walk may score before looking at all matches instead. Most walks that succeed score far fewer; one whose query
-/// lies far from all matches would go on for long.
+/// Rows a walk with a filter may score before another way is taken. Most that succeed score far fewer; one whose query
+/// lies far from all matches would go on for long. After a walk through everything comes one through matches, then a scan
+/// of all of them.
 #[must_use]
-pub fn budget(matches: usize) -> usize {
-    matches / 4
+pub fn budget(way: Way, effort: usize, matches: usize) -> usize {
+    match way {
+        // Four times what a walk without a filter scores for each spot is more than nine in ten need.
+        Way::Graph => (matches / 4).min(effort * 65),
+        _ => matches / 4,
+    }
 }
 
 /// Chooses among `matches` of `count` live vectors.
