@@ -11,6 +11,8 @@
 //! - `upkeep`: where the background work stands; one thread at a time.
 //! - `done`: what linkers report; held to push or to take all.
 //! - `known` in `load_graph`: threads collect there what they have found.
+//! - `saved_changes`: held while the graph file is written, so that one thread does it at a time; writers and searches never
+//!   take it.
 //! - `log`: the slot log, taken by the one checkpoint at a time. Never held together with `inner` over I/O.
 
 use super::linker::{Background, TAIL_MAX};
@@ -25,7 +27,7 @@ use crate::vector::{CollectionSpec, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 /// Ids encoded under one hold of the lock during a checkpoint.
@@ -78,7 +80,7 @@ pub struct SharedCollection {
     /// [`Collection::charged_bytes`] as of the last change.
     charged: AtomicUsize,
     /// [`crate::vector::collection::GraphCounts::changes`] at the last save.
-    saved_changes: AtomicU64,
+    saved_changes: Mutex<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -219,7 +221,7 @@ impl SharedCollection {
             rows_failed: AtomicBool::new(false),
             tail_limit: AtomicUsize::new(usize::MAX),
             charged: AtomicUsize::new(0),
-            saved_changes: AtomicU64::new(0),
+            saved_changes: Mutex::new(0),
         });
         shared.write(|_, _| ());
         if has_vectors {
@@ -601,15 +603,16 @@ impl SharedCollection {
             ),
             Err(error) => tracing::warn!(%error, "no memory for the graph file; searches stay exact"),
         }
-        self.saved_changes.store(self.read(|c| c.graph_counts().changes), Ordering::Relaxed);
+        *self.saved_changes.lock() = self.read(|c| c.graph_counts().changes);
     }
 
     /// Writes the graph file when enough has changed. It is a hint: whatever goes wrong is logged, and the next start takes
     /// longer.
     pub fn save_graph(&self) {
         let (Some(dir), Some(graph)) = (&self.dir, self.read(|c| c.graph().cloned())) else { return };
+        let mut saved_changes = self.saved_changes.lock();
         let counts = self.read(Collection::graph_counts);
-        let changes = counts.changes - self.saved_changes.load(Ordering::Relaxed);
+        let changes = counts.changes - *saved_changes;
         if changes == 0 || changes * SAVE_PART < counts.linked as u64 || counts.uncoded > 0 {
             return;
         }
@@ -618,7 +621,7 @@ impl SharedCollection {
             (0..slots).step_by(LISTED_SLOTS).map(|start| self.read(|c| c.linked_slots(start..start + LISTED_SLOTS)));
         let result = graph_file::write(dir, self.spec, self.created, &graph, slices);
         match result {
-            Ok(()) => self.saved_changes.store(counts.changes, Ordering::Relaxed),
+            Ok(()) => *saved_changes = counts.changes,
             Err(error) => tracing::warn!(%error, "the graph file was not written; the next start links anew"),
         }
     }

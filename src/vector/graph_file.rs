@@ -12,7 +12,7 @@
 use super::CollectionSpec;
 use super::graph::{Graph, Pass, Scratch};
 use super::nodes::LINKS_MAX;
-use super::storage::metric_code;
+use super::storage::{HEADER_BYTES, header};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};
@@ -22,8 +22,6 @@ use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"KISSGRPH";
 const VERSION: u32 = 1;
-/// Magic, version, dim, metric, created revision, CRC32C.
-const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
 
 /// A graph file in memory.
 #[derive(Debug)]
@@ -35,16 +33,6 @@ pub struct GraphFile {
 
 fn path_in(dir: &Path) -> PathBuf {
     dir.join("graph.bin")
-}
-
-fn header(spec: CollectionSpec, created: Revision) -> Vec<u8> {
-    let mut header = MAGIC.to_vec();
-    header.put_u32(VERSION);
-    header.put_u32(u32::try_from(spec.dim).expect("dim is at most DIM_MAX"));
-    header.put_u32(metric_code(spec.metric));
-    header.put_revision(created);
-    header.put_u32(crc32c::crc32c(&header));
-    header
 }
 
 fn put_frame(file: &mut impl Write, body: &[u8]) -> std::io::Result<()> {
@@ -67,7 +55,7 @@ pub fn write(
     let beside = path.with_extension("bin.tmp");
     let write = || -> std::io::Result<()> {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&beside)?);
-        file.write_all(&header(spec, created))?;
+        file.write_all(&header(MAGIC, VERSION, spec, created))?;
         let mut count = 0;
         let mut links = Vec::with_capacity(LINKS_MAX);
         for slots in slices.filter(|slots| !slots.is_empty()) {
@@ -107,7 +95,7 @@ impl GraphFile {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io("cannot read", &path)(error)),
         };
-        Self::decode(&bytes, &header(spec, created))
+        Self::decode(&bytes, &header(MAGIC, VERSION, spec, created))
             .map(Some)
             .map_err(|(at, malformed)| Error::corrupt(&path, at as u64, malformed.0))
     }

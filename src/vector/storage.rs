@@ -186,8 +186,8 @@ fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
 const MAGIC: &[u8; 8] = b"KISSSLOT";
 /// Format version of `slots.log`.
 const VERSION: u32 = 2;
-/// Magic, version, dim, metric, created revision, CRC32C.
-const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
+/// Magic, version, dim, metric, created revision, CRC32C: also that of a graph file.
+pub const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
 /// Length, CRC32C.
 const FRAME_HEADER_BYTES: usize = 8;
 
@@ -223,8 +223,7 @@ pub struct Opened {
     pub entries: Vec<SlotEntry>,
 }
 
-/// How files name a metric.
-pub fn metric_code(metric: Metric) -> u32 {
+fn metric_code(metric: Metric) -> u32 {
     match metric {
         Metric::Cosine => 1,
         Metric::Dot => 2,
@@ -232,9 +231,11 @@ pub fn metric_code(metric: Metric) -> u32 {
     }
 }
 
-fn header(spec: CollectionSpec, created: Revision) -> Vec<u8> {
-    let mut header = MAGIC.to_vec();
-    header.put_u32(VERSION);
+/// The first bytes of a collection's file.
+#[must_use]
+pub fn header(magic: &[u8; 8], version: u32, spec: CollectionSpec, created: Revision) -> Vec<u8> {
+    let mut header = magic.to_vec();
+    header.put_u32(version);
     header.put_u32(u32::try_from(spec.dim).expect("dim is at most DIM_MAX"));
     header.put_u32(metric_code(spec.metric));
     header.put_revision(created);
@@ -256,7 +257,7 @@ impl SlotLog {
             .map_err(Error::io("cannot open", &path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(Error::io("cannot read", &path))?;
-        let expected = header(spec, created);
+        let expected = header(MAGIC, VERSION, spec, created);
         if bytes.len() < HEADER_BYTES {
             // Creation was cut short: nothing can have been checkpointed.
             file.set_len(0)
@@ -305,7 +306,7 @@ impl SlotLog {
     pub fn rewrite(&self, spec: CollectionSpec, created: Revision) -> Result<Rewrite, Error> {
         let path = self.path.with_extension("log.tmp");
         let mut file = File::create(&path).map_err(Error::io("cannot create", &path))?;
-        file.write_all(&header(spec, created)).map_err(Error::io("cannot write", &path))?;
+        file.write_all(&header(MAGIC, VERSION, spec, created)).map_err(Error::io("cannot write", &path))?;
         Ok(Rewrite { path, file: std::io::BufWriter::new(file) })
     }
 
