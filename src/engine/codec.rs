@@ -86,6 +86,17 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The collection whose vectors it changes.
+    #[must_use]
+    pub fn vector_collection(&self) -> Option<&CollectionName> {
+        match self {
+            Self::VectorWritten { collection, .. } | Self::VectorDeleted { collection, .. } => Some(collection),
+            _ => None,
+        }
+    }
+}
+
 /// One decided command: all of it happens or nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {

@@ -15,6 +15,7 @@
 //!   take it.
 //! - `log`: the slot log, taken by the one checkpoint at a time. Never held together with `inner` over I/O.
 
+use super::codec::Event;
 use super::linker::{Background, TAIL_MAX};
 use super::search::{Search, SearchTicket};
 use crate::error::{Error, Rejection};
@@ -32,6 +33,8 @@ use std::sync::{Arc, Weak};
 
 /// Ids encoded under one hold of the lock during a checkpoint.
 const CHECKPOINT_IDS: usize = 1000;
+/// Changes applied under one hold of the lock: tens of microseconds.
+const APPLIED_CHANGES: usize = 16;
 /// Slots linked as one piece of work: a few milliseconds.
 const LINK_SLOTS: usize = 16;
 /// Dead linked slots before a repair pass begins, at least, and as a part of the linked ones: a pass looks at all links, and
@@ -53,6 +56,11 @@ const SAVE_PART: u64 = 20;
 const REPAIRED_SLOTS: usize = 256;
 /// Slots looked at under one hold of the lock where each takes nanoseconds.
 const LISTED_SLOTS: usize = 4096;
+/// Rows whose memory is made ready under one hold of the lock, in bytes, and how much is made ready ahead of the writer: so
+/// many bytes, and no more than a part of what the collection has.
+const POPULATED_BYTES: usize = 64 << 10;
+const AHEAD_BYTES: usize = 4 << 20;
+const AHEAD_PART: usize = 16;
 /// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.
 const GARBAGE_FROM: usize = 2048;
 const GARBAGE_PART: usize = 10;
@@ -94,6 +102,8 @@ struct Searches {
 struct Upkeep {
     /// The graph file has yet to be looked at.
     has_to_load: bool,
+    /// Slots below this have their memory.
+    populated: usize,
     /// Jobs that linkers have and have not reported.
     jobs_out: usize,
     repair: Option<(Arc<Repair>, Walk)>,
@@ -275,23 +285,42 @@ impl SharedCollection {
         self.inner.read().reserve_graph(more)
     }
 
-    /// Applies a write of numbers and metadata.
+    /// Applies one write of numbers and metadata. This and the next two serve measurements and tests; the engine applies
+    /// records.
     pub fn put(&self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision) {
-        self.change(|inner, horizon| inner.put(id, numbers, meta, revision, horizon));
+        self.write(|inner, horizon| inner.put(id, numbers, meta, revision, horizon));
+        self.wake();
     }
 
-    /// Applies a write of metadata alone.
+    /// Applies one write of metadata alone.
     pub fn set_meta(&self, id: &VectorId, meta: &VectorMeta, revision: Revision) {
-        self.change(|inner, _| inner.set_meta(id, meta, revision));
+        self.write(|inner, _| inner.set_meta(id, meta, revision));
+        self.wake();
     }
 
-    /// Applies a delete.
+    /// Applies one delete.
     pub fn delete(&self, id: &VectorId, revision: Revision) {
-        self.change(|inner, horizon| inner.delete(id, revision, horizon));
+        self.write(|inner, horizon| inner.delete(id, revision, horizon));
+        self.wake();
     }
 
-    fn change(&self, apply: impl FnOnce(&mut Collection, Horizon)) {
-        self.write(apply);
+    /// Applies what a record does to this collection.
+    pub fn apply(&self, changes: &[(Revision, &Event)]) {
+        for some in changes.chunks(APPLIED_CHANGES) {
+            self.write(|inner, horizon| {
+                for &(revision, event) in some {
+                    match event {
+                        Event::VectorWritten { id, vector: Some(vector), meta, .. } => {
+                            inner.put(id, vector.as_slice(), meta, revision, horizon);
+                        }
+                        Event::VectorWritten { id, vector: None, meta, .. } => inner.set_meta(id, meta, revision),
+                        Event::VectorDeleted { id, .. } => inner.delete(id, revision, horizon),
+                        _ => {}
+                    }
+                }
+            });
+        }
+        // Once: the upkeep thread would contend with the rest.
         self.wake();
     }
 
@@ -405,13 +434,12 @@ impl SharedCollection {
     fn take_results(&self, upkeep: &mut Upkeep) -> bool {
         let done = std::mem::take(&mut *self.done.lock());
         let has_some = !done.is_empty();
+        let mut linked = Vec::new();
         for (number, done) in done {
             upkeep.jobs_out -= 1;
             self.end_search(number);
             match done {
-                Done::Linked(slots) => {
-                    self.write(|inner, horizon| inner.finish_links(&slots, horizon));
-                }
+                Done::Linked(slots) => linked.extend(slots),
                 Done::Repaired(count) => {
                     if let Some((repair, walk)) = &mut upkeep.repair {
                         walk.done += count;
@@ -434,7 +462,32 @@ impl SharedCollection {
                 }
             }
         }
+        if !linked.is_empty() {
+            self.write(|inner, horizon| inner.finish_links(&linked, horizon));
+        }
         has_some
+    }
+
+    /// Makes memory ready for what a bulk load writes next. Getting it from the kernel and clearing it was a third of what
+    /// the writer did, and key writes waited for it.
+    fn populate(&self, upkeep: &mut Upkeep) -> bool {
+        let slots = {
+            let inner = self.inner.read();
+            let row_bytes = inner.spec().dim * size_of::<f32>();
+            let ahead = (AHEAD_BYTES / row_bytes).min(inner.slot_count() / AHEAD_PART);
+            let piece = POPULATED_BYTES.div_ceil(row_bytes);
+            let start = upkeep.populated.max(inner.slot_count());
+            if !inner.graph_counts().is_full || start + piece > inner.slot_count() + ahead {
+                return false;
+            }
+            inner.populate(start..start + piece);
+            start..start + piece
+        };
+        upkeep.populated = slots.end;
+        if let Some(graph) = self.read(|c| c.graph().cloned()) {
+            graph.nodes().populate(slots);
+        }
+        true
     }
 
     /// Work under the collection's lock, a slice of it.
@@ -451,6 +504,9 @@ impl SharedCollection {
                 tracing::warn!(%error, "no memory for a graph; searches stay exact");
                 return false;
             }
+            return true;
+        }
+        if self.populate(upkeep) {
             return true;
         }
         if counts.uncoded > 0 {

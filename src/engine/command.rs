@@ -352,6 +352,12 @@ impl Op {
                 | Self::DeleteVectors { .. }
         )
     }
+
+    /// Whether it concerns collections rather than keys.
+    #[must_use]
+    pub fn is_about_vectors(&self) -> bool {
+        !matches!(self, Self::Put { .. } | Self::Patch { .. } | Self::Delete { .. } | Self::Event { .. })
+    }
 }
 
 /// What one operation did, for the answer.

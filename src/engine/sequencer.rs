@@ -36,6 +36,9 @@ pub const EFFECTS: &str = "kiss_vdb::effects";
 const BATCH_COMMANDS_MAX: usize = 4096;
 /// Operations after which a batch takes no further command, for the same reason.
 const BATCH_OPS_MAX: usize = 16_384;
+/// Vectors after which a batch takes no further command that writes vectors. A vector takes a hundred times as long as a key
+/// to write and apply, so key writes wait for about this many at most, and vector writes share a sync all the same.
+const BATCH_VECTORS: usize = 64;
 /// Bytes after which a batch decides no further command: bounds memory and how long its first command waits.
 const BATCH_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
@@ -65,6 +68,9 @@ pub struct Sequencer {
     wal: Wal,
     preparer: Preparer,
     queue: Receiver<Request>,
+    /// Commands that write vectors, in the order they came: each batch takes a few, behind everything else. At most
+    /// [`BATCH_COMMANDS_MAX`].
+    vector_writes: VecDeque<Waiting>,
     fsync: Fsync,
     last_tick: Instant,
     unsynced: bool,
@@ -93,6 +99,7 @@ impl Sequencer {
             wal,
             preparer,
             queue,
+            vector_writes: VecDeque::new(),
             fsync,
             last_tick: Instant::now(),
             unsynced: false,
@@ -105,10 +112,14 @@ impl Sequencer {
     /// Runs until told to stop, or until every handle to the engine is gone.
     pub fn run(mut self) {
         loop {
-            let first = match self.queue.recv_timeout(self.patience()) {
-                Ok(request) => Some(request),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => break,
+            let first = if self.vector_writes.is_empty() {
+                match self.queue.recv_timeout(self.patience()) {
+                    Ok(request) => Some(request),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+            } else {
+                self.queue.try_recv().ok()
             };
             let (commands, stop) = self.gather(first);
             let is_busy = commands.len() > 1;
@@ -120,6 +131,9 @@ impl Sequencer {
             }
             self.tick();
             if stop {
+                while !self.vector_writes.is_empty() {
+                    self.commit(Vec::new());
+                }
                 break;
             }
         }
@@ -153,19 +167,23 @@ impl Sequencer {
         tick.min(Duration::from_millis(deadline.saturating_sub(now))).max(Duration::from_millis(1))
     }
 
-    fn gather(&self, first: Option<Request>) -> (Vec<Waiting>, bool) {
+    fn gather(&mut self, first: Option<Request>) -> (Vec<Waiting>, bool) {
         let mut commands = Vec::new();
         let mut ops = 0;
         let mut next = first;
         while let Some(request) = next {
             match request {
                 Request::Stop => return (commands, true),
+                Request::Commit(command, reply) if command.ops.iter().any(Op::is_about_vectors) => {
+                    self.vector_writes.push_back((command, reply));
+                }
                 Request::Commit(command, reply) => {
                     ops += command.ops.len();
                     commands.push((command, reply));
                 }
             }
-            if commands.len() >= BATCH_COMMANDS_MAX || ops >= BATCH_OPS_MAX {
+            let most = commands.len().max(self.vector_writes.len());
+            if most >= BATCH_COMMANDS_MAX || ops >= BATCH_OPS_MAX {
                 break;
             }
             next = self.queue.try_recv().ok();
@@ -173,9 +191,17 @@ impl Sequencer {
         (commands, false)
     }
 
-    /// Commits in one batch, or in several where the commands would write very much.
+    /// Commits in one batch, or in several where the commands would write very much. Vector writes go last: what is ahead of
+    /// them is answered at the same time, but what comes next does not wait for all of them.
     fn commit(&mut self, commands: Vec<Waiting>) {
         let mut commands = VecDeque::from(commands);
+        let mut vectors = 0;
+        while vectors < BATCH_VECTORS
+            && let Some(waiting) = self.vector_writes.pop_front()
+        {
+            vectors += waiting.0.ops.len();
+            commands.push_back(waiting);
+        }
         self.commit_batch(&mut commands);
         while !commands.is_empty() {
             self.commit_batch(&mut commands);
@@ -374,14 +400,11 @@ impl Sequencer {
         self.inner.poisoned.store(true, Ordering::Release);
     }
 
-    /// Once a second: sync in `interval` mode, mark how far the log is durable, lean the clock, write zeros ahead.
+    /// Once a second: sync in `interval` mode, mark how far the log is durable, lean the clock.
     fn tick(&mut self) {
         if self.is_poisoned() {
             self.last_tick = Instant::now();
             return;
-        }
-        if let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.zero_ahead() {
-            self.poison(&error);
         }
         if self.last_tick.elapsed() < TICK {
             return;

@@ -156,16 +156,16 @@ impl State {
     /// may begin before the snapshot's revision (vectors do: their files have checkpoints of their own).
     pub fn apply(&mut self, record: &Record) {
         let is_known = record.last_revision() <= self.revision;
-        for (revision, event) in record.iter() {
+        let mut events = record.iter().peekable();
+        while let Some((revision, event)) = events.next() {
             match event {
-                Event::VectorWritten { collection, id, vector, meta, .. } => {
-                    self.on_collection(collection, revision, |c| match vector {
-                        Some(vector) => c.put(id, vector.as_slice(), meta, revision),
-                        None => c.set_meta(id, meta, revision),
-                    });
-                }
-                Event::VectorDeleted { collection, id, .. } => {
-                    self.on_collection(collection, revision, |c| c.delete(id, revision));
+                Event::VectorWritten { collection, .. } | Event::VectorDeleted { collection, .. } => {
+                    // All that goes to one collection goes there together.
+                    let mut changes = vec![(revision, event)];
+                    while let Some(next) = events.next_if(|(_, next)| next.vector_collection() == Some(collection)) {
+                        changes.push(next);
+                    }
+                    self.change_collection(collection, &changes);
                 }
                 _ if is_known => {}
                 Event::StateUpdated { key, entry, .. } => self.set(key, Some(entry)),
@@ -186,12 +186,12 @@ impl State {
         self.revision = self.revision.max(record.last_revision());
     }
 
-    fn on_collection(&mut self, name: &CollectionName, revision: Revision, change: impl FnOnce(&SharedCollection)) {
+    fn change_collection(&self, name: &CollectionName, changes: &[(Revision, &Event)]) {
         // During replay the name may belong to a later collection, or to none any more.
         if let Some(collection) = self.collections.get(name)
-            && collection.created() < revision
+            && changes.first().is_some_and(|&(revision, _)| collection.created() < revision)
         {
-            change(collection);
+            collection.apply(changes);
         }
     }
 

@@ -13,12 +13,12 @@
 //! - A segment is created beside, synced and renamed, before the one before it is sealed. A sealed last segment
 //!   therefore means that a file is missing.
 //!
-//! Why zeros are written ahead: an fdatasync that also has to record file growth or convert unwritten extents costs the
-//! file system's journal; overwriting zeros does not.
+//! Zeros are written ahead of the end, by `zeros.rs`.
 //!
 //! Deliberately absent: compression, per-record syncing, retries. A failed write or sync is final (see `sequencer.rs`).
 
 use super::codec::{Record, decode_record, encode_record};
+use super::zeros::{ZeroAhead, write_zeros};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Put, Reader};
@@ -41,8 +41,8 @@ pub const SEGMENT_HEADER_BYTES: usize = 64;
 pub const FRAME_HEADER_BYTES: usize = 32;
 /// Frames start at multiples of this, so that a search for frames behind a bad one has few places to try.
 const FRAME_ALIGN: usize = 8;
-/// Zeros are kept written this far ahead of the log's end.
-const ZERO_AHEAD_BYTES: u64 = 1 << 20;
+/// Zeros a new segment begins with.
+const FIRST_ZEROS_BYTES: u64 = 256 << 10;
 /// Space in the last segment that only deletes may use once the disk is full.
 const RESERVE_BYTES: u64 = 256 << 10;
 /// Capacity the frame buffer keeps from batch to batch.
@@ -255,7 +255,7 @@ impl Segment {
             allocate(file, size)?;
             file.write_all_at(&header, 0)?;
             file.write_all_at(&frames.bytes, header.len() as u64)?;
-            write_zeros(file, end, (end + ZERO_AHEAD_BYTES).min(size))?;
+            write_zeros(file, end, (end + FIRST_ZEROS_BYTES).min(size))?;
             file.sync_all()
         };
         let (path, file) = match dir {
@@ -453,18 +453,6 @@ impl Segment {
     }
 }
 
-fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
-    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-    let mut at = from;
-    while at < to {
-        // The cast: at most the length of ZEROS.
-        let length = (to - at).min(ZEROS.len() as u64) as usize;
-        file.write_all_at(&ZEROS[..length], at)?;
-        at += length as u64;
-    }
-    Ok(())
-}
-
 /// The segments, shared between the writer and everybody who reads history.
 #[derive(Debug)]
 pub struct Log {
@@ -651,7 +639,8 @@ pub struct Wal {
     active: Arc<Segment>,
     /// Where the next frame goes.
     at: u64,
-    zeroed: u64,
+    /// `None` when the log lives in memory.
+    zeros: Option<ZeroAhead>,
     /// The newest revision appended.
     appended: Revision,
     /// The newest revision known to be on disk.
@@ -780,12 +769,12 @@ impl Wal {
     ) -> OpenedWal {
         let active = Arc::clone(segments.last().expect("there is at least one segment"));
         let log = Arc::new(Log { segments: RwLock::new(segments), gaps: RwLock::new(gaps) });
-        let wal = Self {
+        let mut wal = Self {
             dir: dir.map(Path::to_owned),
             log: Arc::clone(&log),
             active,
             at,
-            zeroed: at,
+            zeros: dir.is_some().then(ZeroAhead::start),
             appended: head,
             durable: head,
             vouched: Revision::ZERO,
@@ -793,6 +782,7 @@ impl Wal {
             segment_bytes,
             frames: FrameBuffer { bytes: Vec::new() },
         };
+        wal.begin_zeros(at);
         OpenedWal { wal, log, torn_bytes }
     }
 
@@ -886,11 +876,17 @@ impl Wal {
             self.rotate(length)?;
         }
         self.frames.seal(self.active.salt);
+        if let Some(zeros) = &mut self.zeros {
+            zeros.claim(self.at + length);
+        }
         self.active
             .file
             .write_all_at(&self.frames.bytes, self.at)
             .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
         self.at += length;
+        if let Some(zeros) = &mut self.zeros {
+            zeros.advance(self.at, self.active.size);
+        }
         self.vouched = self.durable;
         self.frames.clear();
         Ok(())
@@ -909,19 +905,6 @@ impl Wal {
     /// Lets readers see what was written.
     pub fn publish(&self) {
         self.active.end.store(self.at, Ordering::Release);
-    }
-
-    /// Writes zeros ahead, between batches rather than within one.
-    pub fn zero_ahead(&mut self) -> Result<(), AppendError> {
-        if self.zeroed >= self.active.size || self.at + ZERO_AHEAD_BYTES / 2 < self.zeroed {
-            return Ok(());
-        }
-        let from = self.zeroed.max(self.at);
-        let to = (from + ZERO_AHEAD_BYTES).min(self.active.size);
-        write_zeros(&self.active.file, from, to)
-            .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
-        self.zeroed = to;
-        Ok(())
     }
 
     /// Whether the log is down to its reserve and cannot get another segment. Tries to get one.
@@ -957,6 +940,9 @@ impl Wal {
         let created = Segment::create(self.dir.as_deref(), staged_from, size, carried);
         let (segment, at) =
             created.map_err(|e| if e.is_storage_full() { AppendError::Full(e) } else { AppendError::Failed(e) })?;
+        if let Some(zeros) = &mut self.zeros {
+            zeros.claim(self.active.size);
+        }
         if !replaces_empty {
             // The new segment exists: from here on there is no way back but a restart.
             self.active.seal(self.at, staged_from).map_err(AppendError::Failed)?;
@@ -970,9 +956,15 @@ impl Wal {
             segments.push(Arc::clone(&segment));
         }
         self.active = segment;
-        self.zeroed = at + ZERO_AHEAD_BYTES;
         self.at = at;
+        self.begin_zeros(at + FIRST_ZEROS_BYTES);
         Ok(())
+    }
+
+    fn begin_zeros(&mut self, zeroed: u64) {
+        if let (Some(zeros), Some(path)) = (&mut self.zeros, &self.active.path) {
+            zeros.begin(path.clone(), self.at, zeroed.min(self.active.size), self.active.size);
+        }
     }
 
     /// First revision of the batch being built, or the next one when nothing is staged.

@@ -8,6 +8,7 @@
 //!
 //! Deliberately absent: locks. The engine shares a collection behind one lock and scans it in slices.
 
+use super::chunks::Chunks;
 use super::codes::encode;
 use super::distance::{dot_f64, kernels, l2_squared_f64};
 use super::filter::{Filter, any_at};
@@ -20,7 +21,7 @@ use crate::error::Error;
 use crate::revision::Revision;
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -48,10 +49,10 @@ pub struct Collection {
     rows: RowStore,
     /// Up to where the files are complete.
     checkpoint: Revision,
-    /// Ids that changed since then.
-    changed: HashSet<VectorId>,
+    /// Ids that changed since then. Not hashed: a table of a million would be filled anew under the writer.
+    changed: BTreeSet<VectorId>,
     ids: BTreeMap<VectorId, Slot>,
-    slots: Vec<SlotState>,
+    slots: Chunks<SlotState>,
     free: Vec<Slot>,
     /// Slots that are neither live nor linked, each with the first search that cannot know it.
     dead: VecDeque<(Slot, SearchNumber)>,
@@ -250,9 +251,9 @@ impl Collection {
             created,
             rows: RowStore::open(dir.map(|d| d.join("rows.f32")), spec.dim)?,
             checkpoint: created,
-            changed: HashSet::new(),
+            changed: BTreeSet::new(),
             ids: BTreeMap::new(),
-            slots: Vec::new(),
+            slots: Chunks::new(),
             free: Vec::new(),
             dead: VecDeque::new(),
             revision: created,
@@ -290,8 +291,8 @@ impl Collection {
                 self.slots[old.index()] = SlotState::free(nobody.clone());
             }
             let SlotEntry::Live { id, slot, born, revision, norm, meta } = entry else { continue };
-            if self.slots.len() <= slot.index() {
-                self.slots.resize_with(slot.index() + 1, || SlotState::free(nobody.clone()));
+            while self.slots.len() <= slot.index() {
+                self.slots.push(SlotState::free(nobody.clone()));
             }
             let state = &mut self.slots[slot.index()];
             if state.died == ALIVE {
@@ -300,7 +301,7 @@ impl Collection {
             places.insert(id.clone(), slot);
             *state = SlotState { born, died: ALIVE, norm, stage: Stage::Outside, revision, id, meta };
         }
-        let used = self.slots.iter().rposition(|state| state.died == ALIVE).map_or(0, |last| last + 1);
+        let used = self.slots.len() - self.slots.iter().rev().take_while(|state| state.died != ALIVE).count();
         self.slots.truncate(used);
         self.rows.check_length(used)?;
         self.rows.grow(self.rows.allocate(used)?);
@@ -391,6 +392,11 @@ impl Collection {
     /// Room for `more` vectors in the graph, if there is one.
     pub fn reserve_graph(&self, more: usize) -> Result<(), Error> {
         self.graph.as_ref().map_or(Ok(()), |graph| graph.nodes().reserve(self.slots.len() + more))
+    }
+
+    /// Has the memory of rows of some slots given to this process now. Keep it small: the writer waits.
+    pub fn populate(&self, slots: Range<usize>) {
+        self.rows.populate(slots);
     }
 
     /// Takes allocated chunks into use.
@@ -739,8 +745,8 @@ impl Collection {
     pub fn linked_slots(&self, range: Range<usize>) -> Vec<(u32, Revision)> {
         let range = self.clip(range);
         let is_linked = |state: &SlotState| state.stage == Stage::Linked && state.died == ALIVE;
-        let in_range = self.slots[range.clone()].iter().zip(range);
-        in_range.filter(|(state, _)| is_linked(state)).map(|(state, at)| (to_slot(at).0, state.born)).collect()
+        let in_range = range.map(|at| (at, &self.slots[at]));
+        in_range.filter(|(_, state)| is_linked(state)).map(|(at, state)| (to_slot(at).0, state.born)).collect()
     }
 
     /// Whether a link may lead to a slot.
@@ -892,12 +898,12 @@ impl Collection {
 
     /// Takes the ids that changed since the last call: what the next checkpoint has to write. O(1).
     #[must_use]
-    pub fn take_changes(&mut self) -> HashSet<VectorId> {
+    pub fn take_changes(&mut self) -> BTreeSet<VectorId> {
         std::mem::take(&mut self.changed)
     }
 
     /// Gives changes back whose checkpoint failed.
-    pub fn restore_changes(&mut self, ids: HashSet<VectorId>) {
+    pub fn restore_changes(&mut self, ids: BTreeSet<VectorId>) {
         self.changed.extend(ids);
     }
 

@@ -17,6 +17,7 @@ use super::distance::prefetch;
 use crate::error::Error;
 use crate::revision::Revision;
 use memmap2::{MmapOptions, MmapRaw};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -102,6 +103,19 @@ impl Nodes {
             self.capacity.fetch_max((chunk + 1) * CHUNK_SLOTS, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Has the memory of some slots given to this process now, rather than when it is first written.
+    pub fn populate(&self, mut slots: Range<usize>) {
+        while !slots.is_empty() {
+            let (chunk, first) = (slots.start / CHUNK_SLOTS, slots.start % CHUNK_SLOTS);
+            let count = slots.len().min(CHUNK_SLOTS - first);
+            for (table, bytes) in [(&self.rows, self.stride), (&self.links, LINKS_BYTES)] {
+                let Some(map) = table[chunk].get() else { return };
+                populate(|advice| map.advise_range(advice, first * bytes, count * bytes));
+            }
+            slots.start += count;
+        }
     }
 
     /// Slots there is room for.
@@ -248,6 +262,16 @@ impl Nodes {
             prefetch(links.wrapping_add(line));
         }
     }
+}
+
+/// A hint: without it, whoever writes first waits for the memory.
+pub fn populate(advise: impl FnOnce(memmap2::Advice) -> std::io::Result<()>) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = advise(memmap2::Advice::PopulateWrite) {
+        tracing::debug!(%error, "memory is not populated ahead");
+    }
+    #[cfg(not(target_os = "linux"))]
+    drop(advise);
 }
 
 fn map_chunk(bytes: usize) -> std::io::Result<MmapRaw> {

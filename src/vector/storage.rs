@@ -11,6 +11,7 @@
 //! `unsafe` stands here for mapping files; ARCHITECTURE.md lists where else.
 
 use super::distance::prefetch;
+use super::nodes::populate;
 use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
 use crate::error::Error;
 use crate::revision::Revision;
@@ -18,6 +19,7 @@ use crate::wire::{Malformed, Put, Reader};
 use memmap2::{MmapMut, MmapOptions};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -160,6 +162,18 @@ impl RowStore {
         let (chunk, row) = self.locate(slot.index());
         let start = row * self.stride;
         self.chunks[chunk][start..start + self.dim * size_of::<f32>()].copy_from_slice(bytemuck::cast_slice(numbers));
+    }
+
+    /// Has the memory of some slots given to this process now, rather than when it is first written.
+    pub fn populate(&self, mut slots: Range<usize>) {
+        slots.end = slots.end.min(self.capacity());
+        while !slots.is_empty() {
+            let (chunk, row) = self.locate(slots.start);
+            let rows = slots.len().min(self.chunk_rows(chunk) - row);
+            let map = &self.chunks[chunk];
+            populate(|advice| map.advise_range(advice, row * self.stride, rows * self.stride));
+            slots.start += rows;
+        }
     }
 
     /// A handle whose `sync_data` writes every changed mapped row to disk, usable without the collection's lock.
