@@ -19,7 +19,7 @@
 //! Deliberately absent: tokio, the engine, HTTP, threads of its own, and locks but for the graph's links. Whoever owns a
 //! collection decides how to share it.
 
-pub mod chunks;
+mod chunks;
 pub mod codes;
 pub mod collection;
 pub mod distance;
