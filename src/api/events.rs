@@ -2,6 +2,7 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Head, Object, Params, parse_object, read_json};
+use super::live::Pending;
 use super::state::{MetaBody, push_entry};
 use super::{App, json};
 use crate::engine::Engine;
@@ -207,7 +208,8 @@ pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiR
         last_sent: Instant::now(),
         timer: Box::pin(tokio::time::sleep(heartbeat)),
     };
-    let mut response = Response::new(Body::new(stream));
+    let mut response = Response::new(Body::empty());
+    response.extensions_mut().insert(Pending::new(stream));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
@@ -234,6 +236,7 @@ fn push_reset(out: &mut String, engine: &Engine, reason: ResetReason, requested:
 }
 
 /// A snapshot being sent.
+#[derive(Debug)]
 struct Walk {
     filter: EventFilter,
     /// `None` until the first slice is wanted.
@@ -316,14 +319,16 @@ impl Walk {
     }
 }
 
+#[derive(Debug)]
 enum Phase {
     Snapshot(Box<Walk>),
     Live,
     Ended,
 }
 
-/// The body of a stream. Small on purpose: there may be ten thousand.
-struct EventStream {
+/// What a stream sends, chunk by chunk. Small on purpose: there may be ten thousand.
+#[derive(Debug)]
+pub struct EventStream {
     engine: Engine,
     subscription: Subscription,
     phase: Phase,
@@ -337,6 +342,13 @@ struct EventStream {
 }
 
 impl EventStream {
+    /// The next bytes to send; `None` at the end.
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let bytes = std::task::ready!(self.poll_bytes(cx));
+        self.last_sent = Instant::now();
+        Poll::Ready(bytes)
+    }
+
     fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(first));
@@ -431,9 +443,7 @@ impl http_body::Body for EventStream {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<BodyFrame<Bytes>, Self::Error>>> {
-        let bytes = std::task::ready!(self.poll_bytes(cx));
-        self.last_sent = Instant::now();
-        Poll::Ready(bytes.map(|b| Ok(BodyFrame::data(b))))
+        self.poll_chunk(cx).map(|bytes| bytes.map(|b| Ok(BodyFrame::data(b))))
     }
 }
 

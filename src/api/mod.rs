@@ -18,6 +18,7 @@ pub mod docs;
 pub mod error;
 pub mod events;
 pub mod extract;
+pub mod live;
 pub mod serve;
 pub mod state;
 pub mod vectors;

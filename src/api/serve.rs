@@ -7,20 +7,26 @@
 //!
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
+use super::events::EventStream;
+use super::live::{Handoff, Live, Pending, Socket};
 use super::{App, Service};
 use axum::body::Body;
+use axum::http::{Method, Version, header};
+use axum::response::Response;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// A request's head must be complete by then; keeps slow senders from holding connections.
 /// Also how long a connection may be idle between requests.
@@ -55,6 +61,28 @@ pub fn raise_file_limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
+/// One of the open connections, as long as it lives.
+#[derive(Debug)]
+pub struct Connected {
+    app: App,
+    /// Closed when the last connection is gone.
+    _alive: mpsc::Sender<Infallible>,
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.app.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a connection needs, shared by all.
+struct Server {
+    service: Service,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+    stop: watch::Receiver<bool>,
+}
+
 /// Serves until `stop` turns true, then drains.
 pub async fn serve(
     listener: TcpListener,
@@ -63,27 +91,24 @@ pub async fn serve(
     max_connections: usize,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .http2()
+    let mut http1 = http1::Builder::new();
+    http1.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
+    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    http2
         .timer(TokioTimer::new())
         .max_concurrent_streams(H2_STREAMS_MAX)
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let builder = Arc::new(builder);
-    let graceful = GracefulShutdown::new();
+    let server = Arc::new(Server { service, http1, http2, stop: stop.clone() });
+    let (alive, mut all_gone) = mpsc::channel(1);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = stop.wait_for(|stop| *stop) => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let tcp = match accepted {
+            Ok((tcp, _)) => tcp,
             Err(error) => {
                 // Out of files, say. The connection waits in the kernel; give others time to go.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -91,39 +116,126 @@ pub async fn serve(
                 continue;
             }
         };
-        if app.connections.fetch_add(1, Ordering::Relaxed) >= max_connections as u64 {
-            app.connections.fetch_sub(1, Ordering::Relaxed);
-            tokio::spawn(refuse(stream));
+        let is_refused = app.connections.fetch_add(1, Ordering::Relaxed) >= max_connections as u64;
+        let connected = Connected { app: app.clone(), _alive: alive.clone() };
+        if is_refused {
+            tokio::spawn(refuse(tcp));
             continue;
         }
-        tune(&stream);
-        let service = service.clone();
-        let (builder, watcher) = (Arc::clone(&builder), graceful.watcher());
-        let app = app.clone();
-        let mut stop = stop.clone();
-        tokio::spawn(async move {
-            // hyper's own timer starts with the first byte, so the wait for that one is ours.
-            let mut byte = [0];
-            let is_silent = tokio::select! {
-                first = tokio::time::timeout(HEAD_TIMEOUT, stream.peek(&mut byte)) => !matches!(first, Ok(Ok(1..))),
-                _ = stop.wait_for(|stop| *stop) => true,
-            };
-            if !is_silent {
-                let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
-                    let service = service.clone();
-                    async move { Ok::<_, Infallible>(service.answer(request.map(Body::new)).await) }
-                });
-                let connection = builder.serve_connection(TokioIo::new(stream), answer);
-                // A broken connection is the client's affair.
-                watcher.watch(connection).await.ok();
-            }
-            app.connections.fetch_sub(1, Ordering::Relaxed);
-        });
+        tune(&tcp);
+        tokio::spawn(Arc::clone(&server).connection(tcp, connected));
     }
-    drop(listener);
+    drop((listener, alive));
     app.engine.feed().drain();
-    if tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(DRAIN_TIMEOUT, all_gone.recv()).await.is_err() {
         tracing::warn!("some requests were still running and are cut off");
+    }
+}
+
+impl Server {
+    async fn connection(self: Arc<Self>, tcp: TcpStream, connected: Connected) {
+        let mut stop = self.stop.clone();
+        // hyper's own timer starts with the first byte, so the wait for that one is ours.
+        let protocol = tokio::select! {
+            protocol = tokio::time::timeout(HEAD_TIMEOUT, protocol(&tcp)) => protocol.ok().flatten(),
+            _ = stop.wait_for(|stop| *stop) => None,
+        };
+        match protocol {
+            Some(Protocol::Http1) => self.http1(tcp, connected).await,
+            // Boxed, so that the many others need not have room for it.
+            Some(Protocol::Http2) => Box::pin(self.http2(tcp)).await,
+            None => {}
+        }
+    }
+
+    async fn http1(&self, tcp: TcpStream, connected: Connected) {
+        let handoff = Arc::<Handoff>::default();
+        let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
+            let handoff = Arc::clone(&handoff);
+            async move {
+                let can_take = request.version() == Version::HTTP_11 && request.method() == Method::GET;
+                let mut response = self.service.answer(request.map(Body::new)).await;
+                let stream = take_stream(&mut response);
+                if let Some(stream) = stream {
+                    *response.body_mut() = if can_take { Body::new(handoff.park(stream)) } else { Body::new(stream) };
+                }
+                Ok::<_, Infallible>(response)
+            }
+        });
+        let socket = Socket::new(tcp, Arc::clone(&handoff));
+        let mut connection = self.http1.serve_connection(TokioIo::new(socket), answer);
+        let mut stop = self.stop.clone();
+        let mut stopped = pin!(stop.wait_for(|stop| *stop));
+        let mut is_stopping = false;
+        let taken = poll_fn(|cx| {
+            if !is_stopping && stopped.as_mut().poll(cx).is_ready() {
+                is_stopping = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            match Pin::new(&mut connection).poll(cx) {
+                // A broken connection is the client's affair.
+                Poll::Ready(_) => Poll::Ready(None),
+                Poll::Pending => handoff.take().map_or(Poll::Pending, |stream| Poll::Ready(Some(stream))),
+            }
+        });
+        if let Some(stream) = taken.await {
+            let tcp = connection.into_parts().io.into_inner().into_inner();
+            // A task of its own, so that this one's room for a request is given back.
+            tokio::spawn(Live::new(tcp, stream, connected));
+        }
+    }
+
+    async fn http2(&self, tcp: TcpStream) {
+        let service = self.service.clone();
+        let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+            let service = service.clone();
+            async move {
+                let mut response = service.answer(request.map(Body::new)).await;
+                let stream = take_stream(&mut response);
+                if let Some(stream) = stream {
+                    *response.body_mut() = Body::new(stream);
+                }
+                Ok::<_, Infallible>(response)
+            }
+        });
+        let mut connection = self.http2.serve_connection(TokioIo::new(tcp), answer);
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            // A broken connection is the client's affair.
+            _ = &mut connection => return,
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+        Pin::new(&mut connection).graceful_shutdown();
+        connection.await.ok();
+    }
+}
+
+/// The stream of an answer that has one. axum took its empty body for the whole.
+fn take_stream(response: &mut Response) -> Option<EventStream> {
+    let stream = response.extensions_mut().remove::<Pending>()?.take()?;
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    Some(stream)
+}
+
+enum Protocol {
+    Http1,
+    Http2,
+}
+
+/// Waits for the first bytes and tells which protocol they begin; `None` when there are none. HTTP/2 without TLS begins
+/// with `PRI`, which no method of HTTP/1.1 does.
+async fn protocol(tcp: &TcpStream) -> Option<Protocol> {
+    let mut first = [0; 3];
+    loop {
+        let count = tcp.peek(&mut first).await.ok().filter(|&count| count > 0)?;
+        if first[..count] != b"PRI"[..count] {
+            return Some(Protocol::Http1);
+        }
+        if count == first.len() {
+            return Some(Protocol::Http2);
+        }
+        // Less than three bytes in the first packet: nobody does, but nobody shall spin here.
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 

@@ -1,0 +1,258 @@
+//! A stream over HTTP/1.1 behind the head of its answer: the socket and the stream, nothing else.
+//!
+//! ```text
+//! hyper: request ─▶ handler ─▶ head of the answer ─written─▶ Live: chunk, chunk, … end
+//!                                   └── EventStream waits in a Handoff ──┘
+//! ```
+//!
+//! hyper keeps two buffers of 8 KiB and the state of every handler for as long as a connection lives: 35 KiB for a stream
+//! that says nothing. So it parses the request and writes the head, and gives its socket back: its body is parked, and once
+//! the head is flushed the connection is taken apart. A stream over HTTP/2 shares its connection and stays with hyper.
+
+use super::events::EventStream;
+use super::serve::Connected;
+use bytes::Bytes;
+use http_body::Frame;
+use parking_lot::Mutex;
+use std::convert::Infallible;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+/// Chunks written before other tasks of the thread get their turn.
+const CHUNKS_PER_POLL: usize = 16;
+/// What a client may send behind a request whose answer never ends, before it is cut off.
+const IGNORED_BYTES_MAX: usize = 16 << 10;
+/// What ends a chunked body.
+const END: &[u8] = b"0\r\n\r\n";
+
+/// An answer's stream, in the extensions of the response, until it is known which protocol carries it. One holder at a
+/// time; the lock is there because extensions are shared by type.
+#[derive(Clone, Debug)]
+pub struct Pending(Arc<Mutex<Option<EventStream>>>);
+
+impl Pending {
+    /// Holds a stream.
+    #[must_use]
+    pub fn new(stream: EventStream) -> Self {
+        Self(Arc::new(Mutex::new(Some(stream))))
+    }
+
+    /// The stream, once.
+    #[must_use]
+    pub fn take(&self) -> Option<EventStream> {
+        self.0.lock().take()
+    }
+}
+
+/// Between a connection's handler, hyper and whoever polls it; all on one task, one after the other.
+#[derive(Debug, Default)]
+pub struct Handoff {
+    stream: Mutex<Option<EventStream>>,
+    is_parked: AtomicBool,
+    is_flushed: AtomicBool,
+}
+
+impl Handoff {
+    /// Keeps a stream and returns the body that stands in for it.
+    pub fn park(self: &Arc<Self>, stream: EventStream) -> Parked {
+        *self.stream.lock() = Some(stream);
+        Parked(Arc::clone(self))
+    }
+
+    /// The stream, when hyper has written everything up to it. To be asked when hyper has nothing to do.
+    pub fn take(&self) -> Option<EventStream> {
+        let is_ready = self.is_parked.load(Ordering::Relaxed) && self.is_flushed.load(Ordering::Relaxed);
+        is_ready.then(|| self.stream.lock().take()).flatten()
+    }
+}
+
+/// A body that never says anything, and notes that hyper asked: the head is in its buffer then.
+#[derive(Debug)]
+pub struct Parked(Arc<Handoff>);
+
+impl http_body::Body for Parked {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.is_parked.store(true, Ordering::Relaxed);
+        Poll::Pending
+    }
+}
+
+/// hyper's side of the socket: notes whether all it was given is written.
+#[derive(Debug)]
+pub struct Socket {
+    tcp: TcpStream,
+    handoff: Arc<Handoff>,
+}
+
+impl Socket {
+    /// Over a connected socket.
+    #[must_use]
+    pub fn new(tcp: TcpStream, handoff: Arc<Handoff>) -> Self {
+        Self { tcp, handoff }
+    }
+
+    /// The socket again.
+    #[must_use]
+    pub fn into_inner(self) -> TcpStream {
+        self.tcp
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.handoff.is_flushed.store(false, Ordering::Relaxed);
+        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.handoff.is_flushed.store(false, Ordering::Relaxed);
+        Pin::new(&mut self.tcp).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tcp.is_write_vectored()
+    }
+
+    // hyper flushes when its own buffer is empty.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.tcp).poll_flush(cx))?;
+        self.handoff.is_flushed.store(true, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
+/// Writes a stream to its socket until one of them ends. Small on purpose: there may be ten thousand.
+#[derive(Debug)]
+pub struct Live {
+    tcp: TcpStream,
+    stream: EventStream,
+    /// The chunk on its way: its length in hex, the bytes, and how much of it all is written.
+    length: ([u8; 10], u8),
+    chunk: Bytes,
+    written: usize,
+    is_ending: bool,
+    ignored: usize,
+    _connected: Connected,
+}
+
+impl Live {
+    /// Goes on where the head of the answer ended.
+    #[must_use]
+    pub fn new(tcp: TcpStream, stream: EventStream, connected: Connected) -> Self {
+        Self {
+            tcp,
+            stream,
+            length: ([0; 10], 0),
+            chunk: Bytes::new(),
+            written: 0,
+            is_ending: false,
+            ignored: 0,
+            _connected: connected,
+        }
+    }
+
+    fn begin(&mut self, chunk: Bytes) {
+        let mut digits = [0; 8];
+        let mut rest = chunk.len();
+        let mut at = digits.len();
+        while rest > 0 {
+            at -= 1;
+            digits[at] = b"0123456789abcdef"[rest & 15];
+            rest >>= 4;
+        }
+        let count = digits.len() - at;
+        self.length.0[..count].copy_from_slice(&digits[at..]);
+        self.length.0[count..count + 2].copy_from_slice(b"\r\n");
+        // The cast: at most 10.
+        self.length.1 = count as u8 + 2;
+        self.chunk = chunk;
+        self.written = 0;
+    }
+
+    fn end(&mut self) {
+        self.is_ending = true;
+        self.length.1 = 0;
+        self.chunk = Bytes::from_static(END);
+        self.written = 0;
+    }
+
+    /// Writes what is left of the chunk.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.chunk.is_empty() {
+            ready!(self.tcp.poll_write_ready(cx))?;
+            let tail: &[u8] = if self.is_ending { b"" } else { b"\r\n" };
+            let mut skip = self.written;
+            let parts = [&self.length.0[..usize::from(self.length.1)], &self.chunk, tail].map(|part| {
+                let skipped = skip.min(part.len());
+                skip -= skipped;
+                IoSlice::new(&part[skipped..])
+            });
+            let left: usize = parts.iter().map(|part| part.len()).sum();
+            match self.tcp.try_write_vectored(&parts) {
+                // Freed here: a stream that is level keeps nothing.
+                Ok(count) if count == left => self.chunk = Bytes::new(),
+                Ok(count) => self.written += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Ready when the client has gone, or talks where it should listen.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut ignored = [0; 512];
+        while ready!(self.tcp.poll_read_ready(cx)).is_ok() {
+            match self.tcp.try_read(&mut ignored) {
+                Ok(1..) if self.ignored < IGNORED_BYTES_MAX => self.ignored += ignored.len(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Ok(_) | Err(_) => return Poll::Ready(()),
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+impl Future for Live {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        for _ in 0..CHUNKS_PER_POLL {
+            match self.poll_write(cx) {
+                Poll::Ready(Ok(())) if self.is_ending => return Poll::Ready(()),
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return Poll::Ready(()),
+                Poll::Pending => return self.poll_gone(cx),
+            }
+            match self.stream.poll_chunk(cx) {
+                Poll::Ready(Some(chunk)) => self.begin(chunk),
+                Poll::Ready(None) => self.end(),
+                Poll::Pending => return self.poll_gone(cx),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
