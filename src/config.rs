@@ -49,6 +49,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("max_body_mb", "MAX_BODY_MB", "32", "largest request body"),
     setting("max_connections", "MAX_CONNECTIONS", "20000", "connections at a time; more are answered 503 and closed"),
     setting("worker_threads", "WORKER_THREADS", "0", "threads that serve requests; 0 = one for each core"),
+    setting("stream_threads", "STREAM_THREADS", "0", "threads that send to streams; 0 = one for every four cores"),
     setting("api_key", "API_KEY", "", "when set, every route but health needs Authorization: Bearer"),
     setting("allow_open", "ALLOW_OPEN", "false", "allow a foreign bind_addr without api_key"),
     setting("cors_origins", "CORS_ORIGINS", "", "comma list of origins whose pages may call; * = any"),
@@ -118,6 +119,7 @@ pub struct Config {
     pub max_body_bytes: usize,
     pub max_connections: usize,
     pub worker_threads: usize,
+    pub stream_threads: usize,
     pub api_key: Option<String>,
     pub cors_origins: Vec<String>,
     pub log_json: bool,
@@ -215,6 +217,10 @@ impl Resolved {
             max_body_bytes: to_usize(self.mebibytes("max_body_mb", 1..=256)?),
             max_connections: self.parse("max_connections", "a whole number")?,
             worker_threads: self.parse("worker_threads", "a whole number; 0 = one for each core")?,
+            stream_threads: match self.parse("stream_threads", "a whole number; 0 = one for every four cores")? {
+                0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(4)),
+                threads => threads,
+            },
             api_key: Some(self.text("api_key").trim().to_owned()).filter(|k| !k.is_empty()),
             cors_origins: self
                 .text("cors_origins")
@@ -234,6 +240,9 @@ impl Resolved {
         }
         if config.worker_threads > 1024 {
             return Err(self.bad("worker_threads", "at most 1024; 0 = one for each core"));
+        }
+        if config.stream_threads > 1024 {
+            return Err(self.bad("stream_threads", "at most 1024; 0 = one for every four cores"));
         }
         if config
             .cors_origins

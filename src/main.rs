@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use kiss_vdb::api::live::StreamThreads;
 use kiss_vdb::api::{App, serve, service};
 use kiss_vdb::config::{Config, Resolved};
 use kiss_vdb::engine::Engine;
@@ -82,6 +83,9 @@ struct SettingFlags {
     /// Threads that serve requests; 0 = one for each core [env WORKER_THREADS, default 0]
     #[arg(long)]
     worker_threads: Option<String>,
+    /// Threads that send to streams; 0 = one for every four cores [env STREAM_THREADS, default 0]
+    #[arg(long, value_name = "N")]
+    stream_threads: Option<String>,
     /// Key every request but health needs; other users of this machine see flags, so prefer the environment [env API_KEY]
     #[arg(long)]
     api_key: Option<String>,
@@ -113,6 +117,7 @@ impl SettingFlags {
             ("max_body_mb", self.max_body_mb),
             ("max_connections", self.max_connections),
             ("worker_threads", self.worker_threads),
+            ("stream_threads", self.stream_threads),
             ("api_key", self.api_key),
             ("allow_open", self.allow_open.then(|| "true".to_owned())),
             ("cors_origins", self.cors_origins),
@@ -205,7 +210,8 @@ async fn run(config: &Config, engine: Engine, max_connections: usize) -> anyhow:
     });
     print_banner(config, listener.local_addr()?)?;
     let app = App::new(engine, config);
-    serve::serve(listener, service(app.clone(), config), app, max_connections, stopped).await;
+    let streams = StreamThreads::start(config.stream_threads).context("cannot start the threads for streams")?;
+    serve::serve(listener, service(app.clone(), config), app, max_connections, streams, stopped).await;
     Ok(())
 }
 

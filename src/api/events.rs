@@ -8,7 +8,7 @@ use super::{App, json};
 use crate::engine::Engine;
 use crate::engine::command::{Command, EventType, KEY_BYTES_MAX, Key, Op};
 use crate::engine::feed::{EventFilter, FILTER_TERMS_MAX, ResetReason, Step, Subscription};
-use crate::engine::frame::{Ephemeral, push_fmt};
+use crate::engine::frame::{CHUNK_FRAMING_BYTES, END_OF_CHUNK, Ephemeral, Frame, begin_chunk, push_fmt};
 use crate::engine::json::compact;
 use crate::engine::state::is_live;
 use crate::engine::view::View;
@@ -319,6 +319,24 @@ impl Walk {
     }
 }
 
+/// What a stream says next.
+enum Content {
+    Frames(Vec<Arc<Frame>>),
+    Text(Bytes),
+}
+
+fn join<'a>(length: usize, parts: impl Iterator<Item = &'a [u8]>, is_framed: bool) -> Bytes {
+    let mut out = Vec::with_capacity(length + CHUNK_FRAMING_BYTES);
+    if is_framed {
+        begin_chunk(&mut out, length);
+    }
+    parts.for_each(|part| out.extend_from_slice(part));
+    if is_framed {
+        out.extend_from_slice(END_OF_CHUNK);
+    }
+    out.into()
+}
+
 #[derive(Debug)]
 enum Phase {
     Snapshot(Box<Walk>),
@@ -342,22 +360,33 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    /// The next bytes to send; `None` at the end.
-    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let bytes = std::task::ready!(self.poll_bytes(cx));
+    /// The next bytes to send; `None` at the end. Framed, they are a chunk of an HTTP/1.1 body.
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>, is_framed: bool) -> Poll<Option<Bytes>> {
+        let content = std::task::ready!(self.poll_content(cx));
         self.last_sent = Instant::now();
-        Poll::Ready(bytes)
+        let include_vector = self.include_vector;
+        Poll::Ready(content.map(|content| match content {
+            // Most often one event: the very bytes that all streams share.
+            Content::Frames(frames) if frames.len() == 1 && is_framed => frames[0].sse_chunk(include_vector).clone(),
+            Content::Frames(frames) if frames.len() == 1 => frames[0].sse_bytes(include_vector),
+            Content::Frames(frames) => {
+                let parts = || frames.iter().map(|frame| frame.sse(include_vector));
+                join(parts().map(<[u8]>::len).sum(), parts(), is_framed)
+            }
+            Content::Text(text) if is_framed => join(text.len(), std::iter::once(&text[..]), true),
+            Content::Text(text) => text,
+        }))
     }
 
-    fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+    fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Content>> {
         if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(first));
+            return Poll::Ready(Some(Content::Text(first)));
         }
         match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Ended => return Poll::Ready(None),
             Phase::Snapshot(walk) => {
                 if let Some(bytes) = self.snapshot_step(walk) {
-                    return Poll::Ready(bytes);
+                    return Poll::Ready(bytes.map(Content::Text));
                 }
                 // Nothing matched so far: give way, then go on.
                 cx.waker().wake_by_ref();
@@ -366,14 +395,7 @@ impl EventStream {
             Phase::Live => self.phase = Phase::Live,
         }
         match self.subscription.poll_step(cx, CHUNK_FRAMES, CHUNK_BYTES) {
-            Poll::Ready(Step::Frames(frames)) => {
-                if let [frame] = &frames[..] {
-                    return Poll::Ready(Some(frame.sse(self.include_vector).clone()));
-                }
-                let mut chunk = Vec::with_capacity(frames.iter().map(|f| f.sse(self.include_vector).len()).sum());
-                frames.iter().for_each(|f| chunk.extend_from_slice(f.sse(self.include_vector)));
-                Poll::Ready(Some(chunk.into()))
-            }
+            Poll::Ready(Step::Frames(frames)) => Poll::Ready(Some(Content::Frames(frames))),
             Poll::Ready(Step::Reset(reason, requested)) => {
                 self.engine.feed().stats.resets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 let mut out = String::new();
@@ -383,10 +405,10 @@ impl EventStream {
                 } else {
                     push_reset(&mut out, &self.engine, reason, requested, Some(self.subscription.reached()));
                 }
-                Poll::Ready(Some(out.into()))
+                Poll::Ready(Some(Content::Text(out.into())))
             }
-            Poll::Ready(Step::Drained) => Poll::Ready(Some(self.farewell())),
-            Poll::Pending => self.poll_heartbeat(cx),
+            Poll::Ready(Step::Drained) => Poll::Ready(Some(Content::Text(self.farewell()))),
+            Poll::Pending => self.poll_heartbeat(cx).map(|bytes| bytes.map(Content::Text)),
         }
     }
 
@@ -443,7 +465,7 @@ impl http_body::Body for EventStream {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<BodyFrame<Bytes>, Self::Error>>> {
-        self.poll_chunk(cx).map(|bytes| bytes.map(|b| Ok(BodyFrame::data(b))))
+        self.poll_chunk(cx, false).map(|bytes| bytes.map(|b| Ok(BodyFrame::data(b))))
     }
 }
 

@@ -11,17 +11,19 @@
 
 use super::events::EventStream;
 use super::serve::Connected;
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http_body::Frame;
 use parking_lot::Mutex;
 use std::convert::Infallible;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 /// Chunks written before other tasks of the thread get their turn.
 const CHUNKS_PER_POLL: usize = 16;
@@ -148,10 +150,8 @@ impl AsyncWrite for Socket {
 pub struct Live {
     tcp: TcpStream,
     stream: EventStream,
-    /// The chunk on its way: its length in hex, the bytes, and how much of it all is written.
-    length: ([u8; 10], u8),
+    /// What is left of the chunk on its way.
     chunk: Bytes,
-    written: usize,
     is_ending: bool,
     ignored: usize,
     _connected: Connected,
@@ -161,59 +161,17 @@ impl Live {
     /// Goes on where the head of the answer ended.
     #[must_use]
     pub fn new(tcp: TcpStream, stream: EventStream, connected: Connected) -> Self {
-        Self {
-            tcp,
-            stream,
-            length: ([0; 10], 0),
-            chunk: Bytes::new(),
-            written: 0,
-            is_ending: false,
-            ignored: 0,
-            _connected: connected,
-        }
-    }
-
-    fn begin(&mut self, chunk: Bytes) {
-        let mut digits = [0; 8];
-        let mut rest = chunk.len();
-        let mut at = digits.len();
-        while rest > 0 {
-            at -= 1;
-            digits[at] = b"0123456789abcdef"[rest & 15];
-            rest >>= 4;
-        }
-        let count = digits.len() - at;
-        self.length.0[..count].copy_from_slice(&digits[at..]);
-        self.length.0[count..count + 2].copy_from_slice(b"\r\n");
-        // The cast: at most 10.
-        self.length.1 = count as u8 + 2;
-        self.chunk = chunk;
-        self.written = 0;
-    }
-
-    fn end(&mut self) {
-        self.is_ending = true;
-        self.length.1 = 0;
-        self.chunk = Bytes::from_static(END);
-        self.written = 0;
+        Self { tcp, stream, chunk: Bytes::new(), is_ending: false, ignored: 0, _connected: connected }
     }
 
     /// Writes what is left of the chunk.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.chunk.is_empty() {
             ready!(self.tcp.poll_write_ready(cx))?;
-            let tail: &[u8] = if self.is_ending { b"" } else { b"\r\n" };
-            let mut skip = self.written;
-            let parts = [&self.length.0[..usize::from(self.length.1)], &self.chunk, tail].map(|part| {
-                let skipped = skip.min(part.len());
-                skip -= skipped;
-                IoSlice::new(&part[skipped..])
-            });
-            let left: usize = parts.iter().map(|part| part.len()).sum();
-            match self.tcp.try_write_vectored(&parts) {
+            match self.tcp.try_write(&self.chunk) {
                 // Freed here: a stream that is level keeps nothing.
-                Ok(count) if count == left => self.chunk = Bytes::new(),
-                Ok(count) => self.written += count,
+                Ok(count) if count == self.chunk.len() => self.chunk = Bytes::new(),
+                Ok(count) => self.chunk.advance(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }
@@ -246,13 +204,61 @@ impl Future for Live {
                 Poll::Ready(Err(_)) => return Poll::Ready(()),
                 Poll::Pending => return self.poll_gone(cx),
             }
-            match self.stream.poll_chunk(cx) {
-                Poll::Ready(Some(chunk)) => self.begin(chunk),
-                Poll::Ready(None) => self.end(),
+            match self.stream.poll_chunk(cx, true) {
+                Poll::Ready(Some(chunk)) => self.chunk = chunk,
+                Poll::Ready(None) => {
+                    self.is_ending = true;
+                    self.chunk = Bytes::from_static(END);
+                }
                 Poll::Pending => return self.poll_gone(cx),
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+}
+
+/// Threads of their own for streams over HTTP/1.1, each with a runtime of one thread.
+///
+/// An event for a thousand streams is a thousand sends, one after the other whoever does them. Spread over the threads that
+/// serve requests they stood in front of requests, and in each other's way: on two cores one thread delivers sooner
+/// (`docs/benchmarks.md`).
+#[derive(Debug)]
+pub struct StreamThreads {
+    handles: Vec<Handle>,
+    next: AtomicUsize,
+    /// Dropped last: ends the threads and what still runs on them.
+    _stop: watch::Sender<()>,
+}
+
+impl StreamThreads {
+    /// Starts so many threads, at least one.
+    pub fn start(threads: usize) -> io::Result<Self> {
+        let (stop, stopped) = watch::channel(());
+        let start = |number: usize| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let handle = runtime.handle().clone();
+            let mut stopped = stopped.clone();
+            let run = move || {
+                runtime.block_on(async { stopped.changed().await.ok() });
+                runtime.shutdown_background();
+            };
+            std::thread::Builder::new().name(format!("streams-{number}")).spawn(run)?;
+            Ok(handle)
+        };
+        let handles = (0..threads.max(1)).map(start).collect::<io::Result<_>>()?;
+        Ok(Self { handles, next: AtomicUsize::new(0), _stop: stop })
+    }
+
+    /// Gives a stream to one of the threads.
+    pub fn spawn(&self, tcp: TcpStream, stream: EventStream, connected: Connected) {
+        let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len();
+        let handle = &self.handles[thread];
+        // The socket has to be known to that thread's runtime.
+        let _entered = handle.enter();
+        match tcp.into_std().and_then(TcpStream::from_std) {
+            Ok(tcp) => drop(handle.spawn(Live::new(tcp, stream, connected))),
+            Err(error) => tracing::warn!(%error, "a stream could not begin"),
+        }
     }
 }

@@ -8,7 +8,7 @@
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
 use super::events::EventStream;
-use super::live::{Handoff, Live, Pending, Socket};
+use super::live::{Handoff, Pending, Socket, StreamThreads};
 use super::{App, Service};
 use axum::body::Body;
 use axum::http::{Method, Version, header};
@@ -80,6 +80,7 @@ struct Server {
     service: Service,
     http1: http1::Builder,
     http2: http2::Builder<TokioExecutor>,
+    streams: StreamThreads,
     stop: watch::Receiver<bool>,
 }
 
@@ -89,6 +90,7 @@ pub async fn serve(
     service: Service,
     app: App,
     max_connections: usize,
+    streams: StreamThreads,
     mut stop: watch::Receiver<bool>,
 ) {
     let mut http1 = http1::Builder::new();
@@ -100,7 +102,7 @@ pub async fn serve(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let server = Arc::new(Server { service, http1, http2, stop: stop.clone() });
+    let server = Arc::new(Server { service, http1, http2, streams, stop: stop.clone() });
     let (alive, mut all_gone) = mpsc::channel(1);
     loop {
         let accepted = tokio::select! {
@@ -180,8 +182,7 @@ impl Server {
         });
         if let Some(stream) = taken.await {
             let tcp = connection.into_parts().io.into_inner().into_inner();
-            // A task of its own, so that this one's room for a request is given back.
-            tokio::spawn(Live::new(tcp, stream, connected));
+            self.streams.spawn(tcp, stream, connected);
         }
     }
 

@@ -7,7 +7,9 @@ use crate::revision::Revision;
 use crate::vector::{CollectionSpec, Vector};
 use base64::Engine as _;
 use bytes::Bytes;
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// One event on its way to streams.
@@ -60,8 +62,9 @@ pub struct Facets<'a> {
 
 #[derive(Debug)]
 struct Rendered {
-    /// The whole SSE frame.
-    sse: Bytes,
+    /// The SSE frame as a chunk of an HTTP/1.1 body, and where in it the frame is.
+    chunk: Bytes,
+    sse: Range<usize>,
     /// Where its JSON begins; it ends before the two newlines.
     json_from: usize,
 }
@@ -178,15 +181,29 @@ impl Frame {
 
     /// The SSE frame.
     #[must_use]
-    pub fn sse(&self, include_vector: bool) -> &Bytes {
-        &self.rendered(include_vector).sse
+    pub fn sse(&self, include_vector: bool) -> &[u8] {
+        let rendered = self.rendered(include_vector);
+        &rendered.chunk[rendered.sse.clone()]
+    }
+
+    /// The same, shared.
+    #[must_use]
+    pub fn sse_bytes(&self, include_vector: bool) -> Bytes {
+        let rendered = self.rendered(include_vector);
+        rendered.chunk.slice(rendered.sse.clone())
+    }
+
+    /// The SSE frame as a chunk of an HTTP/1.1 body: what a thousand streams send is made once.
+    #[must_use]
+    pub fn sse_chunk(&self, include_vector: bool) -> &Bytes {
+        &self.rendered(include_vector).chunk
     }
 
     /// The JSON of its `data:` line.
     #[must_use]
     pub fn json(&self, include_vector: bool) -> &str {
         let rendered = self.rendered(include_vector);
-        let json = &rendered.sse[rendered.json_from..rendered.sse.len() - 2];
+        let json = &rendered.chunk[rendered.json_from..rendered.sse.end - 2];
         std::str::from_utf8(json).expect("rendered from text")
     }
 
@@ -223,8 +240,25 @@ impl Frame {
             }
         }
         out.push_str("}\n\n");
-        Rendered { sse: Bytes::from(out), json_from }
+        let mut chunk = Vec::with_capacity(out.len() + CHUNK_FRAMING_BYTES);
+        begin_chunk(&mut chunk, out.len());
+        let from = chunk.len();
+        chunk.extend_from_slice(out.as_bytes());
+        let sse = from..chunk.len();
+        chunk.extend_from_slice(END_OF_CHUNK);
+        Rendered { chunk: chunk.into(), sse, json_from: from + json_from }
     }
+}
+
+/// What ends a chunk of an HTTP/1.1 body.
+pub const END_OF_CHUNK: &[u8] = b"\r\n";
+/// Most bytes that a chunk has beyond its content.
+pub const CHUNK_FRAMING_BYTES: usize = size_of::<usize>() * 2 + 2 * END_OF_CHUNK.len();
+
+/// Appends what a chunk of so many bytes begins with.
+pub fn begin_chunk(out: &mut Vec<u8>, length: usize) {
+    // Writing to a vector cannot fail.
+    write!(out, "{length:x}\r\n").ok();
 }
 
 /// Appends formatted text.
