@@ -23,6 +23,7 @@ use base64::Engine as _;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use std::num::NonZeroU64;
 
 /// Where keys begin in the path.
 const PREFIX: &str = "/v1/state/";
@@ -134,7 +135,7 @@ pub fn outcome_json(outcome: &Outcome) -> String {
     out
 }
 
-fn push_deadline(out: &mut String, expires_at_ms: Option<u64>) {
+fn push_deadline(out: &mut String, expires_at_ms: Option<NonZeroU64>) {
     if let Some(at) = expires_at_ms {
         push_fmt(out, format_args!(",\"expires_at_ms\":{at}"));
     }

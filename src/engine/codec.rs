@@ -10,6 +10,7 @@ use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Metric, Vector, VectorId, VectorMeta};
 use crate::wire::{Malformed, Put, Reader};
 use bytes::Bytes;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 /// A key's state. Shared between the record that made it, the state and whoever reads it.
@@ -22,7 +23,7 @@ pub struct Entry {
     /// The revision that created it.
     pub created_revision: Revision,
     /// Unix milliseconds after which it is gone.
-    pub expires_at_ms: Option<u64>,
+    pub expires_at_ms: Option<NonZeroU64>,
     /// `job_id` and `tags`.
     pub labels: Option<Box<Labels>>,
 }
@@ -201,7 +202,7 @@ fn encode_event(event: &Event, out: &mut Vec<u8>) {
 pub fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
     out.put_revision(entry.revision);
     out.put_revision(entry.created_revision);
-    out.put_u64(entry.expires_at_ms.unwrap_or(0));
+    out.put_u64(entry.expires_at_ms.map_or(0, NonZeroU64::get));
     put_labels(out, entry.labels.as_deref());
     match &entry.value {
         Value::Json(text) => {
@@ -306,7 +307,7 @@ pub fn decode_entry(reader: &mut Reader<'_>) -> Result<Entry, Malformed> {
     Ok(Entry {
         revision: reader.revision("revision")?,
         created_revision: reader.revision("created_revision")?,
-        expires_at_ms: Some(reader.u64("expires_at_ms")?).filter(|&ms| ms != 0),
+        expires_at_ms: NonZeroU64::new(reader.u64("expires_at_ms")?),
         labels: labels(reader)?,
         value: match reader.byte("value tag")? {
             tag::VALUE_JSON => Value::Json(reader.text("value")?.into()),
@@ -404,7 +405,7 @@ pub(crate) mod tests {
                 Event::StateUpdated {
                     key: key("é"),
                     prev_revision: Revision(5),
-                    entry: entry(Value::Bytes(Box::new(blob)), Some(99), labels()),
+                    entry: entry(Value::Bytes(Box::new(blob)), NonZeroU64::new(99), labels()),
                     patch: None,
                 },
                 Event::StateDeleted {

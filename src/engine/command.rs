@@ -8,6 +8,7 @@ use crate::vector::filter::Filter;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use bytes::Bytes;
 use std::borrow::Borrow;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 /// Longest key in bytes. Long enough for paths and composed ids, short enough to keep a million in memory.
@@ -368,14 +369,14 @@ pub enum Outcome {
         key: Key,
         revision: Revision,
         created: bool,
-        expires_at_ms: Option<u64>,
+        expires_at_ms: Option<NonZeroU64>,
     },
     /// As put, with the whole value after the patch.
     Patched {
         key: Key,
         revision: Revision,
         created: bool,
-        expires_at_ms: Option<u64>,
+        expires_at_ms: Option<NonZeroU64>,
         value: Value,
     },
     Deleted {

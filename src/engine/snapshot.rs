@@ -16,7 +16,7 @@ use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec};
 use crate::wire::{Malformed, Put, Reader};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,6 +25,8 @@ const MAGIC: &[u8; 8] = b"KISSSNAP";
 const VERSION: u32 = 1;
 /// Entries are written in blocks of about this size, each with its checksum.
 const BLOCK_BYTES: usize = 256 << 10;
+/// Bytes read at a time.
+const READ_BYTES: usize = 128 << 10;
 /// Snapshots kept: the newest, and one in case the newest turns out damaged.
 const KEPT: usize = 2;
 
@@ -267,49 +269,92 @@ pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
 
 /// Reads a snapshot. Any damage is an error; nothing is changed.
 pub fn read(path: &Path) -> Result<Snapshot, Error> {
-    let bytes = std::fs::read(path).map_err(Error::io("cannot read", path))?;
-    let damaged = |at: usize, e: Malformed| Error::corrupt(path, at as u64, e.0);
-    if bytes.get(..8) != Some(MAGIC) {
-        return Err(Error::corrupt(path, 0, "this is not a snapshot"));
-    }
-    let mut reader = Reader(&bytes[8..]);
-    let version = reader.u32("version").map_err(|e| damaged(8, e))?;
-    if version != VERSION {
-        return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads {VERSION}")));
-    }
-    let position = |reader: &Reader<'_>| bytes.len() - reader.0.len();
-    let mut at = position(&reader);
-    let mut snapshot = read_header(block(&mut reader).map_err(|e| damaged(at, e))?).map_err(|e| damaged(at, e))?;
+    let mut blocks = Blocks::open(path)?;
+    let header = blocks.next()?;
+    let mut snapshot = read_header(&header).map_err(|e| blocks.damaged(e))?;
     if revision_of(path) != Some(snapshot.revision) {
         return Err(Error::corrupt(path, 12, "the file name does not fit its revision"));
     }
     loop {
-        at = position(&reader);
-        let mut entries = Reader(block(&mut reader).map_err(|e| damaged(at, e))?);
+        let block = blocks.next()?;
+        let mut entries = Reader(&block);
         if entries.0.is_empty() {
             break;
         }
         while !entries.0.is_empty() {
-            let (key, entry) = read_entry(&mut entries).map_err(|e| damaged(at, e))?;
+            let (key, entry) = read_entry(&mut entries).map_err(|e| blocks.damaged(e))?;
             if snapshot.entries.last().is_some_and(|(last, _)| *last >= key) {
-                return Err(Error::corrupt(path, at as u64, "keys are out of order"));
+                return Err(blocks.damaged(Malformed("keys are out of order".into())));
             }
             snapshot.entries.push((key, Arc::new(entry)));
         }
     }
-    at = position(&reader);
-    let count = block(&mut reader).and_then(|b| Reader(b).u64("count")).map_err(|e| damaged(at, e))?;
-    if count != snapshot.entries.len() as u64 || !reader.0.is_empty() {
-        return Err(Error::corrupt(path, at as u64, "the file does not hold as many entries as it says"));
+    let count = blocks.next()?;
+    let count = Reader(&count).u64("count").map_err(|e| blocks.damaged(e))?;
+    if count != snapshot.entries.len() as u64 || blocks.left > 0 {
+        return Err(blocks.damaged(Malformed("the file does not hold as many entries as it says".into())));
     }
     Ok(snapshot)
 }
 
-fn block<'a>(reader: &mut Reader<'a>) -> Result<&'a [u8], Malformed> {
-    let length = reader.u32("block length")?;
-    let crc = reader.u32("block checksum")?;
-    let block = reader.take(length as usize, "block")?;
-    if crc32c::crc32c(block) == crc { Ok(block) } else { Err(Malformed("a block does not match its checksum".into())) }
+/// A snapshot's blocks, one in memory at a time.
+struct Blocks<'a> {
+    path: &'a Path,
+    file: BufReader<File>,
+    /// Where the block read last begins, and how many bytes are behind it.
+    at: u64,
+    next: u64,
+    left: u64,
+}
+
+impl<'a> Blocks<'a> {
+    /// Checks magic and version.
+    fn open(path: &'a Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(Error::io("cannot open", path))?;
+        let left = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let mut blocks = Self { path, file: BufReader::with_capacity(READ_BYTES, file), at: 0, next: 0, left };
+        if blocks.take(MAGIC.len(), "magic")? != MAGIC {
+            return Err(Error::corrupt(path, 0, "this is not a snapshot"));
+        }
+        blocks.at = blocks.next;
+        let version = blocks.take_u32("version")?;
+        if version != VERSION {
+            return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads {VERSION}")));
+        }
+        Ok(blocks)
+    }
+
+    fn damaged(&self, error: Malformed) -> Error {
+        Error::corrupt(self.path, self.at, error.0)
+    }
+
+    fn take(&mut self, length: usize, what: &str) -> Result<Vec<u8>, Error> {
+        // Checked before there is memory for it: the length may be damaged.
+        if length as u64 > self.left {
+            return Err(self.damaged(Malformed(format!("{what} needs {length} bytes, {} are left", self.left))));
+        }
+        let mut bytes = vec![0; length];
+        self.file.read_exact(&mut bytes).map_err(Error::io("cannot read", self.path))?;
+        self.next += length as u64;
+        self.left -= length as u64;
+        Ok(bytes)
+    }
+
+    fn take_u32(&mut self, what: &str) -> Result<u32, Error> {
+        let bytes = self.take(size_of::<u32>(), what)?;
+        Reader(&bytes).u32(what).map_err(|e| self.damaged(e))
+    }
+
+    fn next(&mut self) -> Result<Vec<u8>, Error> {
+        self.at = self.next;
+        let length = self.take_u32("block length")?;
+        let crc = self.take_u32("block checksum")?;
+        let block = self.take(length as usize, "block")?;
+        if crc32c::crc32c(&block) != crc {
+            return Err(self.damaged(Malformed("a block does not match its checksum".into())));
+        }
+        Ok(block)
+    }
 }
 
 fn read_header(bytes: &[u8]) -> Result<Snapshot, Malformed> {

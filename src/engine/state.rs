@@ -19,6 +19,7 @@ use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroU64;
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ const ENTRY_OVERHEAD_BYTES: usize = 160;
 pub struct State {
     keys: BTreeMap<Key, Arc<Entry>>,
     /// Deadline and key of every entry that has one.
-    expiry: BTreeSet<(u64, Key)>,
+    expiry: BTreeSet<(NonZeroU64, Key)>,
     collections: BTreeMap<CollectionName, Arc<SharedCollection>>,
     /// Collections whose files were prepared for a record that is not applied yet, by creating revision.
     prepared: HashMap<Revision, Arc<SharedCollection>>,
@@ -127,13 +128,13 @@ impl State {
     /// The next deadline.
     #[must_use]
     pub fn next_deadline(&self) -> Option<u64> {
-        self.expiry.first().map(|(at, _)| *at)
+        self.expiry.first().map(|(at, _)| at.get())
     }
 
     /// Keys whose deadline has passed, oldest first, at most `limit`.
     #[must_use]
     pub fn due(&self, now_ms: u64, limit: usize) -> Vec<Key> {
-        self.expiry.iter().take_while(|(at, _)| *at <= now_ms).take(limit).map(|(_, key)| key.clone()).collect()
+        self.expiry.iter().take_while(|(at, _)| at.get() <= now_ms).take(limit).map(|(_, key)| key.clone()).collect()
     }
 
     /// Where consistent walks register.
@@ -221,7 +222,7 @@ impl State {
 /// Whether an entry's deadline, if any, is still ahead.
 #[must_use]
 pub fn is_live(entry: &Entry, now_ms: u64) -> bool {
-    entry.expires_at_ms.is_none_or(|at| at > now_ms)
+    entry.expires_at_ms.is_none_or(|at| at.get() > now_ms)
 }
 
 /// What the commands of one commit batch decided so far, laid over the state.
@@ -498,8 +499,8 @@ impl Decider<'_> {
         }
     }
 
-    fn deadline(&self, ttl_ms: Option<u64>) -> Option<u64> {
-        ttl_ms.map(|ttl| self.now_ms.saturating_add(ttl))
+    fn deadline(&self, ttl_ms: Option<u64>) -> Option<NonZeroU64> {
+        ttl_ms.and_then(|ttl| NonZeroU64::new(self.now_ms.saturating_add(ttl)))
     }
 
     fn write_entry(
@@ -677,7 +678,7 @@ const COLLECTION_OVERHEAD_BYTES: usize = 72 << 10;
 struct EntryWrite {
     value: Value,
     patch: Option<Box<str>>,
-    expires_at_ms: Option<u64>,
+    expires_at_ms: Option<NonZeroU64>,
     labels: Option<Box<Labels>>,
 }
 
