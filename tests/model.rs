@@ -8,6 +8,7 @@ use kiss_vdb::engine::Engine;
 use kiss_vdb::engine::command::{Command, Condition, Key, Op, Outcome, Value, VectorSelection, VectorWrite};
 use kiss_vdb::engine::json::compact;
 use kiss_vdb::engine::search::{Found, Search};
+use kiss_vdb::engine::snapshot::Pace;
 use kiss_vdb::error::Rejection;
 use kiss_vdb::revision::Revision;
 use kiss_vdb::vector::collection::Query;
@@ -389,7 +390,7 @@ async fn play(steps: Vec<Step>) {
                     );
                 }
             }
-            Step::Snapshot => drop(running.engine.snapshot().unwrap()),
+            Step::Snapshot => drop(running.engine.snapshot(Pace::Fast).unwrap()),
             Step::Restart => {
                 running.threads.stop();
                 running = open(dir.path());

@@ -4,6 +4,7 @@ use super::error::{ApiError, ApiResult};
 use super::extract::Params;
 use super::{App, json};
 use crate::engine::frame::push_fmt;
+use crate::engine::snapshot::Pace;
 use crate::error::{Error, Rejection};
 use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
@@ -44,7 +45,8 @@ pub async fn health(State(app): State<App>, uri: Uri) -> ApiResult {
 pub async fn snapshot(State(app): State<App>, uri: Uri) -> ApiResult {
     Params::parse(&uri, &[])?;
     let engine = app.engine.clone();
-    let taken = tokio::task::spawn_blocking(move || engine.snapshot()).await.map_err(|_| ApiError::Internal)?;
+    let taken =
+        tokio::task::spawn_blocking(move || engine.snapshot(Pace::Gentle)).await.map_err(|_| ApiError::Internal)?;
     let taken = taken.map_err(|error| {
         tracing::error!(%error, "the snapshot failed");
         match error {

@@ -60,6 +60,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use recovery::Preparer;
 use search::{Answer, INLINE_COST, Search, SearchTicket};
 use sequencer::{Request, Sequencer};
+use snapshot::Pace;
 use state::State;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -403,8 +404,8 @@ impl Engine {
     }
 
     /// Takes a snapshot now. Blocking.
-    pub fn snapshot(&self) -> Result<snapshot::Taken, Error> {
-        let result = snapshot::take(&self.inner);
+    pub fn snapshot(&self, pace: Pace) -> Result<snapshot::Taken, Error> {
+        let result = snapshot::take(&self.inner, pace);
         match &result {
             Ok(_) => self.inner.metrics.snapshots.inc(),
             Err(_) => self.inner.metrics.snapshot_failures.inc(),
@@ -445,7 +446,7 @@ impl Threads {
         self.engine.inner.feed.stop();
         join(self.feed);
         if !self.engine.is_poisoned()
-            && let Err(error) = self.engine.snapshot()
+            && let Err(error) = self.engine.snapshot(Pace::Fast)
         {
             tracing::error!(%error, "the last snapshot failed; the next start replays the log instead");
         }
@@ -488,7 +489,7 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
         if inner.state.read().revision() == last_revision {
             continue;
         }
-        match snapshot::take(inner) {
+        match snapshot::take(inner, Pace::Gentle) {
             Ok(taken) => {
                 last_revision = taken.revision;
                 inner.metrics.snapshots.inc();

@@ -19,12 +19,15 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"KISSSNAP";
 const VERSION: u32 = 1;
 /// Entries are written in blocks of about this size, each with its checksum.
-const BLOCK_BYTES: usize = 256 << 10;
+const BLOCK_BYTES: usize = 64 << 10;
+/// While a server is at work a snapshot syncs each block and rests: it takes a quarter of a core, and a sync of the log waits
+/// behind one block rather than behind all of it.
+const REST: Duration = Duration::from_micros(700);
 /// Bytes read at a time.
 const READ_BYTES: usize = 128 << 10;
 /// Snapshots kept: the newest, and one in case the newest turns out damaged.
@@ -80,8 +83,17 @@ fn snapshot_path(dir: &Path, revision: Revision) -> PathBuf {
     dir.join(format!("{:020}.snap", revision.0))
 }
 
+/// How fast a snapshot is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Leaving disk and cores to writers.
+    Gentle,
+    /// As fast as it goes: nobody writes any more.
+    Fast,
+}
+
 /// Takes a snapshot now. One at a time; blocking.
-pub(super) fn take(inner: &Inner) -> Result<Taken, Error> {
+pub(super) fn take(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
     let _one_at_a_time = inner.snapshot_lock.lock();
     let started = Instant::now();
     let collections: Vec<_> = inner.state.read().collections().values().cloned().collect();
@@ -99,8 +111,11 @@ pub(super) fn take(inner: &Inner) -> Result<Taken, Error> {
     let path = snapshot_path(&dir, revision);
     // A file of this revision is left alone only if it is known to be good and to say the same.
     let is_there = path.exists() && inner.replay_needed.lock().contains(&(revision, replay_after));
-    let bytes =
-        if is_there { path.metadata().map_or(0, |m| m.len()) } else { write(inner, &view, &dir, &path, &header)? };
+    let bytes = if is_there {
+        path.metadata().map_or(0, |m| m.len())
+    } else {
+        write(inner, &view, &dir, &path, &header, pace)?
+    };
     drop(view);
     keep_newest(inner, &dir, revision, replay_after)?;
     Ok(Taken { revision, bytes, took_ms: millis(started) })
@@ -182,7 +197,7 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
     (header, revision, replay_after)
 }
 
-fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8]) -> Result<u64, Error> {
+fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8], pace: Pace) -> Result<u64, Error> {
     let beside = path.with_extension("tmp");
     let fill = || -> std::io::Result<u64> {
         let mut file = BufWriter::with_capacity(BLOCK_BYTES, File::create(&beside)?);
@@ -202,6 +217,11 @@ fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8]) -> 
                 if block.len() >= BLOCK_BYTES {
                     put_block(&mut file, &block)?;
                     block.clear();
+                    if pace == Pace::Gentle {
+                        file.flush()?;
+                        file.get_ref().sync_data()?;
+                        std::thread::sleep(REST);
+                    }
                 }
             }
         }
