@@ -37,6 +37,8 @@ pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
+/// Connections accepted before the requests of others get their turn: thousands come at once when streams reconnect.
+const ACCEPTED_IN_A_ROW: usize = 4;
 /// Largest request head; keys and filters travel in it.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Streams one HTTP/2 connection may have open.
@@ -104,6 +106,7 @@ pub async fn serve(
         .keep_alive_timeout(STALL_TIMEOUT);
     let server = Arc::new(Server { service, http1, http2, streams, stop: stop.clone() });
     let (alive, mut all_gone) = mpsc::channel(1);
+    let mut accepted_in_a_row = 0;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -126,6 +129,11 @@ pub async fn serve(
         }
         tune(&tcp);
         tokio::spawn(Arc::clone(&server).connection(tcp, connected));
+        accepted_in_a_row += 1;
+        if accepted_in_a_row == ACCEPTED_IN_A_ROW {
+            accepted_in_a_row = 0;
+            tokio::task::yield_now().await;
+        }
     }
     drop((listener, alive));
     app.engine.feed().drain();

@@ -78,6 +78,8 @@ pub enum Phase {
     Search,
     /// SSE delivery
     Streams,
+    /// All streams reconnect at once with an old Last-Event-ID while writers write; only when asked for
+    Storm,
     /// The vector index in this process, without a server; only when asked for
     Index,
     /// The same under ten turnovers of all vectors, beside a fresh one; only when asked for
@@ -153,6 +155,12 @@ pub struct BenchArgs {
     /// Each stream watches its own key, and the events go round
     #[arg(long)]
     own_keys: bool,
+    /// Events that each stream of a storm has missed
+    #[arg(long, default_value_t = 2200)]
+    missed: u64,
+    /// Whose streams are at --url
+    #[arg(long, default_value = "kiss")]
+    peer: streams::Peer,
     /// Run put and get against a handler that does nothing, too, and print the ratio
     #[arg(long)]
     bare: bool,
@@ -378,6 +386,7 @@ impl<'a> Bench<'a> {
                 Phase::Upsert => self.upsert()?,
                 Phase::Search => self.search()?,
                 Phase::Streams => self.streams()?,
+                Phase::Storm => self.storm()?,
                 Phase::Index | Phase::Churn => {}
             }
         }
@@ -646,7 +655,9 @@ impl<'a> Bench<'a> {
             threads: args.threads,
             publishers: args.publishers,
             rate: args.events_per_second,
-            seconds: args.seconds,
+            events: (args.events_per_second * args.seconds).ceil() as u64,
+            resume_after: None,
+            peer: args.peer,
             value_bytes: args.value_size,
             own_keys: args.own_keys,
         };
@@ -678,6 +689,69 @@ impl<'a> Bench<'a> {
         }
         self.add(row);
         self.add(Row::new("publish", report.publish));
+        Ok(())
+    }
+
+    /// Writers alone, then writers beside streams that all come back at once.
+    fn storm(&mut self) -> anyhow::Result<()> {
+        const WRITES_PER_SECOND: f64 = 2000.0;
+        self.refresh_server()?;
+        let args = self.args;
+        let load = StreamLoad {
+            endpoint: self.endpoint.clone(),
+            streams: args.streams,
+            threads: 1,
+            publishers: args.publishers,
+            rate: f64::INFINITY,
+            events: args.missed,
+            resume_after: Some(streams::revision_of_a_write(&self.endpoint)?),
+            peer: streams::Peer::Kiss,
+            value_bytes: args.value_size,
+            own_keys: false,
+        };
+        load.publish_all()?;
+        let writes = || {
+            let (endpoint, body) = (self.endpoint.clone(), value_body(args.value_size));
+            let make = Box::new(move |sequence: u64, out: &mut Vec<u8>| {
+                endpoint.request(out, "PUT", &format!("/v1/state/{}", key(sequence % 1000)), &body);
+            });
+            let mut load = self.load(&self.endpoint, make);
+            load.connections = 8;
+            load.rate = Some(WRITES_PER_SECOND);
+            load.run("storm")
+        };
+        let alone = writes()?;
+        let before = self.resident_bytes()?;
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        let (storm, beside, peak) = std::thread::scope(|scope| {
+            let storm = scope.spawn(|| load.storm());
+            let server = self.server.as_ref();
+            let is_over = &is_over;
+            let peak = scope.spawn(move || {
+                let mut peak = 0;
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    peak = peak.max(server.and_then(|s| s.resident_bytes().ok()).unwrap_or(0));
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                peak
+            });
+            let beside = writes();
+            let storm = storm.join().map_err(|_| anyhow::anyhow!("the streams' thread panicked"));
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            (storm, beside, peak.join().unwrap_or(0))
+        });
+        let (tally, faults) = storm??;
+        let mut row = Row::new(format!("storm of {}", args.streams), tally);
+        if let Some(before) = before {
+            row.more.push(("mib_more_at_peak", rounded(peak.saturating_sub(before) as f64 / 1048576.0, 1)));
+        }
+        row.more.push(("lost", json!(faults.lost)));
+        if !faults.is_none() {
+            self.faults.push(format!("storm: {faults:?}"));
+        }
+        self.add(Row::new("writes alone", alone));
+        self.add(Row::new("writes beside it", beside?));
+        self.add(row);
         Ok(())
     }
 

@@ -31,6 +31,15 @@ const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between the last stream's opening and the first event.
 const SETTLE: Duration = Duration::from_millis(200);
 
+/// Whose streams are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Peer {
+    /// This database
+    Kiss,
+    /// nginx with nchan: publishers at /pub/KEY, subscribers at /sub/KEY
+    Nchan,
+}
+
 /// What to open and what to publish.
 #[derive(Clone, Debug)]
 pub(super) struct StreamLoad {
@@ -38,9 +47,13 @@ pub(super) struct StreamLoad {
     pub(super) streams: usize,
     pub(super) threads: usize,
     pub(super) publishers: u64,
-    /// Events a second, all keys together.
+    /// Events a second, all keys together; infinite: as fast as answers come.
     pub(super) rate: f64,
-    pub(super) seconds: f64,
+    /// How many, all keys together.
+    pub(super) events: u64,
+    /// Streams resume after this revision, all at once, instead of one after the other from now on.
+    pub(super) resume_after: Option<u64>,
+    pub(super) peer: Peer,
     /// Bytes of a published value.
     pub(super) value_bytes: usize,
     /// Each stream watches a key of its own; else all watch one.
@@ -84,10 +97,6 @@ pub(super) struct StreamReport {
 }
 
 impl StreamLoad {
-    fn events(&self) -> u64 {
-        (self.rate * self.seconds).ceil() as u64
-    }
-
     fn due(&self, start: Instant, sequence: u64) -> Instant {
         start + Duration::from_secs_f64(sequence as f64 / self.rate)
     }
@@ -113,7 +122,7 @@ impl StreamLoad {
         } else {
             ((0..self.publishers).collect(), self.publishers)
         };
-        Ledger { next, step, events: self.events(), last_id: 0, faults: Faults::default() }
+        Ledger { next, step, events: self.events, peer: self.peer, last_id: 0, faults: Faults::default() }
     }
 
     /// Opens the streams, calls `opened`, publishes, waits for the arrivals.
@@ -149,7 +158,7 @@ impl StreamLoad {
         let mut published = None;
         while !receivers.iter().all(std::thread::JoinHandle::is_finished) {
             let spent = Instant::now().saturating_duration_since(start).as_secs_f64();
-            bar.set_position((spent / self.seconds * super::PROGRESS_STEPS as f64) as u64);
+            bar.set_position((spent * self.rate / self.events as f64 * super::PROGRESS_STEPS as f64) as u64);
             bar.set_message(format!("{} delivered", shared.delivered.load(Ordering::Relaxed)));
             if publishers.iter().all(std::thread::JoinHandle::is_finished) {
                 let begun = *published.get_or_insert_with(Instant::now);
@@ -172,6 +181,48 @@ impl StreamLoad {
         Ok(report)
     }
 
+    /// Publishes everything before any stream is open.
+    pub(super) fn publish_all(&self) -> anyhow::Result<()> {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            let publishers: Vec<_> =
+                (0..self.publishers).map(|index| scope.spawn(move || self.publish(index, start))).collect();
+            for publisher in publishers {
+                publisher.join().map_err(|_| anyhow!("a publisher panicked"))??;
+            }
+            Ok(())
+        })
+    }
+
+    /// All streams resume at once; when each event was there, from the beginning of it all.
+    pub(super) fn storm(&self) -> anyhow::Result<(Tally, Faults)> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let shared = Arc::new(Shared::default());
+        shared.start.set(Instant::now()).map_err(|_| anyhow!("started twice"))?;
+        let thread = Rc::new(ReceiverThread::new(self, &shared));
+        LocalSet::new().block_on(&runtime, async {
+            let resume = |stream: u64, thread: Rc<ReceiverThread>| async move {
+                let opened = tokio::time::timeout(OPEN_TIMEOUT, Receiver::open(&thread.load, stream)).await;
+                opened.with_context(|| format!("stream {stream} was not answered"))??.run(Rc::clone(&thread)).await
+            };
+            let streams: Vec<_> = (0..self.streams as u64)
+                .map(|stream| tokio::task::spawn_local(resume(stream, Rc::clone(&thread))))
+                .collect();
+            tokio::spawn({
+                let shared = Arc::clone(&shared);
+                async move {
+                    tokio::time::sleep(OPEN_TIMEOUT).await;
+                    shared.over.notify_waiters();
+                }
+            });
+            for stream in streams {
+                stream.await.context("a stream's task panicked")??;
+            }
+            anyhow::Ok(())
+        })?;
+        Ok((thread.tally.borrow().clone(), *thread.faults.borrow()))
+    }
+
     /// One publisher: blocking, as its sleep is then exact to a few microseconds.
     fn publish(&self, publisher: u64, start: Instant) -> anyhow::Result<Tally> {
         // Refused only on kernels that don't know it; then wake-ups are some 50 µs late.
@@ -179,18 +230,18 @@ impl StreamLoad {
         let mut stream = BlockingStream::connect(&self.endpoint.authority).context("cannot connect to publish")?;
         stream.set_nodelay(true)?;
         let (mut tally, mut request) = (Tally::new(), Vec::new());
-        for sequence in (0..self.events()).filter(|&s| self.publisher_of(s) == publisher) {
+        for sequence in (0..self.events).filter(|&s| self.publisher_of(s) == publisher) {
             let due = self.due(start, sequence);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            let path = format!("/v1/state/{}", self.key(self.stream_of(sequence)));
+            let key = self.key(self.stream_of(sequence));
             let marker = format!("@{sequence}");
             let padding = self.value_bytes.saturating_sub(marker.len());
-            self.endpoint.request(
-                &mut request,
-                "PUT",
-                &path,
-                format!("{{\"value\":\"{}{marker}\"}}", "x".repeat(padding)).as_bytes(),
-            );
+            let (method, path) = match self.peer {
+                Peer::Kiss => ("PUT", format!("/v1/state/{key}")),
+                Peer::Nchan => ("POST", format!("/pub/{key}")),
+            };
+            let body = format!("{{\"value\":\"{}{marker}\"}}", "x".repeat(padding));
+            self.endpoint.request(&mut request, method, &path, body.as_bytes());
             exchange(&mut stream, &request).context("cannot publish")?;
             tally.record(due.elapsed());
             tally.elapsed = start.elapsed();
@@ -238,8 +289,17 @@ fn report_unopened(ready: &mpsc::Sender<anyhow::Result<()>>, error: &anyhow::Err
     bail!("{error:#}")
 }
 
+/// Writes a key and tells the revision it got.
+pub(super) fn revision_of_a_write(endpoint: &Endpoint) -> anyhow::Result<u64> {
+    let mut stream = BlockingStream::connect(&endpoint.authority).context("cannot connect")?;
+    let mut request = Vec::new();
+    endpoint.request(&mut request, "PUT", "/v1/state/bench:before", b"{\"value\":0}");
+    let answer = exchange(&mut stream, &request)?;
+    number_after(&answer, b"\"revision\":").context("an answer without a revision")
+}
+
 /// Sends a request and reads the answer, which must be a success.
-fn exchange(stream: &mut BlockingStream, request: &[u8]) -> anyhow::Result<()> {
+fn exchange(stream: &mut BlockingStream, request: &[u8]) -> anyhow::Result<Vec<u8>> {
     stream.write_all(request)?;
     let (mut input, mut part) = (Vec::new(), [0; 4096]);
     loop {
@@ -250,7 +310,7 @@ fn exchange(stream: &mut BlockingStream, request: &[u8]) -> anyhow::Result<()> {
             && input.len() >= head.head_bytes + head.body_bytes
         {
             ensure!((200..300).contains(&head.status), "{}", String::from_utf8_lossy(&input));
-            return Ok(());
+            return Ok(input);
         }
     }
 }
@@ -295,11 +355,17 @@ impl ReceiverThread {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(true),
             Err(error) => return Err(error).context("a stream broke"),
         };
+        self.account(receiver, &input[..read])?;
+        Ok(!receiver.chunks.is_ended())
+    }
+
+    /// Enters what was left and what has come into the stream's ledger.
+    fn account(&self, receiver: &mut Receiver, input: &[u8]) -> anyhow::Result<()> {
         let now = Instant::now();
         let mut text = self.text.borrow_mut();
         text.clear();
         text.append(&mut receiver.rest);
-        receiver.chunks.decode(&input[..read], &mut text)?;
+        receiver.chunks.decode(input, &mut text)?;
         let mut tally = self.tally.borrow_mut();
         let (mut at, mut count) = (0, 0);
         while let Some(bytes) = frame_bytes(&text[at..], &mut receiver.last_frame_bytes) {
@@ -313,7 +379,7 @@ impl ReceiverThread {
         }
         self.shared.delivered.fetch_add(count, Ordering::Relaxed);
         receiver.rest.extend_from_slice(&text[at..]);
-        Ok(!receiver.chunks.is_ended())
+        Ok(())
     }
 }
 
@@ -331,8 +397,17 @@ impl Receiver {
     /// Returns when the first frame is there: from then on the server owes it every event.
     async fn open(load: &StreamLoad, stream: u64) -> anyhow::Result<Self> {
         let mut request = Vec::new();
-        let path = format!("/v1/events?key={}", load.key(stream));
+        let path = match load.peer {
+            Peer::Kiss => format!("/v1/events?key={}", load.key(stream)),
+            Peer::Nchan => format!("/sub/{}", load.key(stream)),
+        };
         load.endpoint.request(&mut request, "GET", &path, b"");
+        request.truncate(request.len() - 2);
+        request.extend_from_slice(b"accept: text/event-stream\r\n");
+        if let Some(revision) = load.resume_after {
+            request.extend_from_slice(format!("last-event-id: {revision}\r\n").as_bytes());
+        }
+        request.extend_from_slice(b"\r\n");
         let mut socket = TcpStream::connect(&load.endpoint.authority).await.context("cannot connect")?;
         socket.set_nodelay(true)?;
         socket.write_all(&request).await?;
@@ -355,10 +430,11 @@ impl Receiver {
                 head = Some(found);
             }
         }
-        Ok(Self { stream: socket, chunks, rest: Vec::new(), last_frame_bytes: 0, ledger: load.ledger(stream) })
+        Ok(Self { stream: socket, chunks, rest: text, last_frame_bytes: 0, ledger: load.ledger(stream) })
     }
 
     async fn run(mut self, thread: Rc<ReceiverThread>) -> anyhow::Result<()> {
+        thread.account(&mut self, &[])?;
         let mut ended = false;
         let mut over = std::pin::pin!(thread.shared.over.notified());
         while !ended && !self.ledger.is_complete() {
@@ -398,6 +474,7 @@ struct Ledger {
     step: u64,
     /// Sequence numbers there will be, all together.
     events: u64,
+    peer: Peer,
     last_id: u64,
     faults: Faults,
 }
@@ -405,15 +482,20 @@ struct Ledger {
 impl Ledger {
     /// Accounts for a frame; the sequence number if it is an event of ours.
     fn enter(&mut self, frame: &[u8]) -> anyhow::Result<Option<u64>> {
-        let is_event = frame.starts_with(b"event: state_updated\n");
+        let is_event = match self.peer {
+            Peer::Kiss => frame.starts_with(b"event: state_updated\n"),
+            Peer::Nchan => frame.contains(&b'@'),
+        };
         self.faults.resets += u64::from(frame.starts_with(b"event: reset\n"));
         if !is_event {
             return Ok(None);
         }
-        let id = number_after(frame, b"\nid: ")
-            .with_context(|| format!("an event without an id: {}", String::from_utf8_lossy(frame)))?;
-        self.faults.ids_not_increasing += u64::from(id <= self.last_id);
-        self.last_id = id;
+        if self.peer == Peer::Kiss {
+            let id = number_after(frame, b"\nid: ")
+                .with_context(|| format!("an event without an id: {}", String::from_utf8_lossy(frame)))?;
+            self.faults.ids_not_increasing += u64::from(id <= self.last_id);
+            self.last_id = id;
+        }
         let marker = frame.iter().rposition(|&b| b == b'@');
         let sequence = marker.and_then(|at| number(&frame[at + 1..])).context("an event that nobody published")?;
         let slot = (sequence % self.next.len() as u64) as usize;

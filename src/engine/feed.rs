@@ -18,7 +18,8 @@
 //!
 //! Locks, and why each: `ring` (pushed by the sequencer, read by streams, a few hundred nanoseconds); `registry` (changed
 //! when a filter comes or goes, read by the feed thread); in each topic `noted` (pushed by the feed thread, read by its
-//! streams) and `waiters` apart from it, so that waking thousands does not keep those already awake from reading.
+//! streams) and `waiters` apart from it, so that waking thousands does not keep those already awake from reading; `history`
+//! (what was read from the log lately, copied out by those who come to the same place).
 //!
 //! One thread: matching and waking 10,000 streams takes milliseconds, which must not stand between a write and its answer.
 
@@ -51,6 +52,8 @@ const RING_SCAN_FRAMES: usize = 2048;
 const CATCH_UPS_MAX: usize = 8;
 /// Bytes of log read at a time for one stream.
 const CATCH_UP_BYTES: usize = 256 << 10;
+/// Parts of the log that a topic keeps decoded, each as large as a chunk.
+const HISTORY_KEPT: usize = 32;
 /// Most keys, prefixes, collections, types, jobs and tags in one filter.
 pub const FILTER_TERMS_MAX: usize = 256;
 
@@ -200,6 +203,19 @@ struct Topic {
     filter: EventFilter,
     noted: Mutex<Noted>,
     waiters: Mutex<HashMap<u64, Arc<Waiter>>>,
+    /// What was read from the log lately, newest first: when streams come back together, their cursors coincide.
+    history: Mutex<VecDeque<(Read, Arc<Found>)>>,
+}
+
+/// Matching frames, and up to where the log was read for them.
+type Found = (Vec<Arc<Frame>>, Revision);
+
+/// What was asked of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Read {
+    after: Revision,
+    frames_max: usize,
+    bytes_max: usize,
 }
 
 #[derive(Debug)]
@@ -520,6 +536,7 @@ impl Feed {
                     filter: filter.clone(),
                     noted: Mutex::new(Noted { positions: VecDeque::new(), complete_from }),
                     waiters: Mutex::new(HashMap::new()),
+                    history: Mutex::default(),
                 });
                 registry.topics.insert(filter, Arc::clone(&topic));
                 registry.file_topic(&topic, true);
@@ -571,7 +588,23 @@ impl Topic {
     }
 }
 
-type CaughtUp = Result<Option<(Vec<Arc<Frame>>, Revision)>, Error>;
+impl Topic {
+    /// Keeps what was read for the other streams of this topic.
+    fn keep_history(&self, read: Read, frames: &[Arc<Frame>], reached: Revision, head: Revision) {
+        let is_shared = self.waiters.lock().len() > 1;
+        let mut kept = self.history.lock();
+        if reached >= head || !is_shared {
+            // Level with the head: what others still need they read again, rather than that it stays for good. And the newest
+            // part of the log grows, so that the next one to read it sees more.
+            kept.clear();
+        } else if !kept.iter().any(|(earlier, _)| *earlier == read) {
+            kept.truncate(HISTORY_KEPT - 1);
+            kept.push_front((read, Arc::new((frames.to_vec(), reached))));
+        }
+    }
+}
+
+type CaughtUp = Result<Option<Found>, Error>;
 
 /// A cursor over the log with a filter: what a stream holds.
 #[derive(Debug)]
@@ -767,6 +800,11 @@ impl Subscription {
         let after = self.revision;
         self.catching_up = Some(tokio::spawn(async move {
             let permit = Arc::clone(&feed.catch_ups).acquire_owned().await;
+            // After the wait: whoever went first may have read the same.
+            let read = Read { after, frames_max, bytes_max };
+            if let Some(found) = topic.history.lock().iter().find(|(earlier, _)| *earlier == read) {
+                return Ok(Some((*found.1).clone()));
+            }
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;
                 let head = feed.head();
@@ -774,18 +812,20 @@ impl Subscription {
                     return Ok(None);
                 };
                 let mut frames = Vec::new();
-                for record in &history.records {
+                let mut reached = history.reached;
+                'records: for record in &history.records {
                     for frame in Frame::of_record(record) {
                         if frame.revision > after && topic.filter.wants(&frame.facets()) {
                             if frames.len() == frames_max {
-                                let reached = frame.revision.prev();
-                                return Ok(Some((frames, reached)));
+                                reached = frame.revision.prev();
+                                break 'records;
                             }
                             frames.push(frame);
                         }
                     }
                 }
-                Ok(Some((frames, history.reached)))
+                topic.keep_history(read, &frames, reached, head);
+                Ok(Some((frames, reached)))
             })
             .await
             .unwrap_or(Ok(None))
