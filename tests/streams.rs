@@ -456,6 +456,7 @@ async fn on_a_stop_streams_end_cleanly_and_clients_come_back() {
     for stream in &mut streams {
         frame(stream).await;
     }
+    assert_eq!(next(&mut streams[3]).await.id, Some(1));
     let started = std::time::Instant::now();
     server.signal(rustix::process::Signal::TERM);
     for stream in &mut streams {

@@ -426,6 +426,10 @@ impl Receiver {
                 chunks.decode(&input[before..], &mut text)?;
             } else if let Some(found) = Head::parse(&input)? {
                 ensure!(found.status == 200, "it was refused: {}", String::from_utf8_lossy(&input));
+                if load.peer == Peer::Nchan {
+                    // Not chunked: the body ends with the connection.
+                    chunks.state = ChunkState::Data(usize::MAX);
+                }
                 chunks.decode(&input[found.head_bytes..], &mut text)?;
                 head = Some(found);
             }

@@ -557,7 +557,7 @@ impl Feed {
         if watches_searches {
             self.stats.search_watchers.fetch_add(1, Ordering::Relaxed);
         }
-        Subscription {
+        let mut subscription = Subscription {
             feed: Arc::clone(self),
             topic,
             waiter,
@@ -567,7 +567,10 @@ impl Feed {
             catching_up: None,
             watches_searches,
             by_ring: false,
-        }
+        };
+        // Now, rather than when it is first polled: ephemeral events have no revision of their own to be found by.
+        subscription.locate();
+        subscription
     }
 }
 
@@ -706,15 +709,19 @@ impl Subscription {
         }
     }
 
-    fn look(&mut self, frames_max: usize, bytes_max: usize) -> Look {
-        let Some(position) = self.position else {
-            let ring = self.feed.ring.read();
-            if self.revision < ring.complete_after {
-                return Look::Behind;
-            }
+    /// Finds the cursor's place in the ring, if the ring reaches back that far.
+    fn locate(&mut self) {
+        let ring = self.feed.ring.read();
+        if self.revision >= ring.complete_after {
             let behind = ring.frames.partition_point(|f| f.revision <= self.revision);
             self.position = Some(ring.first + behind as u64);
-            return Look::Again;
+        }
+    }
+
+    fn look(&mut self, frames_max: usize, bytes_max: usize) -> Look {
+        let Some(position) = self.position else {
+            self.locate();
+            return if self.position.is_some() { Look::Again } else { Look::Behind };
         };
         // Read before the topic: what is noted later has a later position.
         let matched_revision = Revision(self.feed.matched_revision.load(Ordering::Acquire));
