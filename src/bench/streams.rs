@@ -633,7 +633,9 @@ mod tests {
             threads: 1,
             publishers: 1,
             rate: 4.0,
-            seconds: 1.0,
+            events: 4,
+            resume_after: None,
+            peer: Peer::Kiss,
             value_bytes: 10,
             own_keys: false,
         };
