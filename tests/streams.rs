@@ -502,3 +502,54 @@ async fn in_a_relaxed_mode_a_crash_loses_a_range_and_says_so() {
     let server = Server::start_in(dir.path(), &["--fsync", "always"]);
     assert_eq!(ok(&mut server.client(), "GET /v1/health").await["revision"], head + 1);
 }
+
+/// What a server sends to raw bytes, until it closes or is silent for half a second.
+async fn raw(server: &Server, request: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut socket =
+        tokio::net::TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).await.unwrap();
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while let Ok(Ok(1..)) = timeout(Duration::from_millis(500), socket.read_buf(&mut answer)).await {}
+    String::from_utf8(answer).unwrap()
+}
+
+#[tokio::test]
+async fn a_stream_begins_behind_its_head_however_the_request_came() {
+    let server = Server::start(&[]);
+    ok(&mut server.client(), r#"PUT /v1/state/a {"value":1}"#).await;
+    let frames = ["retry: 1000\nid: 0\n\n", "event: state_updated\nid: 1\ndata: {"];
+    // Behind an answer on the same connection, even when both requests came in one packet.
+    let get = "GET /v1/state/a HTTP/1.1\r\nhost: h\r\n\r\n";
+    for before in ["", get] {
+        let stream = format!("{before}GET /v1/events?since=0 HTTP/1.1\r\nhost: h\r\n\r\n");
+        let answer = raw(&server, &stream).await;
+        let (head, body) = answer.rsplit_once("\r\n\r\n13\r\n").unwrap();
+        assert!(head.contains("transfer-encoding: chunked") && head.ends_with("GMT"), "{answer}");
+        assert_eq!(head.matches("HTTP/1.1 200 OK").count(), if before.is_empty() { 1 } else { 2 }, "{answer}");
+        let (first, rest) = body.split_once("\r\n").unwrap();
+        assert_eq!(first, frames[0]);
+        let (length, event) = rest.split_once("\r\n").unwrap();
+        assert_eq!(usize::from_str_radix(length, 16).unwrap() + "\r\n".len(), event.len(), "{answer}");
+        assert!(event.starts_with(frames[1]) && event.ends_with("}\n\n\r\n"), "{answer}");
+    }
+    // HTTP/1.0 knows no chunks.
+    let answer = raw(&server, "GET /v1/events?since=0 HTTP/1.0\r\n\r\n").await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(!head.contains("transfer-encoding") && !head.contains("content-length"), "{answer}");
+    assert!(body.starts_with(frames[0]) && body.contains(frames[1]), "{answer}");
+    // A HEAD has no stream, and the connection goes on.
+    let answer = raw(&server, &format!("HEAD /v1/events HTTP/1.1\r\nhost: h\r\n\r\n{get}")).await;
+    assert!(answer.contains("text/event-stream") && answer.ends_with(r#""created_revision":1}"#), "{answer}");
+    // A client that talks where it should listen is cut off.
+    let noise = format!("GET /v1/events HTTP/1.1\r\nhost: h\r\n\r\n{}", "x".repeat(1 << 20));
+    raw(&server, &noise).await;
+    for _ in 0..100 {
+        let metrics = server.client().send("GET".parse().unwrap(), "/v1/metrics", &[], "").await.unwrap();
+        if String::from_utf8_lossy(&metrics.body).contains("kiss_streams 0.0") {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("a stream is still there though its client has gone");
+}
