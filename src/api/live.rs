@@ -184,7 +184,7 @@ impl Live {
         let mut ignored = [0; 512];
         while ready!(self.tcp.poll_read_ready(cx)).is_ok() {
             match self.tcp.try_read(&mut ignored) {
-                Ok(1..) if self.ignored < IGNORED_BYTES_MAX => self.ignored += ignored.len(),
+                Ok(count @ 1..) if self.ignored < IGNORED_BYTES_MAX => self.ignored += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Ok(_) | Err(_) => return Poll::Ready(()),
             }

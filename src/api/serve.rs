@@ -163,11 +163,11 @@ impl Server {
         let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
             let handoff = Arc::clone(&handoff);
             async move {
-                let can_take = request.version() == Version::HTTP_11 && request.method() == Method::GET;
+                let (is_head, is_chunked) = (request.method() == Method::HEAD, request.version() == Version::HTTP_11);
                 let mut response = self.service.answer(request.map(Body::new)).await;
                 let stream = take_stream(&mut response);
-                if let Some(stream) = stream {
-                    *response.body_mut() = if can_take { Body::new(handoff.park(stream)) } else { Body::new(stream) };
+                if let Some(stream) = stream.filter(|_| !is_head) {
+                    *response.body_mut() = if is_chunked { Body::new(handoff.park(stream)) } else { Body::new(stream) };
                 }
                 Ok::<_, Infallible>(response)
             }
@@ -199,9 +199,9 @@ impl Server {
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let service = service.clone();
             async move {
+                let is_head = request.method() == Method::HEAD;
                 let mut response = service.answer(request.map(Body::new)).await;
-                let stream = take_stream(&mut response);
-                if let Some(stream) = stream {
+                if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
                     *response.body_mut() = Body::new(stream);
                 }
                 Ok::<_, Infallible>(response)

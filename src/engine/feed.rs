@@ -35,7 +35,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -52,8 +52,8 @@ const RING_SCAN_FRAMES: usize = 2048;
 const CATCH_UPS_MAX: usize = 8;
 /// Bytes of log read at a time for one stream.
 const CATCH_UP_BYTES: usize = 256 << 10;
-/// Parts of the log that a topic keeps decoded, each as large as a chunk.
-const HISTORY_KEPT: usize = 32;
+/// Decoded log that a topic keeps while streams of it are behind.
+const HISTORY_BYTES_MAX: usize = 8 << 20;
 /// Most keys, prefixes, collections, types, jobs and tags in one filter.
 pub const FILTER_TERMS_MAX: usize = 256;
 
@@ -204,7 +204,17 @@ struct Topic {
     noted: Mutex<Noted>,
     waiters: Mutex<HashMap<u64, Arc<Waiter>>>,
     /// What was read from the log lately, newest first: when streams come back together, their cursors coincide.
-    history: Mutex<VecDeque<(Read, Arc<Found>)>>,
+    history: Mutex<VecDeque<Part>>,
+    /// Streams that read the log. While there are none, `history` is empty.
+    behind: AtomicUsize,
+}
+
+/// What was read from the log for one stream.
+#[derive(Debug)]
+struct Part {
+    read: Read,
+    found: Arc<Found>,
+    bytes: usize,
 }
 
 /// Matching frames, and up to where the log was read for them.
@@ -537,6 +547,7 @@ impl Feed {
                     noted: Mutex::new(Noted { positions: VecDeque::new(), complete_from }),
                     waiters: Mutex::new(HashMap::new()),
                     history: Mutex::default(),
+                    behind: AtomicUsize::new(0),
                 });
                 registry.topics.insert(filter, Arc::clone(&topic));
                 registry.file_topic(&topic, true);
@@ -567,6 +578,7 @@ impl Feed {
             catching_up: None,
             watches_searches,
             by_ring: false,
+            is_behind: false,
         };
         // Now, rather than when it is first polled: ephemeral events have no revision of their own to be found by.
         subscription.locate();
@@ -592,17 +604,19 @@ impl Topic {
 }
 
 impl Topic {
-    /// Keeps what was read for the other streams of this topic.
+    /// Keeps what was read for the other streams of this topic that are behind.
     fn keep_history(&self, read: Read, frames: &[Arc<Frame>], reached: Revision, head: Revision) {
-        let is_shared = self.waiters.lock().len() > 1;
-        let mut kept = self.history.lock();
-        if reached >= head || !is_shared {
-            // Level with the head: what others still need they read again, rather than that it stays for good. And the newest
-            // part of the log grows, so that the next one to read it sees more.
-            kept.clear();
-        } else if !kept.iter().any(|(earlier, _)| *earlier == read) {
-            kept.truncate(HISTORY_KEPT - 1);
-            kept.push_front((read, Arc::new((frames.to_vec(), reached))));
+        let bytes: usize = frames.iter().map(|frame| frame.weight()).sum();
+        // What reaches the head may be more for the next one to read. Looked at under the lock, so that nothing is kept once
+        // the last stream is level.
+        let mut history = self.history.lock();
+        let is_shared = self.behind.load(Ordering::Relaxed) > 1;
+        if !is_shared || reached >= head || bytes > HISTORY_BYTES_MAX || history.iter().any(|part| part.read == read) {
+            return;
+        }
+        history.push_front(Part { read, found: Arc::new((frames.to_vec(), reached)), bytes });
+        while history.iter().map(|part| part.bytes).sum::<usize>() > HISTORY_BYTES_MAX {
+            history.pop_back();
         }
     }
 }
@@ -624,10 +638,13 @@ pub struct Subscription {
     watches_searches: bool,
     /// Filters the ring itself, up to its very end; see [`Subscription::look_at_everything`].
     by_ring: bool,
+    /// Reads the log, and is counted so in its topic.
+    is_behind: bool,
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
+        self.set_behind(false);
         self.feed.stats.streams.fetch_sub(1, Ordering::Relaxed);
         if self.watches_searches {
             self.feed.stats.search_watchers.fetch_sub(1, Ordering::Relaxed);
@@ -715,6 +732,24 @@ impl Subscription {
         if self.revision >= ring.complete_after {
             let behind = ring.frames.partition_point(|f| f.revision <= self.revision);
             self.position = Some(ring.first + behind as u64);
+            drop(ring);
+            self.set_behind(false);
+        }
+    }
+
+    /// Notes whether this stream reads the log; when the last of its topic is level, what was kept for them goes.
+    fn set_behind(&mut self, is_behind: bool) {
+        if self.is_behind == is_behind {
+            return;
+        }
+        self.is_behind = is_behind;
+        if is_behind {
+            self.topic.behind.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let mut history = self.topic.history.lock();
+        if self.topic.behind.fetch_sub(1, Ordering::Relaxed) == 1 {
+            history.clear();
         }
     }
 
@@ -801,6 +836,7 @@ impl Subscription {
 
     fn start_catch_up(&mut self, frames_max: usize, bytes_max: usize) {
         self.position = None;
+        self.set_behind(true);
         self.feed.stats.ring_misses.fetch_add(1, Ordering::Relaxed);
         let feed = Arc::clone(&self.feed);
         let topic = Arc::clone(&self.topic);
@@ -809,8 +845,8 @@ impl Subscription {
             let permit = Arc::clone(&feed.catch_ups).acquire_owned().await;
             // After the wait: whoever went first may have read the same.
             let read = Read { after, frames_max, bytes_max };
-            if let Some(found) = topic.history.lock().iter().find(|(earlier, _)| *earlier == read) {
-                return Ok(Some((*found.1).clone()));
+            if let Some(part) = topic.history.lock().iter().find(|part| part.read == read) {
+                return Ok(Some((*part.found).clone()));
             }
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;

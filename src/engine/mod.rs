@@ -105,6 +105,8 @@ pub struct Inner {
     clock: Clock,
     /// A write or sync failed: no more writes.
     poisoned: AtomicBool,
+    /// Whoever takes a snapshot hurries.
+    stopping: AtomicBool,
     metrics: Metrics,
     fsync: Fsync,
     memory_bytes_max: usize,
@@ -186,6 +188,7 @@ impl Engine {
             log,
             clock: Clock::start(),
             poisoned: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
             metrics: Metrics::default(),
             fsync: config.fsync,
             memory_bytes_max: config.max_memory_bytes,
@@ -435,6 +438,7 @@ impl Engine {
 impl Threads {
     /// Ends the engine in order: commit what waits, snapshot, close the log. Blocking. Streams should be drained before.
     pub fn stop(self) {
+        self.engine.inner.stopping.store(true, Ordering::Relaxed);
         *self.snapshots_stop.0.lock() = true;
         self.snapshots_stop.1.notify_all();
         join(self.snapshots);

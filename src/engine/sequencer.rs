@@ -68,8 +68,8 @@ pub struct Sequencer {
     wal: Wal,
     preparer: Preparer,
     queue: Receiver<Request>,
-    /// Commands that write vectors, in the order they came: each batch takes a few, behind everything else. At most
-    /// [`BATCH_COMMANDS_MAX`].
+    /// Commands about vectors, in the order they came: each batch takes a few, behind everything else. At most
+    /// [`super::QUEUE_COMMANDS_MAX`]; more are refused, so that key writes never wait behind them.
     vector_writes: VecDeque<Waiting>,
     fsync: Fsync,
     last_tick: Instant,
@@ -175,15 +175,19 @@ impl Sequencer {
             match request {
                 Request::Stop => return (commands, true),
                 Request::Commit(command, reply) if command.ops.iter().any(Op::is_about_vectors) => {
-                    self.vector_writes.push_back((command, reply));
+                    if self.vector_writes.len() < super::QUEUE_COMMANDS_MAX {
+                        self.vector_writes.push_back((command, reply));
+                    } else {
+                        let detail = "too many vector writes are waiting; retry in a moment";
+                        reply.send(Err(Rejection::Overloaded(detail))).ok();
+                    }
                 }
                 Request::Commit(command, reply) => {
                     ops += command.ops.len();
                     commands.push((command, reply));
                 }
             }
-            let most = commands.len().max(self.vector_writes.len());
-            if most >= BATCH_COMMANDS_MAX || ops >= BATCH_OPS_MAX {
+            if commands.len() >= BATCH_COMMANDS_MAX || ops >= BATCH_OPS_MAX {
                 break;
             }
             next = self.queue.try_recv().ok();

@@ -19,12 +19,15 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"KISSSNAP";
 const VERSION: u32 = 1;
 /// Entries are written in blocks of about this size, each with its checksum.
 const BLOCK_BYTES: usize = 64 << 10;
+/// Old versions kept for it beyond which it hurries: they are memory.
+const KEPT_MAX: usize = 100_000;
 /// While a server is at work a snapshot syncs each block and rests: it takes a quarter of a core, and a sync of the log waits
 /// behind one block rather than behind all of it.
 const REST: Duration = Duration::from_micros(700);
@@ -217,7 +220,7 @@ fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8], pac
                 if block.len() >= BLOCK_BYTES {
                     put_block(&mut file, &block)?;
                     block.clear();
-                    if pace == Pace::Gentle {
+                    if pace == Pace::Gentle && !inner.stopping.load(Ordering::Relaxed) && view.kept() < KEPT_MAX {
                         file.flush()?;
                         file.get_ref().sync_data()?;
                         std::thread::sleep(REST);

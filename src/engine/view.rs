@@ -91,6 +91,11 @@ impl View {
         inner.preimages.entry(key.clone()).or_insert_with(|| old.cloned());
     }
 
+    /// Old versions kept so far.
+    pub fn kept(&self) -> usize {
+        self.inner.lock().preimages.len()
+    }
+
     /// Whether more was changed ahead of the walk than may be kept: the walk must be given up.
     pub fn is_overrun(&self) -> bool {
         self.inner.lock().overrun

@@ -8,7 +8,7 @@
 //! - Bytes below `zeroed` are the writer's, those from there on this thread's: the writer claims what it is about to write,
 //!   so no zero ever falls on a frame.
 //! - Nothing rests on the zeros: a failure here ends them for this segment. The thread has a file description of its own,
-//!   because a failed sync is reported once to each, and the writer must not miss it.
+//!   because a failed sync is reported once to each, and the writer must not miss it: it fails at its next sync.
 //!
 //! The lock is held over a write of [`PIECE_BYTES`] into the page cache; the writer takes it only when it overtakes the
 //! zeros, and once for each few pieces to say that it needs more.
@@ -127,7 +127,7 @@ impl Shared {
             let segment = state.segment;
             drop(state);
             if let Err(error) = written.and_then(|()| file.sync_data()) {
-                tracing::debug!(%error, "no more zeros ahead in this segment of the log");
+                tracing::warn!(%error, "no more zeros ahead in this segment of the log");
                 failed_in = Some(segment);
             }
             state = self.state.lock();

@@ -111,7 +111,7 @@ impl Nodes {
             let (chunk, first) = (slots.start / CHUNK_SLOTS, slots.start % CHUNK_SLOTS);
             let count = slots.len().min(CHUNK_SLOTS - first);
             for (table, bytes) in [(&self.rows, self.stride), (&self.links, LINKS_BYTES)] {
-                let Some(map) = table[chunk].get() else { return };
+                let Some(map) = table.get(chunk).and_then(OnceLock::get) else { return };
                 populate(|advice| map.advise_range(advice, first * bytes, count * bytes));
             }
             slots.start += count;
