@@ -206,7 +206,7 @@ pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiR
         wants_snapshot,
         heartbeat,
         last_sent: Instant::now(),
-        timer: Box::pin(tokio::time::sleep(heartbeat)),
+        timer: None,
     };
     let mut response = Response::new(Body::empty());
     response.extensions_mut().insert(Pending::new(stream));
@@ -356,7 +356,8 @@ pub struct EventStream {
     heartbeat: Duration,
     last_sent: Instant,
     /// Fires at the earliest when a heartbeat may be due; pushed back only then, not at every event.
-    timer: Pin<Box<Sleep>>,
+    /// Made when first polled: it belongs to the runtime that the stream runs on.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl EventStream {
@@ -438,14 +439,16 @@ impl EventStream {
     }
 
     fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        while self.timer.as_mut().poll(cx).is_ready() {
-            let due = self.last_sent + self.heartbeat;
+        let heartbeat = self.heartbeat;
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(heartbeat)));
+        while timer.as_mut().poll(cx).is_ready() {
+            let due = self.last_sent + heartbeat;
             if Instant::now() >= due {
-                self.timer.as_mut().reset(Instant::now() + self.heartbeat);
+                timer.as_mut().reset(Instant::now() + heartbeat);
                 let id = format!("id: {}\n\n", self.subscription.reached());
                 return Poll::Ready(Some(id.into()));
             }
-            self.timer.as_mut().reset(due);
+            timer.as_mut().reset(due);
         }
         Poll::Pending
     }
