@@ -6,7 +6,8 @@
 //! Locks, and why each
 //! - `inner` (read/write): the writer applies a record under it for microseconds; searches hold it for a slice of a scan or
 //!   to make hits, background work for a slice of slots. Nobody holds it for longer than about a hundred microseconds, nor
-//!   over I/O.
+//!   over I/O, but for the page faults of the mapped rows: those of a bulk load's rows are mostly taken by upkeep, under a read
+//!   lock, 64 KiB at a time.
 //! - `searches`: numbers of running searches and of linkers' jobs. A slot they may know is not reused.
 //! - `upkeep`: where the background work stands; one thread at a time.
 //! - `done`: what linkers report; held to push or to take all.

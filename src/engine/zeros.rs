@@ -10,10 +10,10 @@
 //! - Nothing rests on the zeros: a failure here ends them for this segment. The thread has a file description of its own,
 //!   because a failed sync is reported once to each, and the writer must not miss it: it fails at its next sync.
 //!
-//! The lock is held over a write of [`PIECE_BYTES`] into the page cache; the writer takes it only when it overtakes the
-//! zeros, and once for each few pieces to say that it needs more.
+//! The lock is never held over I/O. The writer takes it to say that it needs more; it waits only when it overtakes the zeros
+//! while a piece is being written there, for that piece.
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -39,6 +39,8 @@ pub struct ZeroAhead {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// Told when no piece is being written any more.
+    written: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -48,6 +50,8 @@ struct State {
     /// Counts segments.
     segment: u64,
     zeroed: u64,
+    /// A piece from `zeroed` on is being written.
+    is_writing: bool,
     wanted: u64,
     is_stopped: bool,
 }
@@ -67,7 +71,7 @@ impl ZeroAhead {
     /// Goes over to a segment of `size` bytes that is written up to `at` and zero up to `zeroed`.
     pub fn begin(&mut self, path: PathBuf, at: u64, zeroed: u64, size: u64) {
         {
-            let mut state = self.shared.state.lock();
+            let mut state = self.shared.idle();
             state.path = Some(path);
             state.segment += 1;
             state.zeroed = zeroed;
@@ -80,7 +84,7 @@ impl ZeroAhead {
     /// Makes everything below `end` the writer's. Must precede every write to the segment.
     pub fn claim(&mut self, end: u64) {
         if end > self.known {
-            let mut state = self.shared.state.lock();
+            let mut state = self.shared.idle();
             state.zeroed = state.zeroed.max(end);
             self.known = state.zeroed;
         }
@@ -108,6 +112,15 @@ impl Drop for ZeroAhead {
 }
 
 impl Shared {
+    /// The state, while no piece is being written.
+    fn idle(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state.lock();
+        while state.is_writing {
+            self.written.wait(&mut state);
+        }
+        state
+    }
+
     fn run(&self) {
         let mut file = None;
         let mut failed_in = None;
@@ -121,11 +134,18 @@ impl Shared {
                 self.changed.wait(&mut state);
                 continue;
             };
-            let to = (state.zeroed + PIECE_BYTES).min(state.wanted);
-            let written = write_zeros(file, state.zeroed, to);
-            state.zeroed = to;
+            let from = state.zeroed;
+            let to = (from + PIECE_BYTES).min(state.wanted);
             let segment = state.segment;
+            state.is_writing = true;
             drop(state);
+            let written = write_zeros(file, from, to);
+            {
+                let mut state = self.state.lock();
+                state.is_writing = false;
+                state.zeroed = to;
+            }
+            self.written.notify_one();
             if let Err(error) = written.and_then(|()| file.sync_data()) {
                 tracing::warn!(%error, "no more zeros ahead in this segment of the log");
                 failed_in = Some(segment);
