@@ -47,10 +47,11 @@ impl Target {
         if let Some(key) = &self.api_key {
             builder = builder.header("authorization", format!("Bearer {key}"));
         }
+        let mut request = builder.body(Full::new(body))?;
         for (name, value) in headers {
-            builder = builder.header(HeaderName::from_bytes(name.as_bytes())?, HeaderValue::from_str(value)?);
+            request.headers_mut().insert(HeaderName::from_bytes(name.as_bytes())?, HeaderValue::from_str(value)?);
         }
-        Ok(builder.body(Full::new(body))?)
+        Ok(request)
     }
 
     async fn connect(&self) -> anyhow::Result<SendRequest<Full<Bytes>>> {

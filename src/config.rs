@@ -50,9 +50,41 @@ pub const SETTINGS: &[Setting] = &[
     setting("max_connections", "MAX_CONNECTIONS", "20000", "connections at a time; more are answered 503 and closed"),
     setting("worker_threads", "WORKER_THREADS", "0", "threads that serve requests; 0 = one for each core"),
     setting("stream_threads", "STREAM_THREADS", "0", "threads that send to streams; 0 = one for every four cores"),
-    setting("api_key", "API_KEY", "", "when set, every route but health needs Authorization: Bearer"),
-    setting("allow_open", "ALLOW_OPEN", "false", "allow a foreign bind_addr without api_key"),
+    setting(
+        "api_key",
+        "API_KEY",
+        "",
+        "when set, every route but health and the console page needs Authorization: Bearer",
+    ),
+    setting("keys_file", "KEYS_FILE", "", "file of named keys with rights and limits, made by kiss-vdb keys"),
+    setting("allow_open", "ALLOW_OPEN", "false", "allow a foreign bind_addr without api_key or keys_file"),
+    setting(
+        "allowed_hosts",
+        "ALLOWED_HOSTS",
+        "",
+        "comma list of Host names beside this machine's that an open server on loopback answers to; * = any",
+    ),
     setting("cors_origins", "CORS_ORIGINS", "", "comma list of origins whose pages may call; * = any"),
+    setting(
+        "rate_limit",
+        "RATE_LIMIT",
+        "0",
+        "requests a second of one key, or without keys of one address; 0 = no limit",
+    ),
+    setting(
+        "max_streams_per_client",
+        "MAX_STREAMS_PER_CLIENT",
+        "0",
+        "open streams of one key, or without keys of one address; 0 = no limit",
+    ),
+    setting(
+        "max_connections_per_address",
+        "MAX_CONNECTIONS_PER_ADDRESS",
+        "0",
+        "open connections from one address; 0 = no limit",
+    ),
+    setting("tls_cert", "TLS_CERT", "", "certificate chain as PEM; with tls_key the server speaks HTTPS"),
+    setting("tls_key", "TLS_KEY", "", "private key of tls_cert as PEM; both are read again when they change"),
     setting("log_format", "LOG_FORMAT", "text", "text, or json for machines"),
     setting("log_level", "RUST_LOG", "info", "a tracing filter such as info or kiss_vdb=debug"),
 ];
@@ -121,9 +153,24 @@ pub struct Config {
     pub worker_threads: usize,
     pub stream_threads: usize,
     pub api_key: Option<String>,
+    pub keys_file: Option<PathBuf>,
+    pub allowed_hosts: Vec<String>,
     pub cors_origins: Vec<String>,
+    pub rate_limit: u32,
+    pub max_streams_per_client: u32,
+    pub max_connections_per_address: u32,
+    /// Certificate chain and private key.
+    pub tls: Option<(PathBuf, PathBuf)>,
     pub log_json: bool,
     pub log_level: String,
+}
+
+impl Config {
+    /// Whether callers have to say who they are.
+    #[must_use]
+    pub fn needs_key(&self) -> bool {
+        self.api_key.is_some() || self.keys_file.is_some()
+    }
 }
 
 /// Every setting's text and where it came from.
@@ -222,12 +269,18 @@ impl Resolved {
                 threads => threads,
             },
             api_key: Some(self.text("api_key").trim().to_owned()).filter(|k| !k.is_empty()),
-            cors_origins: self
-                .text("cors_origins")
-                .split(',')
-                .map(|o| o.trim().to_owned())
-                .filter(|o| !o.is_empty())
-                .collect(),
+            keys_file: self.path("keys_file"),
+            allowed_hosts: self.list("allowed_hosts"),
+            cors_origins: self.list("cors_origins"),
+            rate_limit: self.parse("rate_limit", "a whole number; 0 = no limit")?,
+            max_streams_per_client: self.parse("max_streams_per_client", "a whole number; 0 = no limit")?,
+            max_connections_per_address: self.parse("max_connections_per_address", "a whole number; 0 = no limit")?,
+            tls: match (self.path("tls_cert"), self.path("tls_key")) {
+                (None, None) => None,
+                (Some(cert), Some(key)) => Some((cert, key)),
+                (None, Some(_)) => return Err(self.bad("tls_cert", "a file when tls_key is set")),
+                (Some(_), None) => return Err(self.bad("tls_key", "a file when tls_cert is set")),
+            },
             log_json: match self.text("log_format").trim() {
                 "text" => false,
                 "json" => true,
@@ -251,14 +304,23 @@ impl Resolved {
         {
             return Err(self.bad("cors_origins", "origins such as https://app.example, with commas between, or *"));
         }
-        if !config.bind_addr.is_loopback() && config.api_key.is_none() && !self.flag("allow_open")? {
+        if !config.bind_addr.is_loopback() && !config.needs_key() && !self.flag("allow_open")? {
             return Err(Error::Config(format!(
-                "bind_addr = {} can be reached from other machines, and no api_key is set: set API_KEY, or ALLOW_OPEN=true if that is what you want",
+                "bind_addr = {} can be reached from other machines, and no key is set: set API_KEY or KEYS_FILE, or ALLOW_OPEN=true if that is what you want",
                 config.bind_addr
             )));
         }
         self.flag("allow_open")?;
         Ok(config)
+    }
+
+    /// The items of a comma list.
+    fn list(&self, name: &str) -> Vec<String> {
+        self.text(name).split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect()
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        Some(self.text(name).trim()).filter(|path| !path.is_empty()).map(PathBuf::from)
     }
 
     fn data_dir(&self) -> Result<PathBuf, Error> {

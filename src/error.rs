@@ -58,6 +58,9 @@ pub enum Rejection {
         /// Newest durable revision.
         head: Revision,
     },
+    /// The caller's key has no right to it.
+    #[error("{0}")]
+    Forbidden(String),
     /// The input is larger than a limit.
     #[error("{what} is larger than {limit_bytes} bytes")]
     PayloadTooLarge {

@@ -2,8 +2,10 @@
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use kiss_vdb::api::auth::Auth;
 use kiss_vdb::api::live::StreamThreads;
-use kiss_vdb::api::{App, serve, service};
+use kiss_vdb::api::tls::Tls;
+use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::config::{Config, Resolved};
 use kiss_vdb::engine::Engine;
 use std::io::{IsTerminal, Write};
@@ -11,6 +13,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::sync::watch;
+use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Allocations are small, many and cross threads (a value is allocated by a request and freed by the writer): measured
 /// faster and leaner than the system's allocator on that.
@@ -33,6 +38,8 @@ enum Verb {
     Serve(Box<SettingFlags>),
     /// Print every setting, its value and where it came from.
     Config(Box<SettingFlags>),
+    /// Make, list and revoke the named keys of a key file.
+    Keys(kiss_vdb::keys::KeysArgs),
     /// Watch the whole of it work, on a server of its own, every claim checked.
     Demo(kiss_vdb::demo::DemoArgs),
     /// Look through a data directory that no server is using: is it whole, and are the graphs sound?
@@ -89,12 +96,33 @@ struct SettingFlags {
     /// Key every request but health needs; other users of this machine see flags, so prefer the environment [env API_KEY]
     #[arg(long)]
     api_key: Option<String>,
+    /// File of named keys with rights and limits, made by kiss-vdb keys [env KEYS_FILE]
+    #[arg(long, value_name = "FILE")]
+    keys_file: Option<String>,
     /// Allow an address that is not loopback without a key [env ALLOW_OPEN]
     #[arg(long)]
     allow_open: bool,
+    /// Comma list of Host names an open server on loopback answers to, beside this machine's [env ALLOWED_HOSTS]
+    #[arg(long, value_name = "NAMES")]
+    allowed_hosts: Option<String>,
     /// Comma list of origins whose pages may call [env CORS_ORIGINS]
     #[arg(long)]
     cors_origins: Option<String>,
+    /// Requests a second of one key, or without keys of one address; 0 = no limit [env RATE_LIMIT, default 0]
+    #[arg(long, value_name = "N")]
+    rate_limit: Option<String>,
+    /// Open streams of one key, or without keys of one address; 0 = no limit [env MAX_STREAMS_PER_CLIENT, default 0]
+    #[arg(long, value_name = "N")]
+    max_streams_per_client: Option<String>,
+    /// Open connections from one address; 0 = no limit [env MAX_CONNECTIONS_PER_ADDRESS, default 0]
+    #[arg(long, value_name = "N")]
+    max_connections_per_address: Option<String>,
+    /// Certificate chain as PEM; with --tls-key the server speaks HTTPS [env TLS_CERT]
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<String>,
+    /// Private key of the certificate as PEM [env TLS_KEY]
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<String>,
     /// text or json [env LOG_FORMAT, default text]
     #[arg(long)]
     log_format: Option<String>,
@@ -119,8 +147,15 @@ impl SettingFlags {
             ("worker_threads", self.worker_threads),
             ("stream_threads", self.stream_threads),
             ("api_key", self.api_key),
+            ("keys_file", self.keys_file),
             ("allow_open", self.allow_open.then(|| "true".to_owned())),
+            ("allowed_hosts", self.allowed_hosts),
             ("cors_origins", self.cors_origins),
+            ("rate_limit", self.rate_limit),
+            ("max_streams_per_client", self.max_streams_per_client),
+            ("max_connections_per_address", self.max_connections_per_address),
+            ("tls_cert", self.tls_cert),
+            ("tls_key", self.tls_key),
             ("log_format", self.log_format),
             ("log_level", self.log_level),
         ];
@@ -135,6 +170,7 @@ fn main() -> ExitCode {
         None => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Serve(flags)) => flags.resolve().map_err(Into::into).and_then(|r| run_server(&r)),
         Some(Verb::Demo(args)) => kiss_vdb::demo::run(&args),
+        Some(Verb::Keys(args)) => kiss_vdb::keys::run(&args),
         Some(Verb::Check(args)) => kiss_vdb::check::run(&args),
         Some(Verb::Config(flags)) => flags.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
         Some(Verb::Bench(args)) => kiss_vdb::bench::run(&args),
@@ -163,12 +199,16 @@ fn print_config(resolved: &Resolved) -> anyhow::Result<()> {
 fn start_logging(config: &Config) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level)
         .with_context(|| format!("log_level = {:?} is not a tracing filter such as info", config.log_level))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if config.log_json {
-        builder.json().init();
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = if config.log_json {
+        lines.json().boxed()
     } else {
-        builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).init();
-    }
+        lines.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed()
+    };
+    // The audit is for machines, and not a matter of levels.
+    let is_audit = filter_fn(|meta| meta.target() == AUDIT);
+    let audit = tracing_subscriber::fmt::layer().json().with_writer(std::io::stderr).with_filter(is_audit.clone());
+    tracing_subscriber::registry().with(lines.with_filter(is_audit.not()).with_filter(filter)).with(audit).init();
     Ok(())
 }
 
@@ -197,6 +237,13 @@ async fn run(config: &Config, engine: Engine, max_connections: usize) -> anyhow:
     let listener = serve::bind(address).with_context(|| {
         format!("cannot listen on {address}: is another server using the port? Choose another with --port, or 0 for any free one")
     })?;
+    let app = App::new(engine, config)?;
+    let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
+    let acceptor = tls.as_ref().map(Tls::acceptor).transpose()?;
+    tokio::spawn(Auth::keep_fresh(app.clone()));
+    if let Some(tls) = tls {
+        tokio::spawn(tls.keep_fresh());
+    }
     let (stop, stopped) = watch::channel(false);
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::spawn(async move {
@@ -209,22 +256,22 @@ async fn run(config: &Config, engine: Engine, max_connections: usize) -> anyhow:
         stop.send(true).ok();
     });
     print_banner(config, listener.local_addr()?)?;
-    let app = App::new(engine, config);
     let streams = StreamThreads::start(config.stream_threads).context("cannot start the threads for streams")?;
-    serve::serve(listener, service(app.clone(), config), app, max_connections, streams, stopped).await;
+    serve::serve(listener, service(app.clone(), config), app, max_connections, acceptor, streams, stopped).await;
     Ok(())
 }
 
 /// The first line on stdout once requests are accepted: scripts wait for it.
 fn print_banner(config: &Config, address: SocketAddr) -> anyhow::Result<()> {
-    let url = format!("http://{address}");
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
+    let url = format!("{scheme}://{address}");
     let (data, durability) = match &config.data_dir {
         None => ("in memory".to_owned(), "ephemeral"),
         Some(dir) => {
             (std::fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()).display().to_string(), config.fsync.as_str())
         }
     };
-    let key = if config.api_key.is_some() { "key needed" } else { "open, no key" };
+    let key = if config.needs_key() { "key needed" } else { "open, no key" };
     let mut out = std::io::stdout().lock();
     writeln!(
         out,

@@ -666,14 +666,20 @@ async fn a_key_guards_everything_but_health_and_preflights() {
     let open = kiss_vdb::client::Target::new(&server.target.url(), None).unwrap();
     let c = &mut Client::new(&open);
     assert_eq!(call(c, "GET /v1/health").await.status, 200);
-    for line in
-        ["GET /v1/state", "PUT /v1/state/a {\"value\":1}", "GET /v1/events", "GET /v1/metrics", "GET /", "GET /nope"]
-    {
+    for line in [
+        "GET /v1/state",
+        "PUT /v1/state/a {\"value\":1}",
+        "GET /v1/events",
+        "GET /v1/metrics",
+        "GET /docs",
+        "GET /nope",
+    ] {
         let answer = call(c, line).await;
         assert_eq!(answer.status, 401, "{line}");
         assert_eq!(answer.json().unwrap()["code"], "unauthorized");
         assert_eq!(answer.headers["www-authenticate"], "Bearer");
     }
+    assert_eq!(call(c, "GET /").await.status, 200, "the page that asks for the key");
     for wrong in ["Bearer s3cre", "Bearer s3crett", "Bearer ", "Basic s3cret", "s3cret"] {
         let answer = c.send("GET".parse().unwrap(), "/v1/state", &[("authorization", wrong)], "").await.unwrap();
         assert_eq!(answer.status, 401, "{wrong}");

@@ -1,11 +1,12 @@
 //! Health, metrics, snapshots on request.
 
 use super::error::{ApiError, ApiResult};
-use super::extract::Params;
+use super::extract::{Head, Params};
 use super::{App, json};
 use crate::engine::frame::push_fmt;
 use crate::engine::snapshot::Pace;
 use crate::error::{Error, Rejection};
+use crate::keys::Right;
 use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::IntoResponse;
@@ -122,8 +123,9 @@ fn resident_bytes() -> u64 {
 }
 
 /// `GET /v1/metrics`
-pub async fn metrics(State(app): State<App>, uri: Uri) -> ApiResult {
-    Params::parse(&uri, &[])?;
+pub async fn metrics(State(app): State<App>, head: Head) -> ApiResult {
+    Params::parse(&head.uri, &[])?;
+    head.need_everything(Right::Read)?;
     let mut registry = Registry::default();
     app.engine.metrics().register(&mut registry);
     registry.register_collector(Box::new(Gauges(app)));

@@ -15,8 +15,15 @@ pub enum ApiError {
     RouteNotFound,
     /// The path exists, not with this method; axum adds `Allow`.
     MethodNotAllowed,
-    /// No or a wrong key.
-    Unauthorized,
+    /// No or a wrong key; the text says which.
+    Unauthorized(&'static str),
+    /// More than a limit by caller allows.
+    RateLimited {
+        /// What there were too many of.
+        what: &'static str,
+        /// When to come back.
+        retry_after_s: u64,
+    },
     /// A body of a type the route does not take; the text says which it takes.
     UnsupportedMediaType(&'static str),
     /// The body did not arrive in time.
@@ -28,6 +35,17 @@ pub enum ApiError {
 impl From<Rejection> for ApiError {
     fn from(rejection: Rejection) -> Self {
         Self::Rejected(rejection)
+    }
+}
+
+impl ApiError {
+    /// Why a caller was not let in, for the audit.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Unauthorized(reason) => reason,
+            _ => "",
+        }
     }
 }
 
@@ -51,6 +69,7 @@ fn status_and_code(rejection: &Rejection) -> (StatusCode, &'static str) {
         Rejection::AlreadyExists(_) => (StatusCode::CONFLICT, "already_exists"),
         Rejection::PreconditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "precondition_failed"),
         Rejection::RevisionCompacted { .. } => (StatusCode::GONE, "revision_compacted"),
+        Rejection::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden"),
         Rejection::PayloadTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
         Rejection::StorageFull(_) => (StatusCode::INSUFFICIENT_STORAGE, "storage_full"),
         Rejection::Overloaded(_) => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
@@ -93,7 +112,7 @@ impl IntoResponse for ApiError {
             Self::Rejected(rejection) => {
                 let (status, code) = status_and_code(&rejection);
                 if matches!(code, "overloaded" | "shutting_down") {
-                    retry_after = Some("1");
+                    retry_after = Some(1);
                 }
                 (status, code, rejection.to_string(), members(&rejection))
             }
@@ -105,9 +124,11 @@ impl IntoResponse for ApiError {
                 let detail = "the route does not take this method; the Allow header lists those it takes".to_owned();
                 (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", detail, String::new())
             }
-            Self::Unauthorized => {
-                let detail = "this server needs a key: send Authorization: Bearer <API_KEY>".to_owned();
-                (StatusCode::UNAUTHORIZED, "unauthorized", detail, String::new())
+            Self::Unauthorized(detail) => (StatusCode::UNAUTHORIZED, "unauthorized", detail.to_owned(), String::new()),
+            Self::RateLimited { what, retry_after_s } => {
+                retry_after = Some(retry_after_s);
+                let detail = format!("too many {what}; come back in {retry_after_s} s");
+                (StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail, String::new())
             }
             Self::UnsupportedMediaType(takes) => {
                 let detail = format!("this route takes a body of Content-Type: {takes}");
@@ -130,7 +151,7 @@ impl IntoResponse for ApiError {
         push_fmt(&mut body, format_args!(",\"code\":\"{code}\"{members}}}"));
         let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
         if let Some(seconds) = retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static(seconds));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

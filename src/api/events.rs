@@ -1,5 +1,6 @@
 //! Streams and history: `GET /v1/events` as `text/event-stream` or JSON, and publishing.
 
+use super::auth::{Auth, StreamPlace};
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Head, Object, Params, parse_object, read_json};
 use super::live::Pending;
@@ -13,6 +14,7 @@ use crate::engine::json::compact;
 use crate::engine::state::is_live;
 use crate::engine::view::View;
 use crate::error::Rejection;
+use crate::keys::{Grant, Right};
 use crate::revision::Revision;
 use crate::vector::CollectionName;
 use axum::body::Body;
@@ -56,6 +58,8 @@ const PARAMS: &[&str] = &[
     "heartbeat_ms",
     "limit",
     "wait_ms",
+    // Looked at before the request gets here.
+    "access_token",
 ];
 
 fn filter(params: &Params) -> ApiResult<EventFilter> {
@@ -88,6 +92,44 @@ fn filter(params: &Params) -> ApiResult<EventFilter> {
         return Err(invalid(format!("a filter has at most {FILTER_TERMS_MAX} terms, this one has {}", filter.terms())));
     }
     Ok(filter)
+}
+
+/// Keeps a filter within what its sender may read: what it names must be inside, and when it names nothing it watches
+/// all that is inside.
+fn restrict(grant: &Grant, filter: &mut EventFilter) -> Result<(), Rejection> {
+    grant.need(Right::Read)?;
+    let Some(within) = &grant.within else { return Ok(()) };
+    if filter.watches_all() {
+        for collection in within.collections.iter().filter(|c| *c != "*") {
+            filter.collections.insert(CollectionName::new(collection)?);
+        }
+        filter.all_collections = within.collections.iter().any(|c| c == "*");
+        filter.prefixes.extend(within.prefixes.iter().map(|p| p.as_str().into()));
+        return if filter.watches_all() { grant.need_everything(Right::Read) } else { Ok(()) };
+    }
+    filter.keys.iter().try_for_each(|key| grant.need_key(Right::Read, key.as_str()))?;
+    filter.prefixes.iter().try_for_each(|prefix| grant.need_key(Right::Read, prefix))?;
+    filter.collections.iter().try_for_each(|name| grant.need_collection(Right::Read, name.as_str()))
+}
+
+/// How long a stream may go on.
+#[derive(Debug)]
+struct Access {
+    grant: Arc<Grant>,
+    ends_at: Option<Instant>,
+}
+
+impl Access {
+    fn new(grant: Arc<Grant>, now_ms: u64) -> Self {
+        let left = grant.expires_at_ms.map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
+        // Beyond what a timer can hold it does not end.
+        let ends_at = left.and_then(|left| Instant::now().checked_add(left));
+        Self { grant, ends_at }
+    }
+
+    fn is_over(&self) -> bool {
+        self.grant.is_revoked() || self.ends_at.is_some_and(|at| Instant::now() >= at)
+    }
 }
 
 /// Where a client wants to resume.
@@ -153,12 +195,16 @@ fn wants_json(headers: &HeaderMap) -> bool {
 }
 
 /// `GET /v1/events`
-pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiResult {
-    let params = Params::parse(&uri, PARAMS)?;
-    let filter = filter(&params)?;
-    let resume = resume_point(&app, &headers, &params).await?;
+pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
+    let Head { uri, headers, .. } = &head;
+    let params = Params::parse(uri, PARAMS)?;
+    let mut filter = filter(&params)?;
+    if let Some(grant) = &head.grant {
+        restrict(grant, &mut filter)?;
+    }
+    let resume = resume_point(&app, headers, &params).await?;
     let include_vector = params.flag("include_vector")?;
-    if wants_json(&headers) {
+    if wants_json(headers) {
         return history(&app, &params, filter, resume, include_vector).await;
     }
     if params.one("limit")?.is_some() || params.one("wait_ms")?.is_some() {
@@ -174,6 +220,7 @@ pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiR
     };
     // A client that comes back by its last id has its snapshot; whoever asks anew, by `since` or not, gets one.
     let resumes = headers.contains_key("last-event-id") && resume.is_some() && reset.is_none();
+    let place = head.client.map_or(Ok(None), |client| Auth::stream_place(&app, client))?;
     let subscription = feed.subscribe(filter.clone(), after);
     let mut out = format!("retry: {RETRY_MS}\n");
     let phase = if wants_snapshot && !resumes {
@@ -207,6 +254,8 @@ pub async fn events(State(app): State<App>, Head { uri, headers }: Head) -> ApiR
         heartbeat,
         last_sent: Instant::now(),
         timer: None,
+        access: head.grant.map(|grant| Access::new(grant, app.engine.now_ms())),
+        _place: place,
     };
     let mut response = Response::new(Body::empty());
     response.extensions_mut().insert(Pending::new(stream));
@@ -259,7 +308,7 @@ impl Walk {
                 }
             }
             prefixes.reverse();
-        } else if filter.keys.is_empty() && !filter.collections.is_empty() {
+        } else if filter.keys.is_empty() && (filter.all_collections || !filter.collections.is_empty()) {
             // Only collections are watched: there are no entries to show.
         } else {
             prefixes.push(String::new());
@@ -358,6 +407,9 @@ pub struct EventStream {
     /// Fires at the earliest when a heartbeat may be due; pushed back only then, not at every event.
     /// Made when first polled: it belongs to the runtime that the stream runs on.
     timer: Option<Pin<Box<Sleep>>>,
+    /// `None` on an open server.
+    access: Option<Access>,
+    _place: Option<Box<StreamPlace>>,
 }
 
 impl EventStream {
@@ -382,6 +434,9 @@ impl EventStream {
     fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Content>> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Content::Text(first)));
+        }
+        if self.access.as_ref().is_some_and(Access::is_over) && !matches!(self.phase, Phase::Ended) {
+            return Poll::Ready(Some(Content::Text(self.farewell())));
         }
         match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Ended => return Poll::Ready(None),
@@ -440,15 +495,21 @@ impl EventStream {
 
     fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let heartbeat = self.heartbeat;
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(heartbeat)));
+        let ends_at = self.access.as_ref().and_then(|access| access.ends_at);
+        let no_later = |due: Instant| ends_at.map_or(due, |at| due.min(at));
+        let first = no_later(Instant::now() + heartbeat);
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(first)));
         while timer.as_mut().poll(cx).is_ready() {
+            if ends_at.is_some_and(|at| Instant::now() >= at) {
+                return Poll::Ready(Some(self.farewell()));
+            }
             let due = self.last_sent + heartbeat;
             if Instant::now() >= due {
-                timer.as_mut().reset(Instant::now() + heartbeat);
+                timer.as_mut().reset(no_later(Instant::now() + heartbeat));
                 let id = format!("id: {}\n\n", self.subscription.reached());
                 return Poll::Ready(Some(id.into()));
             }
-            timer.as_mut().reset(due);
+            timer.as_mut().reset(no_later(due));
         }
         Poll::Pending
     }
@@ -553,15 +614,19 @@ struct PublishBody<'a> {
 }
 
 /// `POST /v1/events`
-pub async fn publish(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+pub async fn publish(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: PublishBody<'_> = parse_object(&bytes)?;
     let event_type = EventType::new(&body.event_type)?;
     let key = body.key.as_deref().map(Key::new).transpose()?;
     let data = body.data.map(|d| compact(d.get()));
     let labels = body.meta.map_or(Ok(None), |meta| meta.0.labels())?;
     let revision = if body.ephemeral.unwrap_or(false) {
+        match &key {
+            Some(key) => head.need_key(Right::Write, key.as_str())?,
+            None => head.need_everything(Right::Write)?,
+        }
         app.engine.feed().publish_ephemeral(Ephemeral {
             ts_ms: app.engine.now_ms(),
             event_type: event_type.as_str().into(),
@@ -573,7 +638,7 @@ pub async fn publish(State(app): State<App>, Head { uri, headers }: Head, body: 
         })
     } else {
         let op = Op::Event { event_type, key, data: data.map(Into::into), labels };
-        app.engine.submit(Command::one(op)).await?.last_revision
+        app.commit(&head, Command::one(op)).await?.last_revision
     };
     Ok(json(StatusCode::CREATED, format!("{{\"revision\":{revision}}}")))
 }

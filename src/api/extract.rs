@@ -2,16 +2,18 @@
 //!
 //! Unknown names are refused everywhere, with the name: a typo such as `ttl` for `ttl_ms` must not be silently ignored.
 
+use super::auth::Client;
 use super::error::{ApiError, ApiResult, invalid};
-use crate::engine::command::{Condition, ETags};
+use crate::engine::command::{Condition, ETags, Op};
 use crate::engine::json::{check_depth, check_surrogates};
 use crate::error::Rejection;
+use crate::keys::{Grant, Right};
 use crate::revision::Revision;
 use crate::vector::{Vector, VectorMeta};
 use axum::body::Body;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, Uri, header};
+use axum::http::{HeaderMap, HeaderName, Method, Uri, header};
 use base64::Engine as _;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -21,22 +23,72 @@ use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::time::Duration;
 
-/// A request's target and headers, taken rather than copied.
+/// A request without its body: taken rather than copied, and who sent it.
 #[derive(Debug)]
 pub struct Head {
+    /// GET, PUT, …
+    pub method: Method,
     /// Path and query.
     pub uri: Uri,
     /// All headers.
     pub headers: HeaderMap,
+    /// What its sender may do; `None` on an open server: everything.
+    pub grant: Option<Arc<Grant>>,
+    /// Whom its streams count for, where there is a limit.
+    pub client: Option<Client>,
+}
+
+impl Head {
+    /// Refuses a caller without this right to a key.
+    pub fn need_key(&self, right: Right, key: &str) -> Result<(), Rejection> {
+        self.grant.as_ref().map_or(Ok(()), |grant| grant.need_key(right, key))
+    }
+
+    /// Refuses a caller without this right to a collection.
+    pub fn need_collection(&self, right: Right, name: &str) -> Result<(), Rejection> {
+        self.grant.as_ref().map_or(Ok(()), |grant| grant.need_collection(right, name))
+    }
+
+    /// Refuses a caller without this right to everything.
+    pub fn need_everything(&self, right: Right) -> Result<(), Rejection> {
+        self.grant.as_ref().map_or(Ok(()), |grant| grant.need_everything(right))
+    }
+
+    /// Refuses a caller who may not do this.
+    pub fn need_op(&self, op: &Op) -> Result<(), Rejection> {
+        match op {
+            Op::Put { key, .. } | Op::Delete { key, .. } | Op::Event { key: Some(key), .. } => {
+                self.need_key(Right::Write, key.as_str())
+            }
+            // Its answer shows the value.
+            Op::Patch { key, .. } => {
+                self.need_key(Right::Read, key.as_str())?;
+                self.need_key(Right::Write, key.as_str())
+            }
+            Op::Event { key: None, .. } => self.need_everything(Right::Write),
+            Op::CreateCollection { collection, .. }
+            | Op::DeleteCollection { collection }
+            | Op::WriteVector { collection, .. }
+            | Op::DeleteVector { collection, .. }
+            | Op::DeleteVectors { collection, .. } => self.need_collection(Right::Write, collection.as_str()),
+        }
+    }
 }
 
 impl<S: Sync> FromRequestParts<S> for Head {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self { uri: std::mem::take(&mut parts.uri), headers: std::mem::take(&mut parts.headers) })
+        Ok(Self {
+            method: std::mem::take(&mut parts.method),
+            uri: std::mem::take(&mut parts.uri),
+            headers: std::mem::take(&mut parts.headers),
+            grant: parts.extensions.remove(),
+            client: parts.extensions.remove(),
+        })
     }
 }
 

@@ -89,35 +89,35 @@ impl http_body::Body for Parked {
 
 /// hyper's side of the socket: notes whether all it was given is written.
 #[derive(Debug)]
-pub struct Socket {
-    tcp: TcpStream,
+pub struct Socket<I> {
+    io: I,
     handoff: Arc<Handoff>,
 }
 
-impl Socket {
-    /// Over a connected socket.
+impl<I> Socket<I> {
+    /// Over a connected socket, or a TLS session on one.
     #[must_use]
-    pub fn new(tcp: TcpStream, handoff: Arc<Handoff>) -> Self {
-        Self { tcp, handoff }
+    pub fn new(io: I, handoff: Arc<Handoff>) -> Self {
+        Self { io, handoff }
     }
 
     /// The socket again.
     #[must_use]
-    pub fn into_inner(self) -> TcpStream {
-        self.tcp
+    pub fn into_inner(self) -> I {
+        self.io
     }
 }
 
-impl AsyncRead for Socket {
+impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_read(cx, buf)
+        Pin::new(&mut self.io).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Socket {
+impl<I: AsyncWrite + Unpin> AsyncWrite for Socket<I> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.handoff.is_flushed.store(false, Ordering::Relaxed);
-        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+        Pin::new(&mut self.io).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -126,22 +126,22 @@ impl AsyncWrite for Socket {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.handoff.is_flushed.store(false, Ordering::Relaxed);
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, slices)
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.tcp.is_write_vectored()
+        self.io.is_write_vectored()
     }
 
     // hyper flushes when its own buffer is empty.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.tcp).poll_flush(cx))?;
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
         self.handoff.is_flushed.store(true, Ordering::Relaxed);
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

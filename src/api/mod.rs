@@ -1,7 +1,7 @@
 //! HTTP: the whole route table, and what every request passes through.
 //!
 //! ```text
-//! serve.rs  connection ─▶ CORS ─▶ Guard: key, room, metrics ─▶ route ─▶ handler ─▶ Command ─▶ Engine
+//! serve.rs  connection ─▶ CORS ─▶ Guard: key, rate, room, metrics ─▶ route ─▶ handler ─▶ Command ─▶ Engine
 //!                                                                    ▲
 //!                                       extract.rs: query, body, conditions, vectors
 //! ```
@@ -14,6 +14,7 @@
 //! Deliberately absent: sessions, cookies, templates, content negotiation beyond `/v1/events`.
 
 pub mod admin;
+pub mod auth;
 pub mod docs;
 pub mod error;
 pub mod events;
@@ -21,25 +22,31 @@ pub mod extract;
 pub mod live;
 pub mod serve;
 pub mod state;
+pub mod tls;
 pub mod vectors;
 
 use crate::config::Config;
 use crate::engine::Engine;
+use crate::engine::command::{Command, Committed};
 use crate::engine::frame::push_u64;
 use crate::engine::metrics::{Metrics, RequestLabels, RouteLabels};
-use crate::error::Rejection;
+use crate::error::{Error, Rejection};
+use crate::keys::Right;
 use crate::revision::Revision;
+use auth::{Auth, Client, counted_address};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use error::ApiError;
+use error::{ApiError, ApiResult};
+use extract::Head;
 use http_body::Body as _;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
 use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
@@ -77,10 +84,13 @@ pub struct Shared {
     pub walks: Arc<Semaphore>,
     /// KiB of request bodies held in memory at a time; see [`App::admit`].
     bodies_kib: Arc<Semaphore>,
-    api_key: Option<Box<str>>,
+    /// Who may do what.
+    pub auth: Auth,
     meters: Meters,
 }
 
+/// Where lines go that tell who was refused, and who acted on the server: JSON, whatever the other lines are.
+pub const AUDIT: &str = "audit";
 /// Snapshots walked for streams at the same time; more wait before their stream opens.
 pub const WALKS_MAX: usize = 64;
 /// Bodies in memory together: this, and never less than four of the largest.
@@ -91,12 +101,12 @@ const BODY_FREE_BYTES: u64 = 64 << 10;
 const BODY_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 impl App {
-    /// Over an open engine.
-    #[must_use]
-    pub fn new(engine: Engine, config: &Config) -> Self {
+    /// Over an open engine. Fails when the key file cannot be used.
+    pub fn new(engine: Engine, config: &Config) -> Result<Self, Error> {
         let meters = Meters::new(engine.metrics());
-        Self(Arc::new(Shared {
+        Ok(Self(Arc::new(Shared {
             engine,
+            auth: Auth::new(config)?,
             meters,
             max_body_bytes: config.max_body_bytes,
             durability: if config.data_dir.is_some() { config.fsync.as_str() } else { "ephemeral" },
@@ -104,8 +114,15 @@ impl App {
             connections: AtomicU64::new(0),
             walks: Arc::new(Semaphore::new(WALKS_MAX)),
             bodies_kib: Arc::new(Semaphore::new(BODIES_BYTES_MIN.max(4 * config.max_body_bytes) >> 10)),
-            api_key: config.api_key.as_deref().map(Into::into),
-        }))
+        })))
+    }
+
+    /// Commits what its sender may do: all of it or nothing.
+    pub async fn commit(&self, head: &Head, command: Command) -> ApiResult<Committed> {
+        for (index, op) in command.ops.iter().enumerate() {
+            head.need_op(op).map_err(|e| if command.is_batch { e.at(index) } else { e })?;
+        }
+        Ok(self.engine.submit(command).await?)
     }
 
     /// Room for a request's body, held until it is answered. A body of unknown length counts as the largest.
@@ -149,6 +166,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/vector/{collection}/search"),
     ("GET", "/v1/health"),
     ("GET", "/v1/metrics"),
+    ("POST", "/v1/token"),
     ("POST", "/v1/admin/snapshot"),
     ("GET", "/"),
     ("GET", "/docs"),
@@ -164,6 +182,7 @@ pub fn service(app: App, config: &Config) -> Service {
         .route("/v1/health", get(admin::health))
         .route("/v1/metrics", get(admin::metrics))
         .route("/v1/admin/snapshot", post(admin::snapshot))
+        .route("/v1/token", post(auth::token))
         .route("/v1/state", get(state::list))
         .route("/v1/state/{*key}", get(state::get).put(state::put).patch(state::patch).delete(state::delete))
         .route("/v1/batch", post(state::batch))
@@ -181,7 +200,7 @@ pub fn service(app: App, config: &Config) -> Service {
         .fallback(|| async { ApiError::RouteNotFound })
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .with_state(app.clone());
-    let guard = Guard { app, router };
+    let guard = Guard { app, router, peer: IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
     // Outside the guard: a preflight carries no key, and a refusal must be readable by the page it is for.
     match cors(config) {
         Some(cors) => Service::Cors(Box::new(cors.layer(guard))),
@@ -206,6 +225,7 @@ fn cors(config: &Config) -> Option<CorsLayer> {
         header::IF_MATCH,
         header::IF_NONE_MATCH,
         HeaderName::from_static("last-event-id"),
+        HeaderName::from_static("idempotency-key"),
     ];
     let methods = [Method::GET, Method::PUT, Method::POST, Method::PATCH, Method::DELETE];
     Some(
@@ -228,6 +248,17 @@ pub enum Service {
 }
 
 impl Service {
+    /// The same for one connection.
+    #[must_use]
+    pub fn of(&self, peer: IpAddr) -> Self {
+        let mut service = self.clone();
+        match &mut service {
+            Self::Plain(guard) => guard.peer = peer,
+            Self::Cors(cors) => cors.get_mut().peer = peer,
+        }
+        service
+    }
+
     /// Answers one request.
     pub async fn answer(&self, request: Request) -> Response {
         match self {
@@ -246,30 +277,73 @@ impl Service {
 pub struct Guard {
     app: App,
     router: Router,
+    /// Who is at the other end of the connection.
+    peer: IpAddr,
+}
+
+/// What needs no key: whether the server is well, and the page that asks for the key.
+fn is_public(path: &str) -> bool {
+    path == "/v1/health" || path == "/" || path.starts_with("/console/")
 }
 
 impl Guard {
-    async fn answer(&self, request: Request) -> Response {
+    async fn answer(&self, mut request: Request) -> Response {
         let started = Instant::now();
         let app = &self.app;
         let meter = app.meters.of(request.uri().path(), request.method());
-        let is_allowed = match &app.api_key {
-            Some(key) if request.uri().path() != "/v1/health" => bearer(&request).is_some_and(|given| same(given, key)),
-            _ => true,
-        };
-        let response = if !is_allowed {
-            ApiError::Unauthorized.into_response()
-        } else {
-            match app.admit(request.body().size_hint().upper()).await {
+        let mut admin = None;
+        let response = match self.let_in(&mut request, meter, &mut admin) {
+            Ok(()) => match app.admit(request.body().size_hint().upper()).await {
                 Ok(_room) => match self.router.clone().call(request).await {
                     Ok(response) => response,
                     Err(never) => match never {},
                 },
                 Err(error) => error.into_response(),
-            }
+            },
+            Err(error) => error.into_response(),
         };
+        if let Some(name) = admin {
+            let (status, route) = (response.status().as_u16(), meter.labels.route.as_str());
+            tracing::info!(target: AUDIT, action = "admin", key = name, peer = %self.peer, route, status);
+        }
         meter.count(app.engine.metrics(), response.status().as_u16(), started.elapsed().as_secs_f64());
         response
+    }
+
+    /// Whether the request may pass; if so it carries from here on what its sender may do. Sets `admin` to the name of the
+    /// key when it is about the server itself.
+    fn let_in(&self, request: &mut Request, meter: &Meter, admin: &mut Option<Box<str>>) -> ApiResult<()> {
+        let auth = &self.app.auth;
+        auth.check_browser(request.method(), request.headers(), request.uri())?;
+        let path = request.uri().path();
+        let is_about_server = path.starts_with("/v1/admin/");
+        let address = Client::Address(counted_address(self.peer));
+        let grant = if is_public(path) { Ok(None) } else { auth.identify(request, self.app.engine.now_ms()) };
+        let grant = match grant {
+            Ok(grant) => grant,
+            Err(error) => {
+                // Guessing costs the guesser's own budget.
+                auth.check_rate(&address)?;
+                let (route, reason) = (meter.labels.route.as_str(), error.reason());
+                tracing::info!(target: AUDIT, action = "refused", peer = %self.peer, route, reason);
+                return Err(error);
+            }
+        };
+        if is_about_server {
+            *admin = Some(grant.as_ref().map_or_else(|| "(open)".into(), |grant| grant.name.clone()));
+        }
+        let client = grant.as_ref().map_or(address, |grant| Client::Key(grant.name.clone()));
+        auth.check_rate(&client)?;
+        if let Some(grant) = grant {
+            if is_about_server {
+                grant.need(Right::Admin)?;
+            }
+            request.extensions_mut().insert(grant);
+        }
+        if auth.counts_streams() {
+            request.extensions_mut().insert(client);
+        }
+        Ok(())
     }
 }
 
@@ -371,18 +445,6 @@ impl Pattern {
                 .is_some_and(|name| !name.is_empty() && !name.contains('/')),
         }
     }
-}
-
-fn bearer(request: &Request) -> Option<&str> {
-    let value = request.headers().get(header::AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, key) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
-}
-
-/// Compares without telling by its time how much was right.
-fn same(given: &str, key: &str) -> bool {
-    let difference = given.bytes().zip(key.bytes()).fold(given.len() ^ key.len(), |d, (a, b)| d | usize::from(a ^ b));
-    difference == 0
 }
 
 /// A JSON answer.

@@ -3,7 +3,7 @@
 //! - Heads must arrive within [`HEAD_TIMEOUT`], bodies within a timeout of their own (`extract.rs`).
 //! - A reader that accepts no byte for [`STALL_TIMEOUT`] is cut by the kernel, stream or not.
 //! - Beyond `max_connections` a connection is answered 503 and closed, so that the rest goes on.
-//! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS.
+//! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS; with a certificate both over TLS, as ALPN says.
 //!
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
@@ -18,15 +18,16 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
+use tokio_rustls::TlsAcceptor;
 
 /// A request's head must be complete by then; keeps slow senders from holding connections.
 /// Also how long a connection may be idle between requests.
@@ -67,6 +68,8 @@ pub fn raise_file_limit() -> u64 {
 #[derive(Debug)]
 pub struct Connected {
     app: App,
+    /// Whose, where there is a limit by address.
+    address: Option<IpAddr>,
     /// Closed when the last connection is gone.
     _alive: mpsc::Sender<Infallible>,
 }
@@ -74,6 +77,9 @@ pub struct Connected {
 impl Drop for Connected {
     fn drop(&mut self) {
         self.app.connections.fetch_sub(1, Ordering::Relaxed);
+        if let Some(address) = self.address {
+            self.app.auth.connection_gone(address);
+        }
     }
 }
 
@@ -82,6 +88,7 @@ struct Server {
     service: Service,
     http1: http1::Builder,
     http2: http2::Builder<TokioExecutor>,
+    tls: Option<TlsAcceptor>,
     streams: StreamThreads,
     stop: watch::Receiver<bool>,
 }
@@ -92,6 +99,7 @@ pub async fn serve(
     service: Service,
     app: App,
     max_connections: usize,
+    tls: Option<TlsAcceptor>,
     streams: StreamThreads,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -104,7 +112,7 @@ pub async fn serve(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let server = Arc::new(Server { service, http1, http2, streams, stop: stop.clone() });
+    let server = Arc::new(Server { service, http1, http2, tls, streams, stop: stop.clone() });
     let (alive, mut all_gone) = mpsc::channel(1);
     let mut accepted_in_a_row = 0;
     loop {
@@ -112,8 +120,8 @@ pub async fn serve(
             accepted = listener.accept() => accepted,
             _ = stop.wait_for(|stop| *stop) => break,
         };
-        let tcp = match accepted {
-            Ok((tcp, _)) => tcp,
+        let (tcp, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of files, say. The connection waits in the kernel; give others time to go.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -122,13 +130,21 @@ pub async fn serve(
             }
         };
         let is_refused = app.connections.fetch_add(1, Ordering::Relaxed) >= max_connections as u64;
-        let connected = Connected { app: app.clone(), _alive: alive.clone() };
+        let address = app.auth.connection_place(peer.ip());
+        let mut connected = Connected { app: app.clone(), address: None, _alive: alive.clone() };
+        match address {
+            Ok(address) => connected.address = address,
+            Err(()) => {
+                tokio::spawn(refuse(tcp, TOO_MANY_FROM_ADDRESS));
+                continue;
+            }
+        }
         if is_refused {
-            tokio::spawn(refuse(tcp));
+            tokio::spawn(refuse(tcp, TOO_MANY));
             continue;
         }
         tune(&tcp);
-        tokio::spawn(Arc::clone(&server).connection(tcp, connected));
+        tokio::spawn(Arc::clone(&server).connection(tcp, peer.ip(), connected));
         accepted_in_a_row += 1;
         if accepted_in_a_row == ACCEPTED_IN_A_ROW {
             accepted_in_a_row = 0;
@@ -143,36 +159,59 @@ pub async fn serve(
 }
 
 impl Server {
-    async fn connection(self: Arc<Self>, tcp: TcpStream, connected: Connected) {
+    async fn connection(self: Arc<Self>, tcp: TcpStream, peer: IpAddr, connected: Connected) {
+        let service = self.service.of(peer);
         let mut stop = self.stop.clone();
+        if let Some(tls) = &self.tls {
+            let shaken = tokio::select! {
+                shaken = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(tcp)) => shaken,
+                _ = stop.wait_for(|stop| *stop) => return,
+            };
+            // A handshake that fails is the client's affair.
+            let Ok(Ok(stream)) = shaken else { return };
+            return if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                Box::pin(self.http2(stream, service)).await;
+            } else {
+                Box::pin(self.http1(stream, service, false)).await;
+            };
+        }
         // hyper's own timer starts with the first byte, so the wait for that one is ours.
         let protocol = tokio::select! {
             protocol = tokio::time::timeout(HEAD_TIMEOUT, protocol(&tcp)) => protocol.ok().flatten(),
             _ = stop.wait_for(|stop| *stop) => None,
         };
         match protocol {
-            Some(Protocol::Http1) => self.http1(tcp, connected).await,
+            Some(Protocol::Http1) => {
+                if let Some((tcp, stream)) = self.http1(tcp, service, true).await {
+                    self.streams.spawn(tcp, stream, connected);
+                }
+            }
             // Boxed, so that the many others need not have room for it.
-            Some(Protocol::Http2) => Box::pin(self.http2(tcp)).await,
+            Some(Protocol::Http2) => Box::pin(self.http2(tcp, service)).await,
             None => {}
         }
     }
 
-    async fn http1(&self, tcp: TcpStream, connected: Connected) {
+    /// Answers requests until the connection ends, or until it has become a stream to be handed off.
+    async fn http1<I>(&self, io: I, service: Service, hands_off: bool) -> Option<(I, EventStream)>
+    where
+        I: AsyncRead + AsyncWrite + Unpin,
+    {
         let handoff = Arc::<Handoff>::default();
         let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
-            let handoff = Arc::clone(&handoff);
+            let (handoff, service) = (Arc::clone(&handoff), &service);
             async move {
                 let (is_head, is_chunked) = (request.method() == Method::HEAD, request.version() == Version::HTTP_11);
-                let mut response = self.service.answer(request.map(Body::new)).await;
+                let mut response = service.answer(request.map(Body::new)).await;
                 let stream = take_stream(&mut response);
                 if let Some(stream) = stream.filter(|_| !is_head) {
-                    *response.body_mut() = if is_chunked { Body::new(handoff.park(stream)) } else { Body::new(stream) };
+                    *response.body_mut() =
+                        if is_chunked && hands_off { Body::new(handoff.park(stream)) } else { Body::new(stream) };
                 }
                 Ok::<_, Infallible>(response)
             }
         });
-        let socket = Socket::new(tcp, Arc::clone(&handoff));
+        let socket = Socket::new(io, Arc::clone(&handoff));
         let mut connection = self.http1.serve_connection(TokioIo::new(socket), answer);
         let mut stop = self.stop.clone();
         let mut stopped = pin!(stop.wait_for(|stop| *stop));
@@ -188,14 +227,11 @@ impl Server {
                 Poll::Pending => handoff.take().map_or(Poll::Pending, |stream| Poll::Ready(Some(stream))),
             }
         });
-        if let Some(stream) = taken.await {
-            let tcp = connection.into_parts().io.into_inner().into_inner();
-            self.streams.spawn(tcp, stream, connected);
-        }
+        let stream = taken.await?;
+        Some((connection.into_parts().io.into_inner().into_inner(), stream))
     }
 
-    async fn http2(&self, tcp: TcpStream) {
-        let service = self.service.clone();
+    async fn http2(&self, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: Service) {
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let service = service.clone();
             async move {
@@ -207,7 +243,7 @@ impl Server {
                 Ok::<_, Infallible>(response)
             }
         });
-        let mut connection = self.http2.serve_connection(TokioIo::new(tcp), answer);
+        let mut connection = self.http2.serve_connection(TokioIo::new(io), answer);
         let mut stop = self.stop.clone();
         tokio::select! {
             // A broken connection is the client's affair.
@@ -258,12 +294,20 @@ fn tune(stream: &TcpStream) {
     rustix::net::sockopt::set_tcp_user_timeout(stream, stall_ms).ok();
 }
 
+/// To a connection beyond `max_connections`,
+const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 157\r\n\r\n{\"type\":\"urn:kiss-vdb:problem:overloaded\",\"title\":\"Service Unavailable\",\"status\":503,\"detail\":\"too many connections; retry in a moment\",\"code\":\"overloaded\"}";
+/// and to one beyond `max_connections_per_address`.
+const TOO_MANY_FROM_ADDRESS: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 178\r\n\r\n{\"type\":\"urn:kiss-vdb:problem:rate_limited\",\"title\":\"Too Many Requests\",\"status\":429,\"detail\":\"too many connections from this address; retry in a moment\",\"code\":\"rate_limited\"}";
+
 /// Says that there are too many connections, without spending a request on it.
-async fn refuse(mut stream: TcpStream) {
-    const ANSWER: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 157\r\n\r\n{\"type\":\"urn:kiss-vdb:problem:overloaded\",\"title\":\"Service Unavailable\",\"status\":503,\"detail\":\"too many connections; retry in a moment\",\"code\":\"overloaded\"}";
+async fn refuse(mut stream: TcpStream, message: &'static [u8]) {
     let answer = async {
-        stream.write_all(ANSWER).await?;
-        stream.shutdown().await
+        stream.write_all(message).await?;
+        stream.shutdown().await?;
+        // Closed with its request unread, the connection would be reset, and the answer lost on the way.
+        let mut ignored = [0; 1024];
+        while stream.read(&mut ignored).await? > 0 {}
+        std::io::Result::Ok(())
     };
     // The client may be gone already.
     tokio::time::timeout(Duration::from_secs(1), answer).await.ok();

@@ -14,11 +14,12 @@ use crate::engine::command::{
 use crate::engine::frame::{push_fmt, push_labels, push_u64, push_value};
 use crate::engine::json::{compact, push_string};
 use crate::error::Rejection;
+use crate::keys::Right;
 use crate::revision::Revision;
 use crate::vector::{CollectionName, VectorId};
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderValue, StatusCode, Uri, header};
 use base64::Engine as _;
 use bytes::Bytes;
 use serde::Deserialize;
@@ -158,8 +159,8 @@ pub fn push_entry(out: &mut String, key: &str, entry: &Entry, include_value: boo
     out.push('}');
 }
 
-async fn commit_one(app: &App, op: Op) -> ApiResult {
-    let committed = app.engine.submit(Command::one(op)).await?;
+async fn commit_one(app: &App, head: &Head, op: Op) -> ApiResult {
+    let committed = app.commit(head, Command::one(op)).await?;
     let outcome = &committed.outcomes[0];
     let status = match outcome {
         Outcome::Put { created: true, .. } | Outcome::Patched { created: true, .. } => StatusCode::CREATED,
@@ -174,14 +175,15 @@ async fn commit_one(app: &App, op: Op) -> ApiResult {
 }
 
 /// `PUT /v1/state/{key}`
-pub async fn put(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
-    let key = key_of(&uri)?;
-    let content_type = match body_type(&headers)? {
-        BodyType::Json => return put_json(&app, key, &uri, &headers, body).await,
+pub async fn put(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+    let Head { uri, headers, .. } = &head;
+    let key = key_of(uri)?;
+    let content_type = match body_type(headers)? {
+        BodyType::Json => return put_json(&app, key, &head, body).await,
         BodyType::MergePatch => "application/merge-patch+json".to_owned(),
         BodyType::Other(content_type) => content_type,
     };
-    let params = Params::parse(&uri, &["ttl_ms", "if_revision", "job_id", "tag"])?;
+    let params = Params::parse(uri, &["ttl_ms", "if_revision", "job_id", "tag"])?;
     if content_type.len() > CONTENT_TYPE_BYTES_MAX {
         return Err(invalid(format!("the Content-Type is longer than {CONTENT_TYPE_BYTES_MAX} bytes")));
     }
@@ -190,16 +192,17 @@ pub async fn put(State(app): State<App>, Head { uri, headers }: Head, body: Body
         key,
         ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
         labels: Labels::new(params.one("job_id")?, &tags)?,
-        condition: condition(&headers, params.revision("if_revision")?)?,
+        condition: condition(headers, params.revision("if_revision")?)?,
         value: Value::Bytes(Box::new(Blob {
             content_type: content_type.into(),
-            data: read_body(&headers, body, app.max_body_bytes).await?,
+            data: read_body(headers, body, app.max_body_bytes).await?,
         })),
     };
-    commit_one(&app, op).await
+    commit_one(&app, &head, op).await
 }
 
-async fn put_json(app: &App, key: Key, uri: &Uri, headers: &HeaderMap, body: Body) -> ApiResult {
+async fn put_json(app: &App, key: Key, head: &Head, body: Body) -> ApiResult {
+    let Head { uri, headers, .. } = head;
     Params::parse(uri, &[])?;
     let bytes = read_body(headers, body, app.max_body_bytes).await?;
     let body: PutBody<'_> = parse_object(&bytes)?;
@@ -210,35 +213,38 @@ async fn put_json(app: &App, key: Key, uri: &Uri, headers: &HeaderMap, body: Bod
         labels: body.meta.map_or(Ok(None), |meta| meta.0.labels())?,
         condition: condition(headers, body.if_revision)?,
     };
-    commit_one(app, op).await
+    commit_one(app, head, op).await
 }
 
 /// `PATCH /v1/state/{key}`
-pub async fn patch(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
-    let key = key_of(&uri)?;
-    let params = Params::parse(&uri, &["ttl_ms", "if_revision"])?;
-    if let BodyType::Other(_) = body_type(&headers)? {
+pub async fn patch(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+    let Head { uri, headers, .. } = &head;
+    let key = key_of(uri)?;
+    let params = Params::parse(uri, &["ttl_ms", "if_revision"])?;
+    if let BodyType::Other(_) = body_type(headers)? {
         return Err(ApiError::UnsupportedMediaType("application/merge-patch+json or application/json"));
     }
-    let bytes = read_body(&headers, body, app.max_body_bytes.min(PATCH_BYTES_MAX)).await?;
+    let bytes = read_body(headers, body, app.max_body_bytes.min(PATCH_BYTES_MAX)).await?;
     let patch: &RawValue = parse_json(&bytes)?;
     let op = Op::Patch {
         key,
         patch: compact(patch.get()).into(),
         ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
-        condition: condition(&headers, params.revision("if_revision")?)?,
+        condition: condition(headers, params.revision("if_revision")?)?,
     };
-    commit_one(&app, op).await
+    commit_one(&app, &head, op).await
 }
 
 /// `GET /v1/state/{key}`
-pub async fn get(State(app): State<App>, Head { uri, headers }: Head) -> ApiResult {
-    let key = path_tail(&uri, PREFIX)?;
+pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
+    let Head { uri, headers, .. } = &head;
+    let key = path_tail(uri, PREFIX)?;
     Key::check(&key)?;
-    let params = Params::parse(&uri, &["raw"])?;
+    head.need_key(Right::Read, &key)?;
+    let params = Params::parse(uri, &["raw"])?;
     let is_raw = params.flag("raw")?;
     let entry = app.engine.get(&key).ok_or_else(|| Rejection::KeyNotFound(key.to_string()))?;
-    if etags(&headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
+    if etags(headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
         return Ok(json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision));
     }
     if !is_raw {
@@ -264,11 +270,12 @@ pub async fn get(State(app): State<App>, Head { uri, headers }: Head) -> ApiResu
 }
 
 /// `DELETE /v1/state/{key}`
-pub async fn delete(State(app): State<App>, Head { uri, headers }: Head) -> ApiResult {
-    let key = key_of(&uri)?;
-    let params = Params::parse(&uri, &["if_revision"])?;
-    let condition = condition(&headers, params.revision("if_revision")?)?;
-    commit_one(&app, Op::Delete { key, condition }).await
+pub async fn delete(State(app): State<App>, head: Head) -> ApiResult {
+    let Head { uri, headers, .. } = &head;
+    let key = key_of(uri)?;
+    let params = Params::parse(uri, &["if_revision"])?;
+    let condition = condition(headers, params.revision("if_revision")?)?;
+    commit_one(&app, &head, Op::Delete { key, condition }).await
 }
 
 /// Makes a cursor of the last item's name.
@@ -293,9 +300,10 @@ pub fn push_next_cursor(out: &mut String, last: Option<&str>) {
 }
 
 /// `GET /v1/state`
-pub async fn list(State(app): State<App>, uri: Uri) -> ApiResult {
-    let params = Params::parse(&uri, &["prefix", "limit", "cursor", "keys_only"])?;
+pub async fn list(State(app): State<App>, head: Head) -> ApiResult {
+    let params = Params::parse(&head.uri, &["prefix", "limit", "cursor", "keys_only"])?;
     let prefix = params.one("prefix")?.unwrap_or_default();
+    head.need_key(Right::Read, prefix)?;
     if prefix.len() > KEY_BYTES_MAX {
         return Err(invalid(format!("prefix is at most {KEY_BYTES_MAX} bytes")));
     }
@@ -507,16 +515,16 @@ impl BatchOp<'_> {
 }
 
 /// `POST /v1/batch`
-pub async fn batch(State(app): State<App>, Head { uri, headers }: Head, body: Body) -> ApiResult {
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: BatchBody<'_> = parse_object(&bytes)?;
     if body.ops.is_empty() || body.ops.len() > BATCH_OPS_MAX {
         return Err(invalid(format!("a batch has 1 to {BATCH_OPS_MAX} ops, this one has {}", body.ops.len())));
     }
     let ops: Result<Vec<Op>, Rejection> =
         body.ops.into_iter().enumerate().map(|(index, op)| op.0.parse().map_err(|e| e.at(index))).collect();
-    let committed = app.engine.submit(Command::batch(ops?)).await?;
+    let committed = app.commit(&head, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, push_outcome);
     push_fmt(

@@ -10,6 +10,7 @@ use crate::engine::frame::{push_fmt, push_numbers};
 use crate::engine::json::push_string;
 use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
 use crate::error::Rejection;
+use crate::keys::Right;
 use crate::revision::Revision;
 use crate::vector::collection::{Item, Query};
 use crate::vector::filter::{Filter, parse_path};
@@ -17,7 +18,7 @@ use crate::vector::plan::EF_MAX;
 use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, Uri};
+use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::collections::HashSet;
@@ -50,14 +51,14 @@ struct CreateBody {
 }
 
 /// `POST /v1/vector/{collection}`
-pub async fn create(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
+pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: CreateBody = parse_object(&bytes)?;
     let spec = CollectionSpec::new(body.dim, Metric::parse(&body.metric)?)?;
     let committed =
-        app.engine.submit(Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
+        app.commit(&head, Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
     let Outcome::Collection { created, .. } = committed.outcomes[0] else { return Err(ApiError::Internal) };
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
     // It may be deleted again by now; then say so rather than invent an answer.
@@ -87,18 +88,21 @@ fn push_info(out: &mut String, name: &str, collection: &SharedCollection) {
 }
 
 /// `GET /v1/vector`
-pub async fn collections(State(app): State<App>, uri: Uri) -> ApiResult {
-    Params::parse(&uri, &[])?;
+pub async fn collections(State(app): State<App>, head: Head) -> ApiResult {
+    Params::parse(&head.uri, &[])?;
     let mut out = String::from("{\"collections\":[");
-    push_list(&mut out, app.engine.collections(), |out, (name, c)| push_info(out, &name, &c));
+    let mut all = app.engine.collections();
+    all.retain(|(name, _)| head.need_collection(Right::Read, name).is_ok());
+    push_list(&mut out, all, |out, (name, c)| push_info(out, &name, &c));
     push_fmt(&mut out, format_args!("],\"revision\":{}}}", app.engine.head()));
     Ok(json(StatusCode::OK, out))
 }
 
 /// `GET /v1/vector/{collection}`
-pub async fn info(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+pub async fn info(State(app): State<App>, path: NamePath, head: Head) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
+    head.need_collection(Right::Read, collection.as_str())?;
+    Params::parse(&head.uri, &[])?;
     let shared = app.engine.collection(collection.as_str())?;
     let mut out = String::new();
     push_info(&mut out, collection.as_str(), &shared);
@@ -106,10 +110,10 @@ pub async fn info(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult
 }
 
 /// `DELETE /v1/vector/{collection}`
-pub async fn drop_collection(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+pub async fn drop_collection(State(app): State<App>, path: NamePath, head: Head) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
-    let committed = app.engine.submit(Command::one(Op::DeleteCollection { collection })).await?;
+    Params::parse(&head.uri, &[])?;
+    let committed = app.commit(&head, Command::one(Op::DeleteCollection { collection })).await?;
     Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
 }
 
@@ -166,16 +170,16 @@ fn write_op(write: VectorWrite, collection: &CollectionName, item: &ItemBody<'_>
     })
 }
 
-async fn write(app: App, write: VectorWrite, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
+async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: WriteBody<'_> = parse_object(&bytes)?;
     let Some(items) = body.items else {
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
         let item = ItemBody { id, vector, vector_base64, meta, if_revision };
-        let committed = app.engine.submit(Command::one(write_op(write, &collection, &item)?)).await?;
+        let committed = app.commit(&head, Command::one(write_op(write, &collection, &item)?)).await?;
         return Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])));
     };
     if body.id.is_some()
@@ -194,7 +198,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, Head { uri, headers
         .enumerate()
         .map(|(index, item)| write_op(write, &collection, &item.0).map_err(|e| e.at(index)))
         .collect();
-    let committed = app.engine.submit(Command::batch(ops?)).await?;
+    let committed = app.commit(&head, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, |out, outcome| out.push_str(&outcome_json(outcome)));
     push_fmt(&mut out, format_args!("],\"revision\":{}}}", committed.last_revision));
@@ -226,10 +230,12 @@ struct DeleteBody {
 }
 
 /// `POST /v1/vector/{collection}/delete`
-pub async fn delete(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
+pub async fn delete(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    // Before any look at what matches.
+    head.need_collection(Right::Write, collection.as_str())?;
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: DeleteBody = parse_object(&bytes)?;
     if body.if_revision.is_some() && body.id.is_none() {
         return Err(invalid("if_revision goes with id"));
@@ -249,23 +255,23 @@ pub async fn delete(State(app): State<App>, path: NamePath, Head { uri, headers 
             ids.retain(|id| seen.insert(id.clone()));
             Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: None } }
         }
-        (None, None, Some(filters)) => return delete_matching(&app, collection, Filter::parse(&filters)?).await,
+        (None, None, Some(filters)) => return delete_matching(&app, &head, collection, Filter::parse(&filters)?).await,
         _ => return Err(invalid("give one of id, ids or filters")),
     };
-    let committed = app.engine.submit(Command::one(op)).await?;
+    let committed = app.commit(&head, Command::one(op)).await?;
     Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
 }
 
 /// Deletes what matches, in commands of at most [`ITEMS_MAX`]: one command for a million would keep every other write
 /// waiting. Looking at every vector's metadata is not the writer's work; it checks the found ones again.
-async fn delete_matching(app: &App, collection: CollectionName, filter: Filter) -> ApiResult {
+async fn delete_matching(app: &App, head: &Head, collection: CollectionName, filter: Filter) -> ApiResult {
     let ticket = app.engine.begin_match(collection.as_str())?;
     let (ids, filter) = blocking(move || (ticket.ids_matching(&filter), filter)).await?;
     let (mut total, mut last) = (0, app.engine.head());
     for ids in ids.chunks(ITEMS_MAX) {
         let selection = VectorSelection { ids: ids.to_vec(), filter: Some(filter.clone()) };
         let op = Op::DeleteVectors { collection: collection.clone(), selection };
-        let committed = app.engine.submit(Command::one(op)).await?;
+        let committed = app.commit(head, Command::one(op)).await?;
         if let Outcome::VectorsDeleted { deleted, revision, .. } = committed.outcomes[0] {
             total += deleted;
             last = revision;
@@ -290,9 +296,10 @@ fn push_item(out: &mut String, item: &Item) {
 }
 
 /// `GET /v1/vector/{collection}/get`
-pub async fn get(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+pub async fn get(State(app): State<App>, path: NamePath, head: Head) -> ApiResult {
     let collection = name(path)?;
-    let params = Params::parse(&uri, &["id"])?;
+    head.need_collection(Right::Read, collection.as_str())?;
+    let params = Params::parse(&head.uri, &["id"])?;
     let id = VectorId::new(params.one("id")?.ok_or_else(|| invalid("the query parameter id is missing"))?)?;
     let shared = app.engine.collection(collection.as_str())?;
     let item = shared.read(|c| c.get(id.as_str(), true));
@@ -303,9 +310,10 @@ pub async fn get(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult 
 }
 
 /// `GET /v1/vector/{collection}/list`
-pub async fn list(State(app): State<App>, path: NamePath, uri: Uri) -> ApiResult {
+pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResult {
     let collection = name(path)?;
-    let params = Params::parse(&uri, &["limit", "cursor", "include_vector"])?;
+    head.need_collection(Right::Read, collection.as_str())?;
+    let params = Params::parse(&head.uri, &["limit", "cursor", "include_vector"])?;
     let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
     let include_vector = params.flag("include_vector")?;
     let after = params.one("cursor")?.map(decode_cursor).transpose()?;
@@ -340,10 +348,11 @@ struct CountBody {
 }
 
 /// `POST /v1/vector/{collection}/count`
-pub async fn count(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
+pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    head.need_collection(Right::Read, collection.as_str())?;
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     // No body at all counts everything.
     let body: CountBody = if bytes.is_empty() { CountBody { filters: None } } else { parse_object(&bytes)? };
     let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
@@ -539,10 +548,11 @@ fn hit_count(found: &Found) -> usize {
 }
 
 /// `POST /v1/vector/{collection}/search`
-pub async fn search(State(app): State<App>, path: NamePath, Head { uri, headers }: Head, body: Body) -> ApiResult {
+pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
-    Params::parse(&uri, &[])?;
-    let bytes = read_json(&headers, body, app.max_body_bytes).await?;
+    head.need_collection(Right::Read, collection.as_str())?;
+    Params::parse(&head.uri, &[])?;
+    let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: SearchBody<'_> = parse_object(&bytes)?;
     let prepare = |shared: &SharedCollection| match &body.queries {
         None => Ok(vec![body.prepare(shared)?]),

@@ -64,8 +64,10 @@ pub struct EventFilter {
     pub keys: BTreeSet<Key>,
     /// or keys that begin so,
     pub prefixes: BTreeSet<Box<str>>,
-    /// or events of these collections.
+    /// or events of these collections,
     pub collections: BTreeSet<CollectionName>,
+    /// or of any.
+    pub all_collections: bool,
     /// And only these types,
     pub types: BTreeSet<Box<str>>,
     /// and only these jobs,
@@ -75,8 +77,10 @@ pub struct EventFilter {
 }
 
 impl EventFilter {
-    fn watches_all(&self) -> bool {
-        self.keys.is_empty() && self.prefixes.is_empty() && self.collections.is_empty()
+    /// Whether it names nothing to watch.
+    #[must_use]
+    pub fn watches_all(&self) -> bool {
+        self.keys.is_empty() && self.prefixes.is_empty() && self.collections.is_empty() && !self.all_collections
     }
 
     /// How many terms it has, for the limit.
@@ -110,7 +114,7 @@ impl EventFilter {
             || facets
                 .key
                 .is_some_and(|key| self.keys.contains(key) || self.prefixes.iter().any(|p| key.starts_with(&**p)))
-            || facets.collection.is_some_and(|c| self.collections.contains(c))
+            || facets.collection.is_some_and(|c| self.all_collections || self.collections.contains(c))
     }
 
     fn labels_match(&self, facets: &Facets<'_>) -> bool {
@@ -283,6 +287,9 @@ fn file<K: Hash + Eq + Clone>(map: &mut HashMap<K, Topics>, key: &K, topic: &Arc
 impl Registry {
     fn file_topic(&mut self, topic: &Arc<Topic>, add: bool) {
         let filter = &topic.filter;
+        if filter.all_collections {
+            self.file_under_rest(topic, add);
+        }
         if !filter.watches_all() {
             filter.keys.iter().for_each(|k| file(&mut self.by_key, k, topic, add));
             filter.collections.iter().for_each(|c| file(&mut self.by_collection, c, topic, add));
@@ -300,7 +307,14 @@ impl Registry {
             filter.tags.iter().for_each(|t| file(&mut self.by_tag, t, topic, add));
         } else if !filter.types.is_empty() {
             filter.types.iter().for_each(|t| file(&mut self.by_type, t, topic, add));
-        } else if add {
+        } else {
+            self.file_under_rest(topic, add);
+        }
+    }
+
+    /// Looked at for every event.
+    fn file_under_rest(&mut self, topic: &Arc<Topic>, add: bool) {
+        if add {
             self.rest.push(Arc::clone(topic));
         } else {
             self.rest.retain(|t| !Arc::ptr_eq(t, topic));
@@ -423,6 +437,11 @@ impl Feed {
     /// Tells every stream to end.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
+        self.wake_all();
+    }
+
+    /// Has every stream look around: what it may see has changed, or it has to end.
+    pub fn wake_all(&self) {
         let topics: Vec<_> = self.registry.lock().topics.values().cloned().collect();
         for topic in topics {
             topic.waiters.lock().values().for_each(|w| w.wake());

@@ -58,7 +58,8 @@ impl Server {
             child.wait().unwrap();
             return None;
         }
-        let url = banner.split_whitespace().find(|w| w.starts_with("http://")).unwrap();
+        // A server with TLS is for other clients.
+        let url = banner.split_whitespace().find(|w| w.starts_with("http://")).unwrap_or("http://127.0.0.1:0");
         let target = Target::new(url, key.map(str::to_owned)).unwrap();
         Some(Self { child, target, banner: banner.clone(), dir: dir.to_owned(), _temporary: None })
     }
