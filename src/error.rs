@@ -58,6 +58,14 @@ pub enum Rejection {
         /// Newest durable revision.
         head: Revision,
     },
+    /// A key for retries that another request has used.
+    #[error(
+        "this Idempotency-Key was used by another request (at revision {first_revision}); a new request needs a new key"
+    )]
+    RetryMismatch {
+        /// What the other request wrote first.
+        first_revision: Revision,
+    },
     /// The caller's key has no right to it.
     #[error("{0}")]
     Forbidden(String),

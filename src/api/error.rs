@@ -69,6 +69,7 @@ fn status_and_code(rejection: &Rejection) -> (StatusCode, &'static str) {
         Rejection::AlreadyExists(_) => (StatusCode::CONFLICT, "already_exists"),
         Rejection::PreconditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "precondition_failed"),
         Rejection::RevisionCompacted { .. } => (StatusCode::GONE, "revision_compacted"),
+        Rejection::RetryMismatch { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused"),
         Rejection::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden"),
         Rejection::PayloadTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
         Rejection::StorageFull(_) => (StatusCode::INSUFFICIENT_STORAGE, "storage_full"),

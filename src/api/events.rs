@@ -627,6 +627,9 @@ pub async fn publish(State(app): State<App>, head: Head, body: Body) -> ApiResul
             Some(key) => head.need_key(Right::Write, key.as_str())?,
             None => head.need_everything(Right::Write)?,
         }
+        if head.retry(&bytes)?.is_some() {
+            return Err(invalid("an ephemeral event is not in the log, so it takes no Idempotency-Key"));
+        }
         app.engine.feed().publish_ephemeral(Ephemeral {
             ts_ms: app.engine.now_ms(),
             event_type: event_type.as_str().into(),
@@ -638,7 +641,7 @@ pub async fn publish(State(app): State<App>, head: Head, body: Body) -> ApiResul
         })
     } else {
         let op = Op::Event { event_type, key, data: data.map(Into::into), labels };
-        app.commit(&head, Command::one(op)).await?.last_revision
+        app.commit(&head, &bytes, Command::one(op)).await?.last_revision
     };
     Ok(json(StatusCode::CREATED, format!("{{\"revision\":{revision}}}")))
 }

@@ -4,6 +4,7 @@
 
 use super::auth::Client;
 use super::error::{ApiError, ApiResult, invalid};
+use crate::engine::answers::Retry;
 use crate::engine::command::{Condition, ETags, Op};
 use crate::engine::json::{check_depth, check_surrogates};
 use crate::error::Rejection;
@@ -57,6 +58,32 @@ impl Head {
         self.grant.as_ref().map_or(Ok(()), |grant| grant.need_everything(right))
     }
 
+    /// What a repetition of this request is known by, if its sender says that it may be repeated: `Idempotency-Key`
+    /// (draft-ietf-httpapi-idempotency-key-header-07). Everything that decides what the request does is in the hash.
+    pub fn retry(&self, body: &[u8]) -> ApiResult<Option<Box<Retry>>> {
+        let mut values = self.headers.get_all(IDEMPOTENCY_KEY).iter();
+        let Some(value) = values.next() else { return Ok(None) };
+        let key = value.to_str().ok().filter(|key| !key.is_empty() && key.len() <= IDEMPOTENCY_KEY_BYTES_MAX);
+        let (Some(key), None) = (key, values.next()) else {
+            return Err(invalid(format!(
+                "Idempotency-Key is one text of 1 to {IDEMPOTENCY_KEY_BYTES_MAX} printable ASCII characters"
+            )));
+        };
+        let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+        let target = self.uri.path_and_query().map_or("", |target| target.as_str());
+        let headers = [header::CONTENT_TYPE, header::IF_MATCH, header::IF_NONE_MATCH];
+        let values = headers.iter().map(|name| self.headers.get(name).map_or(&b""[..], |value| value.as_bytes()));
+        for part in [self.method.as_str().as_bytes(), target.as_bytes()].into_iter().chain(values).chain([body]) {
+            hash.update(&(part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        let mut fingerprint = [0; 16];
+        fingerprint.copy_from_slice(&hash.finish().as_ref()[..16]);
+        // Each sender has keys of its own: nobody is told what was said to another.
+        let sender = self.grant.as_ref().map_or("", |grant| &*grant.name);
+        Ok(Some(Box::new(Retry { key: format!("{sender}\n{key}").into(), fingerprint })))
+    }
+
     /// Refuses a caller who may not do this.
     pub fn need_op(&self, op: &Op) -> Result<(), Rejection> {
         match op {
@@ -91,6 +118,10 @@ impl<S: Sync> FromRequestParts<S> for Head {
         })
     }
 }
+
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// Longest `Idempotency-Key`: a UUID is 36, a composed name has room.
+const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 
 /// A body must have arrived by then; a slower client is holding memory.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);

@@ -117,8 +117,14 @@ impl App {
         })))
     }
 
-    /// Commits what its sender may do: all of it or nothing.
-    pub async fn commit(&self, head: &Head, command: Command) -> ApiResult<Committed> {
+    /// Commits what its sender may do: all of it or nothing. `body` is the request's, for telling a retry by.
+    pub async fn commit(&self, head: &Head, body: &[u8], mut command: Command) -> ApiResult<Committed> {
+        command.retry = head.retry(body)?;
+        self.commit_part(head, command).await
+    }
+
+    /// The same for a part of a request that takes several commands: its answer is not remembered.
+    pub async fn commit_part(&self, head: &Head, command: Command) -> ApiResult<Committed> {
         for (index, op) in command.ops.iter().enumerate() {
             head.need_op(op).map_err(|e| if command.is_batch { e.at(index) } else { e })?;
         }

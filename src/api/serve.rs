@@ -294,15 +294,25 @@ fn tune(stream: &TcpStream) {
     rustix::net::sockopt::set_tcp_user_timeout(stream, stall_ms).ok();
 }
 
-/// To a connection beyond `max_connections`,
-const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 157\r\n\r\n{\"type\":\"urn:kiss-vdb:problem:overloaded\",\"title\":\"Service Unavailable\",\"status\":503,\"detail\":\"too many connections; retry in a moment\",\"code\":\"overloaded\"}";
-/// and to one beyond `max_connections_per_address`.
-const TOO_MANY_FROM_ADDRESS: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 178\r\n\r\n{\"type\":\"urn:kiss-vdb:problem:rate_limited\",\"title\":\"Too Many Requests\",\"status\":429,\"detail\":\"too many connections from this address; retry in a moment\",\"code\":\"rate_limited\"}";
+/// What a connection is refused with: status line, code and detail.
+type Refusal = (&'static str, u16, &'static str, &'static str);
+/// Beyond `max_connections`,
+const TOO_MANY: Refusal = ("Service Unavailable", 503, "overloaded", "too many connections; retry in a moment");
+/// and beyond `max_connections_per_address`.
+const TOO_MANY_FROM_ADDRESS: Refusal =
+    ("Too Many Requests", 429, "rate_limited", "too many connections from this address; retry in a moment");
 
 /// Says that there are too many connections, without spending a request on it.
-async fn refuse(mut stream: TcpStream, message: &'static [u8]) {
+async fn refuse(mut stream: TcpStream, (title, status, code, detail): Refusal) {
+    let body = format!(
+        "{{\"type\":\"urn:kiss-vdb:problem:{code}\",\"title\":\"{title}\",\"status\":{status},\"detail\":\"{detail}\",\"code\":\"{code}\"}}"
+    );
+    let message = format!(
+        "HTTP/1.1 {status} {title}\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
     let answer = async {
-        stream.write_all(message).await?;
+        stream.write_all(message.as_bytes()).await?;
         stream.shutdown().await?;
         // Closed with its request unread, the connection would be reset, and the answer lost on the way.
         let mut ignored = [0; 1024];

@@ -159,8 +159,8 @@ pub fn push_entry(out: &mut String, key: &str, entry: &Entry, include_value: boo
     out.push('}');
 }
 
-async fn commit_one(app: &App, head: &Head, op: Op) -> ApiResult {
-    let committed = app.commit(head, Command::one(op)).await?;
+async fn commit_one(app: &App, head: &Head, body: &[u8], op: Op) -> ApiResult {
+    let committed = app.commit(head, body, Command::one(op)).await?;
     let outcome = &committed.outcomes[0];
     let status = match outcome {
         Outcome::Put { created: true, .. } | Outcome::Patched { created: true, .. } => StatusCode::CREATED,
@@ -188,17 +188,15 @@ pub async fn put(State(app): State<App>, head: Head, body: Body) -> ApiResult {
         return Err(invalid(format!("the Content-Type is longer than {CONTENT_TYPE_BYTES_MAX} bytes")));
     }
     let tags: Vec<&str> = params.all("tag").collect();
+    let data = read_body(headers, body, app.max_body_bytes).await?;
     let op = Op::Put {
         key,
         ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
         labels: Labels::new(params.one("job_id")?, &tags)?,
         condition: condition(headers, params.revision("if_revision")?)?,
-        value: Value::Bytes(Box::new(Blob {
-            content_type: content_type.into(),
-            data: read_body(headers, body, app.max_body_bytes).await?,
-        })),
+        value: Value::Bytes(Box::new(Blob { content_type: content_type.into(), data: data.clone() })),
     };
-    commit_one(&app, &head, op).await
+    commit_one(&app, &head, &data, op).await
 }
 
 async fn put_json(app: &App, key: Key, head: &Head, body: Body) -> ApiResult {
@@ -213,7 +211,7 @@ async fn put_json(app: &App, key: Key, head: &Head, body: Body) -> ApiResult {
         labels: body.meta.map_or(Ok(None), |meta| meta.0.labels())?,
         condition: condition(headers, body.if_revision)?,
     };
-    commit_one(app, head, op).await
+    commit_one(app, head, &bytes, op).await
 }
 
 /// `PATCH /v1/state/{key}`
@@ -232,7 +230,7 @@ pub async fn patch(State(app): State<App>, head: Head, body: Body) -> ApiResult 
         ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
         condition: condition(headers, params.revision("if_revision")?)?,
     };
-    commit_one(&app, &head, op).await
+    commit_one(&app, &head, &bytes, op).await
 }
 
 /// `GET /v1/state/{key}`
@@ -275,7 +273,7 @@ pub async fn delete(State(app): State<App>, head: Head) -> ApiResult {
     let key = key_of(uri)?;
     let params = Params::parse(uri, &["if_revision"])?;
     let condition = condition(headers, params.revision("if_revision")?)?;
-    commit_one(&app, &head, Op::Delete { key, condition }).await
+    commit_one(&app, &head, &[], Op::Delete { key, condition }).await
 }
 
 /// Makes a cursor of the last item's name.
@@ -524,7 +522,7 @@ pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult 
     }
     let ops: Result<Vec<Op>, Rejection> =
         body.ops.into_iter().enumerate().map(|(index, op)| op.0.parse().map_err(|e| e.at(index))).collect();
-    let committed = app.commit(&head, Command::batch(ops?)).await?;
+    let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, push_outcome);
     push_fmt(

@@ -58,7 +58,7 @@ pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Bo
     let body: CreateBody = parse_object(&bytes)?;
     let spec = CollectionSpec::new(body.dim, Metric::parse(&body.metric)?)?;
     let committed =
-        app.commit(&head, Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
+        app.commit(&head, &bytes, Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
     let Outcome::Collection { created, .. } = committed.outcomes[0] else { return Err(ApiError::Internal) };
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
     // It may be deleted again by now; then say so rather than invent an answer.
@@ -113,7 +113,7 @@ pub async fn info(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
 pub async fn drop_collection(State(app): State<App>, path: NamePath, head: Head) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&head.uri, &[])?;
-    let committed = app.commit(&head, Command::one(Op::DeleteCollection { collection })).await?;
+    let committed = app.commit(&head, &[], Command::one(Op::DeleteCollection { collection })).await?;
     Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
 }
 
@@ -179,7 +179,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
         let item = ItemBody { id, vector, vector_base64, meta, if_revision };
-        let committed = app.commit(&head, Command::one(write_op(write, &collection, &item)?)).await?;
+        let committed = app.commit(&head, &bytes, Command::one(write_op(write, &collection, &item)?)).await?;
         return Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])));
     };
     if body.id.is_some()
@@ -198,7 +198,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
         .enumerate()
         .map(|(index, item)| write_op(write, &collection, &item.0).map_err(|e| e.at(index)))
         .collect();
-    let committed = app.commit(&head, Command::batch(ops?)).await?;
+    let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, |out, outcome| out.push_str(&outcome_json(outcome)));
     push_fmt(&mut out, format_args!("],\"revision\":{}}}", committed.last_revision));
@@ -253,31 +253,38 @@ pub async fn delete(State(app): State<App>, path: NamePath, head: Head, body: Bo
             // Named twice is deleted once, and not missing the second time.
             let mut seen = HashSet::new();
             ids.retain(|id| seen.insert(id.clone()));
-            Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: None } }
+            Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: None, deleted_before: 0 } }
         }
-        (None, None, Some(filters)) => return delete_matching(&app, &head, collection, Filter::parse(&filters)?).await,
+        (None, None, Some(filters)) => {
+            return delete_matching(&app, &head, &bytes, collection, Filter::parse(&filters)?).await;
+        }
         _ => return Err(invalid("give one of id, ids or filters")),
     };
-    let committed = app.commit(&head, Command::one(op)).await?;
+    let committed = app.commit(&head, &bytes, Command::one(op)).await?;
     Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
 }
 
 /// Deletes what matches, in commands of at most [`ITEMS_MAX`]: one command for a million would keep every other write
-/// waiting. Looking at every vector's metadata is not the writer's work; it checks the found ones again.
-async fn delete_matching(app: &App, head: &Head, collection: CollectionName, filter: Filter) -> ApiResult {
+/// waiting. Looking at every vector's metadata is not the writer's work; it checks the found ones again. The last command
+/// answers for all, so only it is remembered: whoever asks again after half of it deletes the other half.
+async fn delete_matching(app: &App, head: &Head, body: &[u8], collection: CollectionName, filter: Filter) -> ApiResult {
+    if let Some(known) = head.retry(body)?.and_then(|retry| app.engine.remembered(&retry)) {
+        return Ok(json(StatusCode::OK, outcome_json(&known?.outcomes[0])));
+    }
     let ticket = app.engine.begin_match(collection.as_str())?;
     let (ids, filter) = blocking(move || (ticket.ids_matching(&filter), filter)).await?;
-    let (mut total, mut last) = (0, app.engine.head());
-    for ids in ids.chunks(ITEMS_MAX) {
-        let selection = VectorSelection { ids: ids.to_vec(), filter: Some(filter.clone()) };
-        let op = Op::DeleteVectors { collection: collection.clone(), selection };
-        let committed = app.commit(head, Command::one(op)).await?;
-        if let Outcome::VectorsDeleted { deleted, revision, .. } = committed.outcomes[0] {
-            total += deleted;
-            last = revision;
-        }
+    let mut all = Outcome::VectorsDeleted { deleted: 0, missing: Vec::new(), revision: app.engine.head() };
+    let mut chunks = ids.chunks(ITEMS_MAX).peekable();
+    while let Some(ids) = chunks.next() {
+        let deleted_before = if let Outcome::VectorsDeleted { deleted, .. } = all { deleted } else { 0 };
+        let selection = VectorSelection { ids: ids.to_vec(), filter: Some(filter.clone()), deleted_before };
+        let command = Command::one(Op::DeleteVectors { collection: collection.clone(), selection });
+        let committed = match chunks.peek() {
+            Some(_) => app.commit_part(head, command).await?,
+            None => app.commit(head, body, command).await?,
+        };
+        all = committed.outcomes.into_iter().next().ok_or(ApiError::Internal)?;
     }
-    let all = Outcome::VectorsDeleted { deleted: total, missing: Vec::new(), revision: last };
     Ok(json(StatusCode::OK, outcome_json(&all)))
 }
 

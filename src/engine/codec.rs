@@ -5,7 +5,8 @@
 //! the state it is applied to. Values and metadata are stored whole, also after a patch, so that replaying needs no
 //! merge and an old log means the same to a newer program.
 
-use super::command::{Blob, EventType, Key, Labels, Value};
+use super::answers::{Answer, Retry};
+use super::command::{Blob, EventType, Key, Labels, Outcome, Value};
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Metric, Vector, VectorId, VectorMeta};
 use crate::wire::{Malformed, Put, Reader};
@@ -107,6 +108,8 @@ pub struct Record {
     pub ts_ms: u64,
     /// At least one.
     pub events: Vec<Event>,
+    /// What was said to the client, if it may ask again.
+    pub answer: Option<Box<Answer>>,
 }
 
 impl Record {
@@ -135,11 +138,91 @@ mod tag {
     pub const VALUE_BYTES: u8 = 2;
 }
 
+mod outcome_tag {
+    pub const PUT: u8 = 1;
+    pub const PATCHED: u8 = 2;
+    pub const DELETED: u8 = 3;
+    pub const PUBLISHED: u8 = 4;
+    pub const COLLECTION: u8 = 5;
+    pub const COLLECTION_DELETED: u8 = 6;
+    pub const VECTOR_WRITTEN: u8 = 7;
+    pub const VECTOR_DELETED: u8 = 8;
+    pub const VECTORS_DELETED: u8 = 9;
+}
+
 /// Appends a record's payload: time, then events.
 pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
     out.put_u64(record.ts_ms);
     for event in &record.events {
         encode_event(event, out);
+    }
+    if let Some(answer) = &record.answer {
+        encode_answer(answer, out);
+    }
+}
+
+/// Appends an answer; the snapshot stores answers the same way.
+pub fn encode_answer(answer: &Answer, out: &mut Vec<u8>) {
+    out.put_text(&answer.retry.key);
+    out.extend_from_slice(&answer.retry.fingerprint);
+    out.put_u32(u32::try_from(answer.outcomes.len()).expect("a request holds thousands of operations at most"));
+    answer.outcomes.iter().for_each(|outcome| encode_outcome(outcome, out));
+}
+
+fn encode_outcome(outcome: &Outcome, out: &mut Vec<u8>) {
+    match outcome {
+        Outcome::Put { key, revision, created, expires_at_ms } => {
+            out.put_byte(outcome_tag::PUT);
+            out.put_text(key.as_str());
+            out.put_revision(*revision);
+            out.put_byte(u8::from(*created));
+            out.put_u64(expires_at_ms.map_or(0, NonZeroU64::get));
+        }
+        Outcome::Patched { key, revision, created, expires_at_ms, value } => {
+            out.put_byte(outcome_tag::PATCHED);
+            out.put_text(key.as_str());
+            out.put_revision(*revision);
+            out.put_byte(u8::from(*created));
+            out.put_u64(expires_at_ms.map_or(0, NonZeroU64::get));
+            encode_value(value, out);
+        }
+        Outcome::Deleted { key, revision } => {
+            out.put_byte(outcome_tag::DELETED);
+            out.put_text(key.as_str());
+            out.put_revision(*revision);
+        }
+        Outcome::Published { revision } => {
+            out.put_byte(outcome_tag::PUBLISHED);
+            out.put_revision(*revision);
+        }
+        Outcome::Collection { created, revision } => {
+            out.put_byte(outcome_tag::COLLECTION);
+            out.put_byte(u8::from(*created));
+            out.put_revision(*revision);
+        }
+        Outcome::CollectionDeleted { count, revision } => {
+            out.put_byte(outcome_tag::COLLECTION_DELETED);
+            out.put_u64(*count as u64);
+            out.put_revision(*revision);
+        }
+        Outcome::VectorWritten { id, revision, created } => {
+            out.put_byte(outcome_tag::VECTOR_WRITTEN);
+            out.put_text(id.as_str());
+            out.put_revision(*revision);
+            out.put_byte(u8::from(*created));
+        }
+        Outcome::VectorDeleted { id, revision } => {
+            out.put_byte(outcome_tag::VECTOR_DELETED);
+            out.put_text(id.as_str());
+            out.put_revision(*revision);
+        }
+        Outcome::VectorsDeleted { deleted, missing, revision } => {
+            out.put_byte(outcome_tag::VECTORS_DELETED);
+            out.put_u64(*deleted as u64);
+            out.put_u32(u32::try_from(missing.len()).expect("a request names thousands of ids at most"));
+            missing.iter().for_each(|id| out.put_text(id.as_str()));
+            out.put_revision(*revision);
+        }
     }
 }
 
@@ -204,7 +287,11 @@ pub fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
     out.put_revision(entry.created_revision);
     out.put_u64(entry.expires_at_ms.map_or(0, NonZeroU64::get));
     put_labels(out, entry.labels.as_deref());
-    match &entry.value {
+    encode_value(&entry.value, out);
+}
+
+fn encode_value(value: &Value, out: &mut Vec<u8>) {
+    match value {
         Value::Json(text) => {
             out.put_byte(tag::VALUE_JSON);
             out.put_text(text);
@@ -254,11 +341,68 @@ pub fn decode_record(first_revision: Revision, count: u32, payload: &[u8]) -> Re
     for _ in 0..count {
         events.push(decode_event(&mut reader)?);
     }
-    reader.end("the last event")?;
+    let answer = if reader.0.is_empty() { None } else { Some(Box::new(decode_answer(&mut reader)?)) };
+    reader.end("the record")?;
     if events.is_empty() {
         return Err(Malformed("a record without events".into()));
     }
-    Ok(Record { first_revision, ts_ms, events })
+    Ok(Record { first_revision, ts_ms, events, answer })
+}
+
+/// Reads what [`encode_answer`] wrote.
+pub fn decode_answer(reader: &mut Reader<'_>) -> Result<Answer, Malformed> {
+    let key = reader.text("idempotency key")?.into();
+    let fingerprint = u128::from(reader.u64("fingerprint")?) | u128::from(reader.u64("fingerprint")?) << 64;
+    let retry = Retry { key, fingerprint: fingerprint.to_le_bytes() };
+    let count = reader.u32("outcomes")? as usize;
+    let mut outcomes = Vec::with_capacity(count.min(reader.0.len()));
+    for _ in 0..count {
+        outcomes.push(decode_outcome(reader)?);
+    }
+    Ok(Answer { retry, outcomes })
+}
+
+fn decode_outcome(reader: &mut Reader<'_>) -> Result<Outcome, Malformed> {
+    let count = |reader: &mut Reader<'_>| {
+        usize::try_from(reader.u64("count")?).map_err(|_| Malformed("a count beyond this machine".into()))
+    };
+    Ok(match reader.byte("outcome tag")? {
+        outcome_tag::PUT => Outcome::Put {
+            key: key(reader)?,
+            revision: reader.revision("revision")?,
+            created: reader.byte("created")? != 0,
+            expires_at_ms: NonZeroU64::new(reader.u64("expires_at_ms")?),
+        },
+        outcome_tag::PATCHED => Outcome::Patched {
+            key: key(reader)?,
+            revision: reader.revision("revision")?,
+            created: reader.byte("created")? != 0,
+            expires_at_ms: NonZeroU64::new(reader.u64("expires_at_ms")?),
+            value: decode_value(reader)?,
+        },
+        outcome_tag::DELETED => Outcome::Deleted { key: key(reader)?, revision: reader.revision("revision")? },
+        outcome_tag::PUBLISHED => Outcome::Published { revision: reader.revision("revision")? },
+        outcome_tag::COLLECTION => {
+            Outcome::Collection { created: reader.byte("created")? != 0, revision: reader.revision("revision")? }
+        }
+        outcome_tag::COLLECTION_DELETED => {
+            Outcome::CollectionDeleted { count: count(reader)?, revision: reader.revision("revision")? }
+        }
+        outcome_tag::VECTOR_WRITTEN => Outcome::VectorWritten {
+            id: vector_id(reader)?,
+            revision: reader.revision("revision")?,
+            created: reader.byte("created")? != 0,
+        },
+        outcome_tag::VECTOR_DELETED => {
+            Outcome::VectorDeleted { id: vector_id(reader)?, revision: reader.revision("revision")? }
+        }
+        outcome_tag::VECTORS_DELETED => {
+            let deleted = count(reader)?;
+            let missing = (0..reader.u32("missing")?).map(|_| vector_id(reader)).collect::<Result<_, _>>()?;
+            Outcome::VectorsDeleted { deleted, missing, revision: reader.revision("revision")? }
+        }
+        other => return Err(Malformed(format!("unknown outcome tag {other}"))),
+    })
 }
 
 fn decode_event(reader: &mut Reader<'_>) -> Result<Event, Malformed> {
@@ -309,14 +453,18 @@ pub fn decode_entry(reader: &mut Reader<'_>) -> Result<Entry, Malformed> {
         created_revision: reader.revision("created_revision")?,
         expires_at_ms: NonZeroU64::new(reader.u64("expires_at_ms")?),
         labels: labels(reader)?,
-        value: match reader.byte("value tag")? {
-            tag::VALUE_JSON => Value::Json(reader.text("value")?.into()),
-            tag::VALUE_BYTES => Value::Bytes(Box::new(Blob {
-                content_type: reader.text("content type")?.into(),
-                data: Bytes::copy_from_slice(reader.blob("value")?),
-            })),
-            other => return Err(Malformed(format!("unknown value tag {other}"))),
-        },
+        value: decode_value(reader)?,
+    })
+}
+
+fn decode_value(reader: &mut Reader<'_>) -> Result<Value, Malformed> {
+    Ok(match reader.byte("value tag")? {
+        tag::VALUE_JSON => Value::Json(reader.text("value")?.into()),
+        tag::VALUE_BYTES => Value::Bytes(Box::new(Blob {
+            content_type: reader.text("content type")?.into(),
+            data: Bytes::copy_from_slice(reader.blob("value")?),
+        })),
+        other => return Err(Malformed(format!("unknown value tag {other}"))),
     })
 }
 
@@ -446,6 +594,34 @@ pub(crate) mod tests {
                 Event::VectorDeleted { collection: collection.clone(), id, labels: None },
                 Event::CollectionDeleted { collection, spec },
             ],
+            answer: None,
+        }
+    }
+
+    /// An answer with every kind of outcome.
+    fn every_outcome() -> Answer {
+        let (key, id, revision) = (Key::new("k").unwrap(), VectorId::new("v").unwrap(), Revision(7));
+        let blob = Blob { content_type: "text/plain".into(), data: Bytes::from_static(b"hi") };
+        let expires_at_ms = NonZeroU64::new(99);
+        Answer {
+            retry: Retry { key: "worker\nonce".into(), fingerprint: std::array::from_fn(|at| at as u8) },
+            outcomes: vec![
+                Outcome::Put { key: key.clone(), revision, created: true, expires_at_ms },
+                Outcome::Patched {
+                    key: key.clone(),
+                    revision,
+                    created: false,
+                    expires_at_ms: None,
+                    value: Value::Bytes(Box::new(blob)),
+                },
+                Outcome::Deleted { key, revision },
+                Outcome::Published { revision },
+                Outcome::Collection { created: true, revision },
+                Outcome::CollectionDeleted { count: 3, revision },
+                Outcome::VectorWritten { id: id.clone(), revision, created: true },
+                Outcome::VectorDeleted { id: id.clone(), revision },
+                Outcome::VectorsDeleted { deleted: 2, missing: vec![id.clone(), id], revision },
+            ],
         }
     }
 
@@ -459,15 +635,22 @@ pub(crate) mod tests {
         let mut bytes = Vec::new();
         encode_record(&record, &mut bytes);
         assert_eq!(decode_record(Revision(7), record.events.len() as u32, &bytes).unwrap(), record);
+        let record = Record { answer: Some(Box::new(every_outcome())), ..record };
+        let mut bytes = Vec::new();
+        encode_record(&record, &mut bytes);
+        assert_eq!(decode_record(Revision(7), record.events.len() as u32, &bytes).unwrap(), record);
     }
 
     #[test]
     fn damaged_records_are_refused_and_never_panic() {
-        let record = specimen();
+        let mut whole = Vec::new();
+        encode_record(&specimen(), &mut whole);
+        let record = Record { answer: Some(Box::new(every_outcome())), ..specimen() };
         let mut bytes = Vec::new();
         encode_record(&record, &mut bytes);
         let count = record.events.len() as u32;
-        for cut in 0..bytes.len() {
+        // Cut right behind its events it is a record without an answer.
+        for cut in (0..bytes.len()).filter(|cut| *cut != whole.len()) {
             assert!(decode_record(Revision(7), count, &bytes[..cut]).is_err(), "cut at {cut}");
         }
         for at in 0..bytes.len() {

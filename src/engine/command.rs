@@ -2,6 +2,7 @@
 //!
 //! Pure: no clock, no file, no async. Every limit of the write path stands here with its reason, checked once.
 
+use super::answers::Retry;
 use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::filter::Filter;
@@ -284,6 +285,8 @@ pub struct VectorSelection {
     pub ids: Vec<VectorId>,
     /// Checked again when the delete is decided: what no longer matches stays.
     pub filter: Option<Filter>,
+    /// How many earlier commands of the same request deleted: the last one answers for all.
+    pub deleted_before: usize,
 }
 
 /// One operation, valid but not yet decided.
@@ -362,7 +365,7 @@ impl Op {
 }
 
 /// What one operation did, for the answer.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 #[expect(missing_docs, reason = "the fields are those of the HTTP contract under the same names")]
 pub enum Outcome {
     Put {
@@ -411,6 +414,23 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// About the memory it takes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        size_of::<Self>()
+            + match self {
+                Self::Put { key, .. } | Self::Deleted { key, .. } => key.as_str().len(),
+                Self::Patched { key, value, .. } => key.as_str().len() + value.len(),
+                Self::VectorWritten { id, .. } | Self::VectorDeleted { id, .. } => id.as_str().len(),
+                Self::VectorsDeleted { missing, .. } => {
+                    missing.iter().map(|id| size_of::<VectorId>() + id.as_str().len()).sum()
+                }
+                Self::Published { .. } | Self::Collection { .. } | Self::CollectionDeleted { .. } => 0,
+            }
+    }
+}
+
 /// What the sequencer decides as one: all operations or none, one record, consecutive revisions.
 #[derive(Clone, Debug)]
 pub struct Command {
@@ -418,19 +438,21 @@ pub struct Command {
     pub ops: Vec<Op>,
     /// Whether a rejection names the operation's index.
     pub is_batch: bool,
+    /// Set when the answer is to be remembered.
+    pub retry: Option<Box<Retry>>,
 }
 
 impl Command {
     /// A single operation.
     #[must_use]
     pub fn one(op: Op) -> Self {
-        Self { ops: vec![op], is_batch: false }
+        Self { ops: vec![op], is_batch: false, retry: None }
     }
 
     /// Several operations, all or nothing.
     #[must_use]
     pub fn batch(ops: Vec<Op>) -> Self {
-        Self { ops, is_batch: true }
+        Self { ops, is_batch: true, retry: None }
     }
 }
 

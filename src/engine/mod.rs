@@ -27,6 +27,7 @@
 //!
 //! Deliberately absent: HTTP, a second writer, a lock held over I/O on the way of a read.
 
+pub mod answers;
 pub mod clock;
 pub mod codec;
 pub mod collections;
@@ -48,6 +49,7 @@ pub mod zeros;
 use crate::config::{Config, Fsync};
 use crate::error::{Error, Rejection};
 use crate::revision::Revision;
+use answers::Retry;
 use clock::Clock;
 use codec::{Entries, Entry};
 use collections::SharedCollection;
@@ -257,6 +259,12 @@ impl Engine {
     pub fn begin_match(&self, name: &str) -> Result<SearchTicket, Rejection> {
         let state = self.inner.state.read();
         Ok(state.collection(name)?.begin_match(state.revision()))
+    }
+
+    /// What was said to a request that was answered before; `None` when it is new.
+    #[must_use]
+    pub fn remembered(&self, retry: &Retry) -> Option<Result<Committed, Rejection>> {
+        Some(self.inner.state.read().answers().get(&retry.key, self.now_ms())?.to(retry))
     }
 
     /// A key's entry.

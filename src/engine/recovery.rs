@@ -193,7 +193,9 @@ fn load(snapshot: Snapshot, vectors: &Path, background: &Arc<Background>) -> Res
         }
         collections.insert(saved.name.clone(), collection);
     }
-    Ok((State::from_snapshot(snapshot.entries, collections, snapshot.revision), missing))
+    let mut state = State::from_snapshot(snapshot.entries, collections, snapshot.revision);
+    state.load_answers(snapshot.answers);
+    Ok((state, missing))
 }
 
 /// Directories of collections that are gone, or whose creation never became durable.

@@ -15,6 +15,7 @@
 //! - A client that hangs up changes nothing: its answer goes nowhere, its commit stands.
 
 use super::Inner;
+use super::answers::Answer;
 use super::codec::Record;
 use super::command::{Command, Committed, Op};
 use super::recovery::Preparer;
@@ -59,7 +60,7 @@ pub enum Request {
 
 /// A command and where its answer goes.
 type Waiting = (Command, oneshot::Sender<Result<Committed, Rejection>>);
-type Answer = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, Rejection>);
+type Reply = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, Rejection>);
 
 /// See the module.
 #[derive(Debug)]
@@ -290,7 +291,7 @@ impl Sequencer {
         head: Revision,
         now_ms: u64,
         is_full: bool,
-    ) -> (Vec<Arc<Record>>, Vec<Answer>) {
+    ) -> (Vec<Arc<Record>>, Vec<Reply>) {
         let mut records = Vec::new();
         let mut answers = Vec::with_capacity(commands.len());
         let mut overlay = Overlay::default();
@@ -305,19 +306,25 @@ impl Sequencer {
             bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
-        let mut stage = |wal: &mut Wal, first_revision, events| {
-            let record = Arc::new(Record { first_revision, ts_ms, events });
+        let mut stage = |wal: &mut Wal, first_revision, events, answer| {
+            let record = Arc::new(Record { first_revision, ts_ms, events, answer });
             wal.stage(&record);
-            records.push(record);
+            records.push(Arc::clone(&record));
+            record
         };
         let first = decider.next;
         // On a full disk the reserve is for deletes; expired keys are gone for readers anyway, their events wait.
         let due = if is_full { Vec::new() } else { state.due(now_ms, EXPIRIES_MAX) };
         let expired = decider.decide_expiry(due);
         if !expired.is_empty() {
-            stage(&mut self.wal, first, expired);
+            stage(&mut self.wal, first, expired, None);
         }
-        while let Some((command, reply)) = commands.pop_front() {
+        while let Some((mut command, reply)) = commands.pop_front() {
+            let retry = command.retry.take();
+            if let Some(known) = retry.as_ref().and_then(|retry| decider.remembered(retry)) {
+                answers.push((reply, known));
+                continue;
+            }
             if is_full && !command.ops.iter().all(Op::frees_space) {
                 let detail = "the disk is full; delete something or free space, and writes resume by themselves";
                 answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
@@ -338,7 +345,9 @@ impl Sequencer {
             });
             let answer = answer.map(|(decision, first_revision, last_revision)| {
                 if !decision.events.is_empty() {
-                    stage(&mut self.wal, first_revision, decision.events);
+                    let answer = retry.map(|retry| Answer { retry: *retry, outcomes: decision.outcomes.clone() });
+                    let record = stage(&mut self.wal, first_revision, decision.events, answer.map(Box::new));
+                    decider.remember(&record);
                 }
                 Committed { outcomes: decision.outcomes, first_revision, last_revision }
             });
@@ -380,7 +389,7 @@ impl Sequencer {
         tracing::trace!(target: EFFECTS, records = records.len(), "publish");
     }
 
-    fn refuse(&mut self, error: AppendError, head: Revision, answers: Vec<Answer>) {
+    fn refuse(&mut self, error: AppendError, head: Revision, answers: Vec<Reply>) {
         self.wal.unstage(head);
         self.preparer.give_up();
         let rejection = match error {

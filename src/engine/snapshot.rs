@@ -7,8 +7,9 @@
 //! a collection's files were behind when it was taken: the keys in it are skipped then, the vectors are not.
 
 use super::Inner;
-use super::codec::{Entries, Entry, decode_entry, encode_entry, put_spec, spec};
-use super::command::Key;
+use super::answers::{Answer, Remembered};
+use super::codec::{Entries, Entry, decode_answer, decode_entry, encode_answer, encode_entry, put_spec, spec};
+use super::command::{Committed, Key};
 use super::view::View;
 use super::wal::Gap;
 use crate::error::Error;
@@ -23,7 +24,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"KISSSNAP";
-const VERSION: u32 = 1;
+/// Version 1 remembers no answers.
+const VERSION: u32 = 2;
 /// Entries are written in blocks of about this size, each with its checksum.
 const BLOCK_BYTES: usize = 64 << 10;
 /// Old versions kept for it beyond which it hurries: they are memory.
@@ -47,6 +49,8 @@ pub struct Snapshot {
     pub gaps: Vec<Gap>,
     /// Collections at `revision`, each with the checkpoint its files had reached.
     pub collections: Vec<SavedCollection>,
+    /// What was said to clients who may ask again, oldest first.
+    pub answers: Vec<Arc<Remembered>>,
     /// In key order.
     pub entries: Entries,
 }
@@ -180,6 +184,9 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
             checkpoint,
         });
     }
+    // What was said later is in the log, and with it whether it came true.
+    let answers: Vec<_> =
+        state.answers().iter().filter(|a| a.committed.last_revision <= revision).map(Arc::clone).collect();
     drop(state);
     let gaps = inner.log.gaps();
     let mut header = Vec::new();
@@ -196,6 +203,14 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
         put_spec(&mut header, saved.spec);
         header.put_revision(saved.created);
         header.put_revision(saved.checkpoint);
+    }
+    header.put_u32(u32::try_from(answers.len()).expect("answers fit memory"));
+    for known in answers {
+        header.put_u64(known.ts_ms);
+        header.put_revision(known.committed.first_revision);
+        header.put_revision(known.committed.last_revision);
+        let answer = Answer { retry: known.retry.clone(), outcomes: known.committed.outcomes.clone() };
+        encode_answer(&answer, &mut header);
     }
     (header, revision, replay_after)
 }
@@ -294,7 +309,7 @@ pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
 pub fn read(path: &Path) -> Result<Snapshot, Error> {
     let mut blocks = Blocks::open(path)?;
     let header = blocks.next()?;
-    let mut snapshot = read_header(&header).map_err(|e| blocks.damaged(e))?;
+    let mut snapshot = read_header(&header, blocks.version).map_err(|e| blocks.damaged(e))?;
     if revision_of(path) != Some(snapshot.revision) {
         return Err(Error::corrupt(path, 12, "the file name does not fit its revision"));
     }
@@ -328,6 +343,7 @@ struct Blocks<'a> {
     at: u64,
     next: u64,
     left: u64,
+    version: u32,
 }
 
 impl<'a> Blocks<'a> {
@@ -335,15 +351,21 @@ impl<'a> Blocks<'a> {
     fn open(path: &'a Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(Error::io("cannot open", path))?;
         let left = file.metadata().map_err(Error::io("cannot stat", path))?.len();
-        let mut blocks = Self { path, file: BufReader::with_capacity(READ_BYTES, file), at: 0, next: 0, left };
+        let mut blocks =
+            Self { path, file: BufReader::with_capacity(READ_BYTES, file), at: 0, next: 0, left, version: 0 };
         if blocks.take(MAGIC.len(), "magic")? != MAGIC {
             return Err(Error::corrupt(path, 0, "this is not a snapshot"));
         }
         blocks.at = blocks.next;
         let version = blocks.take_u32("version")?;
-        if version != VERSION {
-            return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads {VERSION}")));
+        if version == 0 || version > VERSION {
+            return Err(Error::corrupt(
+                path,
+                8,
+                format!("format version {version}; this program reads up to {VERSION}"),
+            ));
         }
+        blocks.version = version;
         Ok(blocks)
     }
 
@@ -380,7 +402,7 @@ impl<'a> Blocks<'a> {
     }
 }
 
-fn read_header(bytes: &[u8]) -> Result<Snapshot, Malformed> {
+fn read_header(bytes: &[u8], version: u32) -> Result<Snapshot, Malformed> {
     let mut reader = Reader(bytes);
     let revision = reader.revision("revision")?;
     let replay_after = reader.revision("replay_after")?;
@@ -397,8 +419,19 @@ fn read_header(bytes: &[u8]) -> Result<Snapshot, Malformed> {
             checkpoint: reader.revision("checkpoint")?,
         });
     }
+    let mut answers = Vec::new();
+    if version > 1 {
+        for _ in 0..reader.u32("answers")? {
+            let ts_ms = reader.u64("ts")?;
+            let first_revision = reader.revision("first_revision")?;
+            let last_revision = reader.revision("last_revision")?;
+            let Answer { retry, outcomes } = decode_answer(&mut reader)?;
+            let committed = Committed { outcomes, first_revision, last_revision };
+            answers.push(Arc::new(Remembered { ts_ms, committed, retry }));
+        }
+    }
     reader.end("the snapshot's header")?;
-    Ok(Snapshot { revision, replay_after, gaps, collections, entries: Vec::new() })
+    Ok(Snapshot { revision, replay_after, gaps, collections, answers, entries: Vec::new() })
 }
 
 fn read_entry(reader: &mut Reader<'_>) -> Result<(Key, Entry), Malformed> {

@@ -7,10 +7,11 @@
 //! - Every entry with a deadline is in `expiry`, and nothing else is.
 //! - A rejected command leaves the overlay as it found it.
 
+use super::answers::{Answers, Remembered, Retry};
 use super::codec::{DeleteReason, Entries, Entry, Event, Record};
 use super::collections::SharedCollection;
 use super::command::{
-    Command, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite,
+    Command, Committed, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite,
 };
 use super::json::merge_patch;
 use super::view::Views;
@@ -43,6 +44,7 @@ pub struct State {
     key_bytes: usize,
     /// Consistent walks under way; see `view.rs`.
     views: Views,
+    answers: Answers,
 }
 
 fn entry_bytes(key: &Key, entry: &Entry) -> usize {
@@ -137,6 +139,17 @@ impl State {
         self.expiry.iter().take_while(|(at, _)| at.get() <= now_ms).take(limit).map(|(_, key)| key.clone()).collect()
     }
 
+    /// What clients who ask again are told.
+    #[must_use]
+    pub fn answers(&self) -> &Answers {
+        &self.answers
+    }
+
+    /// Remembers what a snapshot remembered. Only before replay.
+    pub fn load_answers(&mut self, answers: Vec<Arc<Remembered>>) {
+        answers.into_iter().for_each(|answer| self.answers.remember(answer));
+    }
+
     /// Where consistent walks register.
     #[must_use]
     pub fn views(&self) -> &Views {
@@ -183,6 +196,9 @@ impl State {
                     }
                 }
             }
+        }
+        if !is_known && let Some(answer) = Remembered::of(record) {
+            self.answers.remember(answer);
         }
         self.revision = self.revision.max(record.last_revision());
     }
@@ -232,6 +248,7 @@ pub struct Overlay {
     /// By the creating revision of the collection: a name may be deleted and created anew within one batch.
     vectors: HashMap<(Revision, VectorId), Option<(Revision, VectorMeta)>>,
     collections: HashMap<CollectionName, Option<(CollectionSpec, Revision)>>,
+    answers: HashMap<Box<str>, Arc<Remembered>>,
     /// Bytes by which keys and vectors will have grown.
     growth: usize,
     undo: Vec<Undo>,
@@ -321,6 +338,20 @@ fn event_bytes(event: &Event) -> usize {
 }
 
 impl Decider<'_> {
+    /// What is to be said to a request that was answered before; `None` when it is new.
+    #[must_use]
+    pub fn remembered(&self, retry: &Retry) -> Option<Result<Committed, Rejection>> {
+        let known = self.overlay.answers.get(&retry.key).or_else(|| self.state.answers.get(&retry.key, self.now_ms))?;
+        Some(known.to(retry))
+    }
+
+    /// Lets the next commands of the batch know what was said to this one.
+    pub fn remember(&mut self, record: &Record) {
+        if let Some(answer) = Remembered::of(record) {
+            self.overlay.answers.insert(answer.retry.key.clone(), answer);
+        }
+    }
+
     /// Decides a command: all of its operations or none. A rejection leaves the overlay as it was.
     pub fn decide(&mut self, command: Command) -> Result<Decision, Rejection> {
         self.overlay.undo.clear();
@@ -649,6 +680,7 @@ impl Decider<'_> {
         events: &mut Vec<Event>,
     ) -> Result<Outcome, Rejection> {
         let (_, created) = self.shape(collection)?;
+        let before = selection.deleted_before;
         let mut deleted = 0;
         let mut missing = Vec::new();
         for id in selection.ids {
@@ -667,7 +699,7 @@ impl Decider<'_> {
         }
         let revision = if deleted == 0 { self.next.prev() } else { self.next.plus(deleted - 1) };
         // The cast: counts a list in memory.
-        let deleted = deleted as usize;
+        let deleted = before + deleted as usize;
         Ok(Outcome::VectorsDeleted { deleted, missing, revision })
     }
 }

@@ -175,7 +175,7 @@ mod tests {
     fn apply(state: &RwLock<State>, event: Event) {
         let mut state = state.write();
         let first_revision = state.revision().next();
-        state.apply(&Record { first_revision, ts_ms: 0, events: vec![event] });
+        state.apply(&Record { first_revision, ts_ms: 0, events: vec![event], answer: None });
     }
 
     /// A walk that showed what was written, or missed what was deleted, after it began would not be at one revision.

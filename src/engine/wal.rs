@@ -34,7 +34,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// First bytes of a segment.
 const MAGIC: &[u8; 8] = b"KISSVLOG";
 /// Format version of segments and records.
-const VERSION: u32 = 1;
+/// Records of version 1 carry no answers.
+const VERSION: u32 = 2;
 /// Bytes before the first frame.
 pub const SEGMENT_HEADER_BYTES: usize = 64;
 /// Bytes before a frame's payload.
@@ -310,8 +311,8 @@ impl Segment {
             (|| Ok((reader.u32("version")?, reader.u32("salt")?, reader.revision("revision")?, reader.u64("size")?)))();
         let (version, salt, first_revision, size) =
             fields.map_err(|e: crate::wire::Malformed| Error::corrupt(path, 0, e.0))?;
-        if bytes[..MAGIC.len()] == *MAGIC && version != VERSION {
-            return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads {VERSION}")));
+        if bytes[..MAGIC.len()] == *MAGIC && !(1..=VERSION).contains(&version) {
+            return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads up to {VERSION}")));
         }
         if bytes[..] != segment_header(first_revision, salt, size)[..] {
             return Err(Error::corrupt(path, 0, "the segment header does not match its checksum"));
@@ -1172,7 +1173,12 @@ mod tests {
             data: Some(format!("\"{}{}\"", "x".repeat(bytes), first + n as u64).into()),
             labels: None,
         };
-        Record { first_revision: Revision(first), ts_ms: 1000 + first, events: (0..events).map(event).collect() }
+        Record {
+            first_revision: Revision(first),
+            ts_ms: 1000 + first,
+            events: (0..events).map(event).collect(),
+            answer: None,
+        }
     }
 
     fn open(dir: &Path, after: u64) -> Result<(OpenedWal, Vec<u64>), Error> {

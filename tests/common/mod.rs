@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
+#[allow(unused_imports)]
 pub use tokio::time::{Duration, timeout};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_kiss-vdb");

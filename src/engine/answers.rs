@@ -1,0 +1,170 @@
+//! Answers remembered for retries: a client that lost one asks again under the same `Idempotency-Key` and gets the same.
+//!
+//! A command with a key carries its answer in its record, so that what was done and what was said about it are durable
+//! together: after a crash either both are there or neither. Refusals are not remembered. They changed nothing, so asking
+//! again is asking anew.
+//!
+//! Pure: time comes with the records.
+
+use super::codec::Record;
+use super::command::{Committed, Outcome};
+use crate::error::Rejection;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// How long an answer is remembered.
+pub const WINDOW_MS: u64 = 3_600_000;
+/// Memory that answers may take; beyond it the oldest go early.
+pub const BYTES_MAX: usize = 64 << 20;
+/// About what an answer takes beside its texts.
+const OVERHEAD_BYTES: usize = 200;
+
+/// What makes a request the same as an earlier one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// The client's key, behind the name of who sent it.
+    pub key: Box<str>,
+    /// A hash of the request: another one under the same key is a mistake.
+    pub fingerprint: [u8; 16],
+}
+
+/// What was said to a command.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// The command's key and hash.
+    pub retry: Retry,
+    /// One for each operation.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// An answer with its place in history.
+#[derive(Debug)]
+pub struct Remembered {
+    /// Unix milliseconds.
+    pub ts_ms: u64,
+    /// What the command did.
+    pub committed: Committed,
+    /// Its key and hash.
+    pub retry: Retry,
+}
+
+impl Remembered {
+    /// Of a record that carries its answer.
+    #[must_use]
+    pub fn of(record: &Record) -> Option<Arc<Self>> {
+        let answer = record.answer.as_ref()?;
+        Some(Arc::new(Self {
+            ts_ms: record.ts_ms,
+            committed: Committed {
+                outcomes: answer.outcomes.clone(),
+                first_revision: record.first_revision,
+                last_revision: record.last_revision(),
+            },
+            retry: answer.retry.clone(),
+        }))
+    }
+
+    /// The same answer for the same request, a refusal for another.
+    pub fn to(&self, retry: &Retry) -> Result<Committed, Rejection> {
+        if self.retry.fingerprint == retry.fingerprint {
+            Ok(self.committed.clone())
+        } else {
+            Err(Rejection::RetryMismatch { first_revision: self.committed.first_revision })
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let outcomes: usize = self.committed.outcomes.iter().map(Outcome::memory_bytes).sum();
+        OVERHEAD_BYTES + 2 * self.retry.key.len() + outcomes
+    }
+}
+
+/// The answers of the last [`WINDOW_MS`].
+#[derive(Debug, Default)]
+pub struct Answers {
+    by_key: HashMap<Box<str>, Arc<Remembered>>,
+    /// Oldest first.
+    in_order: VecDeque<Arc<Remembered>>,
+    bytes: usize,
+}
+
+impl Answers {
+    /// What was said under this key, if it is not too long ago.
+    #[must_use]
+    pub fn get(&self, key: &str, now_ms: u64) -> Option<&Arc<Remembered>> {
+        self.by_key.get(key).filter(|known| known.ts_ms.saturating_add(WINDOW_MS) > now_ms)
+    }
+
+    /// Remembers one more, and forgets what is too old or too much.
+    pub fn remember(&mut self, new: Arc<Remembered>) {
+        let now_ms = new.ts_ms;
+        self.bytes += new.bytes();
+        self.by_key.insert(new.retry.key.clone(), Arc::clone(&new));
+        self.in_order.push_back(new);
+        while let Some(oldest) = self.in_order.front()
+            && (oldest.ts_ms.saturating_add(WINDOW_MS) <= now_ms || self.bytes > BYTES_MAX)
+        {
+            self.bytes -= oldest.bytes();
+            // Its key may have been used again since.
+            if self.by_key.get(&oldest.retry.key).is_some_and(|known| Arc::ptr_eq(known, oldest)) {
+                self.by_key.remove(&oldest.retry.key);
+            }
+            self.in_order.pop_front();
+        }
+    }
+
+    /// All of them, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Remembered>> {
+        self.in_order.iter()
+    }
+
+    /// Memory they take, about.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::revision::Revision;
+
+    fn answer(key: &str, ts_ms: u64, print: u8) -> Arc<Remembered> {
+        let committed = Committed {
+            outcomes: vec![Outcome::Published { revision: Revision(ts_ms) }],
+            first_revision: Revision(ts_ms),
+            last_revision: Revision(ts_ms),
+        };
+        Arc::new(Remembered { ts_ms, committed, retry: Retry { key: key.into(), fingerprint: [print; 16] } })
+    }
+
+    #[test]
+    fn answers_are_found_for_an_hour_and_only_for_the_same_request() {
+        let mut answers = Answers::default();
+        answers.remember(answer("a", 1000, 1));
+        let known = answers.get("a", 1000 + WINDOW_MS - 1).unwrap();
+        assert!(known.to(&Retry { key: "a".into(), fingerprint: [1; 16] }).is_ok());
+        assert!(known.to(&Retry { key: "a".into(), fingerprint: [2; 16] }).is_err());
+        assert!(answers.get("a", 1000 + WINDOW_MS).is_none(), "too old, though nothing has pushed it out");
+        assert!(answers.get("b", 1000).is_none());
+    }
+
+    #[test]
+    fn what_is_old_or_too_much_goes_and_a_key_used_again_stays() {
+        let mut answers = Answers::default();
+        answers.remember(answer("a", 0, 1));
+        answers.remember(answer("b", 10, 1));
+        answers.remember(answer("a", WINDOW_MS + 5, 2));
+        assert_eq!(answers.iter().count(), 2, "the first is too old");
+        assert_eq!(answers.get("a", WINDOW_MS + 5).unwrap().retry.fingerprint, [2; 16]);
+        answers.remember(answer("c", 3 * WINDOW_MS, 1));
+        assert_eq!((answers.iter().count(), answers.by_key.len()), (1, 1));
+        let one = answers.memory_bytes();
+        for n in 0..3 * BYTES_MAX as u64 / one as u64 {
+            answers.remember(answer(&n.to_string(), 3 * WINDOW_MS, 1));
+        }
+        assert!(answers.memory_bytes() <= BYTES_MAX && answers.memory_bytes() > BYTES_MAX / 2);
+        assert_eq!(answers.by_key.len(), answers.in_order.len());
+    }
+}
