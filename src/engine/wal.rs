@@ -206,9 +206,9 @@ struct IndexEntry {
     at: u64,
 }
 
-fn segment_header(first_revision: Revision, salt: u32, size: u64) -> Vec<u8> {
+fn segment_header(version: u32, first_revision: Revision, salt: u32, size: u64) -> Vec<u8> {
     let mut header = MAGIC.to_vec();
-    header.put_u32(VERSION);
+    header.put_u32(version);
     header.put_u32(salt);
     header.put_revision(first_revision);
     header.put_u64(size);
@@ -250,7 +250,7 @@ impl Segment {
     ) -> Result<(Self, u64), Error> {
         let salt = new_salt();
         frames.seal(salt);
-        let header = segment_header(first_revision, salt, size);
+        let header = segment_header(VERSION, first_revision, salt, size);
         let end = (header.len() + frames.bytes.len()) as u64;
         let fill = |file: &File| -> io::Result<()> {
             allocate(file, size)?;
@@ -314,7 +314,7 @@ impl Segment {
         if bytes[..MAGIC.len()] == *MAGIC && !(1..=VERSION).contains(&version) {
             return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads up to {VERSION}")));
         }
-        if bytes[..] != segment_header(first_revision, salt, size)[..] {
+        if bytes[..] != segment_header(version, first_revision, salt, size)[..] {
             return Err(Error::corrupt(path, 0, "the segment header does not match its checksum"));
         }
         let name = path.file_stem().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
