@@ -7,7 +7,7 @@ use kiss_vdb::api::live::StreamThreads;
 use kiss_vdb::api::tls::Tls;
 use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::config::{Config, Resolved};
-use kiss_vdb::engine::Engine;
+use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -217,8 +217,9 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     start_logging(&config)?;
     let file_limit = serve::raise_file_limit();
     // Some files are the engine's and the runtime's own.
-    let max_connections =
-        config.max_connections.min(usize::try_from(file_limit.saturating_sub(128)).unwrap_or(usize::MAX).max(16));
+    let others = 128 + collections_max(file_limit) * COLLECTION_FILES;
+    let left = usize::try_from(file_limit).unwrap_or(usize::MAX).saturating_sub(others);
+    let max_connections = config.max_connections.min(left.max(16));
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if config.worker_threads > 0 {
         runtime.worker_threads(config.worker_threads);

@@ -61,7 +61,7 @@ pub fn raise_file_limit() -> u64 {
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     // Where this is refused, the lower limit holds and bounds the connections.
     setrlimit(Resource::Nofile, raised).ok();
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+    crate::engine::open_files_max()
 }
 
 /// One of the open connections, as long as it lives.

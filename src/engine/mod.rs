@@ -88,6 +88,26 @@ const ROOM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Old versions a stream's snapshot may make the state keep; a slower one starts over.
 const STREAM_PREIMAGES_MAX: usize = 200_000;
 
+/// Collections there may be, however many files may be open.
+const COLLECTIONS_MAX: usize = 10_000;
+/// Files that a collection keeps open: its rows and its slot log.
+pub const COLLECTION_FILES: usize = 2;
+
+/// Collections there may be where so many files may be open: they take a quarter at most, so that connections and the log's
+/// next segment always find theirs.
+#[must_use]
+pub fn collections_max(open_files_max: u64) -> usize {
+    let files = usize::try_from(open_files_max).unwrap_or(usize::MAX);
+    COLLECTIONS_MAX.min(files / 4 / COLLECTION_FILES)
+}
+
+/// Files this process may have open.
+#[must_use]
+pub fn open_files_max() -> u64 {
+    use rustix::process::{Resource, getrlimit};
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
 /// Where things are kept below the data directory.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "named after the folders")]
@@ -112,6 +132,7 @@ pub struct Inner {
     metrics: Metrics,
     fsync: Fsync,
     memory_bytes_max: usize,
+    collections_max: usize,
     /// Largest record one command may become.
     record_bytes_max: usize,
     max_log_bytes: u64,
@@ -194,6 +215,7 @@ impl Engine {
             metrics: Metrics::default(),
             fsync: config.fsync,
             memory_bytes_max: config.max_memory_bytes,
+            collections_max: collections_max(open_files_max()),
             record_bytes_max: RECORD_BYTES_MIN.max(2 * config.max_body_bytes),
             max_log_bytes,
             paths,

@@ -301,6 +301,7 @@ impl Sequencer {
             overlay: &mut overlay,
             now_ms,
             memory_bytes_max: self.inner.memory_bytes_max,
+            collections_max: self.inner.collections_max,
             record_bytes_max: self.inner.record_bytes_max,
             next: head.next(),
             bytes: 0,

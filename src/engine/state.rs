@@ -316,6 +316,8 @@ pub struct Decider<'a> {
     pub now_ms: u64,
     /// Bytes keys and vectors may take together; 0 = no budget.
     pub memory_bytes_max: usize,
+    /// Collections there may be.
+    pub collections_max: usize,
     /// Bytes one command may write.
     pub record_bytes_max: usize,
     /// The revision the next event would get.
@@ -578,6 +580,13 @@ impl Decider<'_> {
                 )));
             }
             return Ok(Outcome::Collection { created: false, revision: created });
+        }
+        let planned = self.overlay.collections.values().filter(|shape| shape.is_some()).count();
+        if self.state.collections.len() + planned >= self.collections_max {
+            return Err(Rejection::StorageFull(format!(
+                "there are {} collections, as many as this server may have files open for; delete some, or put what belongs together into one and filter",
+                self.collections_max
+            )));
         }
         self.check_budget(COLLECTION_OVERHEAD_BYTES, 0)?;
         self.overlay.set_collection(&collection, Some((spec, self.next)));

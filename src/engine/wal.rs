@@ -312,7 +312,11 @@ impl Segment {
         let (version, salt, first_revision, size) =
             fields.map_err(|e: crate::wire::Malformed| Error::corrupt(path, 0, e.0))?;
         if bytes[..MAGIC.len()] == *MAGIC && !(1..=VERSION).contains(&version) {
-            return Err(Error::corrupt(path, 8, format!("format version {version}; this program reads up to {VERSION}")));
+            return Err(Error::corrupt(
+                path,
+                8,
+                format!("format version {version}; this program reads up to {VERSION}"),
+            ));
         }
         if bytes[..] != segment_header(version, first_revision, salt, size)[..] {
             return Err(Error::corrupt(path, 0, "the segment header does not match its checksum"));

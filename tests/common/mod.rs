@@ -47,11 +47,18 @@ impl Server {
 
     /// None when it ended instead of starting.
     pub fn try_start_in(dir: &Path, arguments: &[&str], key: Option<&str>) -> Option<Self> {
+        Self::launch(dir, arguments, key.map(|key| ("API_KEY", key)), key)
+    }
+
+    /// With one more variable in its environment.
+    pub fn start_with(dir: &Path, arguments: &[&str], variable: Option<(&str, &str)>) -> Self {
+        Self::launch(dir, arguments, variable, None).expect("the server starts")
+    }
+
+    fn launch(dir: &Path, arguments: &[&str], variable: Option<(&str, &str)>, key: Option<&str>) -> Option<Self> {
         let mut command = command(arguments);
         command.args(["--data-dir", dir.to_str().unwrap()]).stdout(Stdio::piped());
-        if let Some(key) = key {
-            command.env("API_KEY", key);
-        }
+        command.envs(variable);
         let mut child = command.spawn().unwrap();
         let mut banner = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut banner).unwrap();

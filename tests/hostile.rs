@@ -1,0 +1,327 @@
+//! What strangers send: each must be refused or bounded, and the server must go on as if nothing had been. What would break is
+//! somebody else's request.
+//!
+//! Inputs that only a limit of an endpoint refuses stand in the tables of `tests/http.rs`. What takes a minute of waiting runs with
+//! `KISS_LONG=1`.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::{BINARY, Duration, Server, call, ok, timeout};
+use kiss_vdb::client::{Client, Target};
+use serde_json::json;
+use std::process::{Command, Stdio};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+async fn connect(target: &Target) -> TcpStream {
+    TcpStream::connect(target.url().strip_prefix("http://").unwrap()).await.unwrap()
+}
+
+/// What the server says to these bytes until it closes, or has been silent for a while. Whether it closed.
+async fn say(target: &Target, bytes: &[u8]) -> (String, bool) {
+    let mut socket = connect(target).await;
+    // It may close before all is sent.
+    socket.write_all(bytes).await.ok();
+    let mut answer = Vec::new();
+    loop {
+        match timeout(Duration::from_millis(300), socket.read_buf(&mut answer)).await {
+            Ok(Ok(0) | Err(_)) => return (String::from_utf8_lossy(&answer).into_owned(), true),
+            Ok(Ok(_)) => {}
+            Err(_) => return (String::from_utf8_lossy(&answer).into_owned(), false),
+        }
+    }
+}
+
+/// Requests that two readers could take for different ones must not be answered as if they were clear: a second request hidden in
+/// the first would pass a proxy unseen.
+#[tokio::test]
+async fn requests_that_can_be_read_in_two_ways_are_refused() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let hidden = "PUT /v1/state/hidden HTTP/1.1\r\nhost: h\r\ncontent-length: 11\r\n\r\n{\"value\":1}";
+    let with = |headers: &str, body: &str| format!("POST /v1/events HTTP/1.1\r\nhost: h\r\n{headers}\r\n\r\n{body}");
+    let rows = [
+        ("length and chunks", with("content-length: 4\r\ntransfer-encoding: chunked", &format!("0\r\n\r\n{hidden}"))),
+        ("chunks and length", with("transfer-encoding: chunked\r\ncontent-length: 4", &format!("0\r\n\r\n{hidden}"))),
+        ("two lengths", with("content-length: 0\r\ncontent-length: 5", hidden)),
+        ("a list of lengths", with("content-length: 0, 5", hidden)),
+        ("a length with a sign", with("content-length: +0", hidden)),
+        ("a negative length", with("content-length: -1", hidden)),
+        ("a length beyond 64 bits", with("content-length: 18446744073709551616", hidden)),
+        ("a length in hexadecimal", with("content-length: 0x0", hidden)),
+        ("a space before the colon", with("transfer-encoding : chunked", &format!("0\r\n\r\n{hidden}"))),
+        ("chunked not last", with("transfer-encoding: chunked, identity", &format!("0\r\n\r\n{hidden}"))),
+        ("a coding nobody knows", with("transfer-encoding: xchunked", &format!("0\r\n\r\n{hidden}"))),
+        ("a folded header", with("transfer-encoding:\r\n chunked", &format!("0\r\n\r\n{hidden}"))),
+        ("a chunk size beyond 64 bits", with("transfer-encoding: chunked", &format!("10000000000000000\r\n{hidden}"))),
+        ("a chunk size that is none", with("transfer-encoding: chunked", &format!("xyz\r\n{hidden}"))),
+        ("a zero byte in a header", with("x: a\0b\r\ncontent-length: 0", hidden)),
+        ("a bare carriage return", with("x: a\rcontent-length: 0", hidden)),
+        ("two hosts", format!("GET /v1/health HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n{hidden}")),
+        ("no version", format!("GET /v1/health\r\n\r\n{hidden}")),
+        ("a version nobody knows", format!("GET /v1/health HTTP/9.9\r\nhost: h\r\n\r\n{hidden}")),
+    ];
+    for (name, request) in rows {
+        let (answer, _) = say(&server.target, request.as_bytes()).await;
+        let is_refused = answer.is_empty() || answer.starts_with("HTTP/1.1 400") || answer.starts_with("HTTP/1.1 4");
+        assert!(is_refused, "{name}: {answer}");
+        let found = call(c, "GET /v1/state/hidden").await.status;
+        // After two readable hosts the next request is one of its own, which is no trick.
+        if name != "two hosts" {
+            assert_eq!(found, 404, "{name}: the hidden request was taken: {answer}");
+        }
+        call(c, "DELETE /v1/state/hidden").await;
+    }
+}
+
+/// A body that ends early must not be taken for a whole one.
+#[tokio::test]
+async fn bodies_cut_short_write_nothing() {
+    let server = Server::start(&[]);
+    let chunked = "PUT /v1/state/a HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n";
+    let plain = "PUT /v1/state/a HTTP/1.1\r\nhost: h\r\ncontent-type: text/plain\r\ncontent-length: 100\r\n\r\n";
+    for request in [
+        format!("{chunked}b\r\n{{\"value\":1}}\r\n"),
+        format!("{chunked}b\r\n{{\"value\":1}}"),
+        format!("{chunked}ff\r\n{{\"value\":1}}\r\n0\r\n\r\n"),
+        format!("{plain}only this"),
+    ] {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(request.as_bytes()).await.unwrap();
+        socket.shutdown().await.unwrap();
+        let mut answer = String::new();
+        timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it is answered").ok();
+        assert!(!answer.starts_with("HTTP/1.1 2"), "{request}: {answer}");
+    }
+    assert_eq!(ok(&mut server.client(), "GET /v1/health").await["revision"], 0, "nothing was written");
+}
+
+#[tokio::test]
+async fn heads_have_a_size_and_names_in_paths_are_names() {
+    let server = Server::start(&[]);
+    let long = |n: usize| "x".repeat(n);
+    let rows = [
+        ("a head of 300 KiB", format!("GET /v1/health HTTP/1.1\r\nhost: h\r\nx: {}\r\n\r\n", long(300 << 10))),
+        ("500 headers", format!("GET /v1/health HTTP/1.1\r\nhost: h\r\n{}\r\n", "a: b\r\n".repeat(500))),
+        ("an address of 100 KiB", format!("GET /v1/state/{} HTTP/1.1\r\nhost: h\r\n\r\n", long(100 << 10))),
+        ("a method of 10 KiB", format!("{} / HTTP/1.1\r\nhost: h\r\n\r\n", long(10 << 10))),
+        ("no request at all", "\0\u{1}\u{2}\r\n\r\n".into()),
+        ("TLS to a plain port", "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0".into()),
+    ];
+    for (name, request) in rows {
+        let (answer, _) = say(&server.target, request.as_bytes()).await;
+        assert!(!answer.starts_with("HTTP/1.1 2"), "{name}: {answer}");
+    }
+    let c = &mut server.client();
+    for (path, status) in [
+        ("/v1/state/%00", 400),
+        ("/v1/state/a%0ab", 400),
+        ("/v1/state/%ff", 400),
+        ("/v1/state/%c0%af", 400),
+        ("/v1/state/%ed%a0%80", 400),
+        ("/v1/state/..%2F..%2Fetc%2Fpasswd", 404),
+        ("/v1/state/../../etc/passwd", 404),
+        ("/v1/vector/..", 400),
+        ("/v1/vector/%2e%2e", 400),
+        ("/v1/vector/..%2Flog", 400),
+        ("/v1/vector/a%00b", 400),
+        ("/v1/vector/.hidden", 400),
+        ("/v1/vector/a%5Cb", 400),
+        ("/console/../v1/state", 404),
+        ("//v1/state", 404),
+        ("/v1/state/", 404),
+    ] {
+        let answer = c.send("GET".parse().unwrap(), path, &[], "").await.unwrap();
+        assert_eq!(answer.status.as_u16(), status, "{path}: {}", String::from_utf8_lossy(&answer.body));
+    }
+    // What looks like a way out of the data directory is a key like any other, and no file.
+    ok(c, r#"PUT /v1/state/..%2F..%2Fescape {"value":1}"#).await;
+    assert_eq!(ok(c, "GET /v1/state").await["items"][0]["key"], "../../escape");
+    assert!(!server.dir.join("../../escape").exists());
+}
+
+/// Deep, long and odd JSON costs its sender a 400 and the server nothing.
+#[tokio::test]
+async fn json_bombs_are_refused_at_once() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"cosine"}"#).await;
+    ok(c, r#"POST /v1/vector/v/add {"id":"a","vector":[1,2],"meta":{"n":1}}"#).await;
+    let deep = |open: &str, close: &str, n: usize| format!("{}{}", open.repeat(n), close.repeat(n));
+    let filter = |text: &str| format!("{{\"vector\":[1,2],\"filters\":{text}}}");
+    let wide: Vec<_> = (0..2000).map(|n| format!("{{\"n\":{n}}}")).collect();
+    let rows = [
+        ("a million brackets", "PUT", "/v1/state/a", format!("{{\"value\":{}}}", deep("[", "]", 1_000_000))),
+        ("a million that never close", "PUT", "/v1/state/a", format!("{{\"value\":{}", "[".repeat(1_000_000))),
+        ("deep objects", "PUT", "/v1/state/a", format!("{{\"value\":{}1{}}}", "{\"a\":".repeat(200), "}".repeat(200))),
+        ("a deep patch", "PATCH", "/v1/state/a", format!("{}1{}", "{\"a\":".repeat(200), "}".repeat(200))),
+        ("a number no float holds", "POST", "/v1/vector/v/add", r#"{"id":"x","vector":[1e39,1]}"#.into()),
+        ("not a number", "POST", "/v1/vector/v/add", r#"{"id":"x","vector":[NaN,1]}"#.into()),
+        ("infinity", "POST", "/v1/vector/v/add", r#"{"id":"x","vector":[1e400,1]}"#.into()),
+        ("NaN in base64", "POST", "/v1/vector/v/add", r#"{"id":"x","vector_base64":"AADAfwAAgD8="}"#.into()),
+        ("half a float", "POST", "/v1/vector/v/add", r#"{"id":"x","vector_base64":"AAAA"}"#.into()),
+        ("nothing at all", "POST", "/v1/vector/v/add", r#"{"id":"x","vector":[0,0]}"#.into()),
+        ("k 0", "POST", "/v1/vector/v/search", r#"{"vector":[1,2],"k":0}"#.into()),
+        ("k 1001", "POST", "/v1/vector/v/search", r#"{"vector":[1,2],"k":1001}"#.into()),
+        ("k negative", "POST", "/v1/vector/v/search", r#"{"vector":[1,2],"k":-1}"#.into()),
+        ("k beyond 64 bits", "POST", "/v1/vector/v/search", r#"{"vector":[1,2],"k":99999999999999999999}"#.into()),
+        ("k and a half", "POST", "/v1/vector/v/search", r#"{"vector":[1,2],"k":1.5}"#.into()),
+        ("offset", "POST", "/v1/vector/v/search", r#"{"vector":[1,2],"offset":18446744073709551615}"#.into()),
+        ("dim 0", "POST", "/v1/vector/w", r#"{"dim":0,"metric":"l2"}"#.into()),
+        ("dim 8193", "POST", "/v1/vector/w", r#"{"dim":8193,"metric":"l2"}"#.into()),
+        ("dim negative", "POST", "/v1/vector/w", r#"{"dim":-3,"metric":"l2"}"#.into()),
+        ("a deep filter", "POST", "/v1/vector/v/search", filter(&deep("{\"$not\":", "}", 60).replace(":}", ":{}}"))),
+        ("a wide filter", "POST", "/v1/vector/v/search", filter(&format!("{{\"$or\":[{}]}}", wide.join(",")))),
+        (
+            "a long list",
+            "POST",
+            "/v1/vector/v/search",
+            filter(&format!("{{\"n\":{{\"$in\":{:?}}}}}", (0..5000).collect::<Vec<_>>())),
+        ),
+        ("an unknown operator", "POST", "/v1/vector/v/search", filter(r#"{"n":{"$where":"1"}}"#)),
+        ("a path of dots", "POST", "/v1/vector/v/search", filter(&format!("{{\"{}\":1}}", "a.".repeat(5000)))),
+    ];
+    for (name, method, path, body) in rows {
+        let answer = timeout(Duration::from_secs(5), c.call(method.parse().unwrap(), path, body)).await;
+        let answer = answer.unwrap_or_else(|_| panic!("{name}: no answer in time")).unwrap();
+        assert_eq!(answer.status, 400, "{name}: {}", String::from_utf8_lossy(&answer.body));
+    }
+    // A number that no float holds is fine where it is only kept.
+    ok(c, r#"PUT /v1/state/n {"value":1e999}"#).await;
+    let raw = call(c, "GET /v1/state/n?raw=true").await;
+    assert_eq!(&raw.body[..], b"1e999");
+}
+
+/// Collections cost memory before they hold anything: a million of them is a budget's affair.
+#[tokio::test]
+async fn collections_and_keys_without_end_meet_the_budget() {
+    let server = Server::start(&["--max-memory-mb", "2"]);
+    let c = &mut server.client();
+    let mut made = 0;
+    while call(c, &format!("POST /v1/vector/c{made} {{\"dim\":1,\"metric\":\"l2\"}}")).await.status == 201 {
+        made += 1;
+        assert!(made < 1000, "2 MiB hold no thousand collections");
+    }
+    let refused = call(c, &format!("POST /v1/vector/c{made} {{\"dim\":1,\"metric\":\"l2\"}}")).await;
+    assert_eq!((refused.status.as_u16(), &refused.json().unwrap()["code"]), (507, &json!("storage_full")));
+    ok(c, "DELETE /v1/vector/c0").await;
+    let mut keys = 0;
+    while call(c, &format!("PUT /v1/state/k{keys} {{\"value\":{{\"n\":{keys}}}}}")).await.status == 201 {
+        keys += 1;
+        assert!(keys < 100_000, "2 MiB hold no hundred thousand keys");
+    }
+    assert_eq!(call(c, &format!("PUT /v1/state/k{keys} {{\"value\":1}}")).await.status, 507);
+    assert_eq!(call(c, "GET /v1/state/k0").await.status, 200);
+    ok(c, "DELETE /v1/state/k0").await;
+    assert_eq!(call(c, &format!("PUT /v1/state/k{keys} {{\"value\":1}}")).await.status, 201, "there is room again");
+}
+
+/// More connections than files: the rest is refused, those inside go on, and afterwards all is as before.
+#[tokio::test]
+async fn more_connections_than_files_are_refused_and_nobody_else_notices() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = Command::new("sh")
+        .args(["-c", &format!("ulimit -n 256 && exec {BINARY} serve --port 0 --data-dir {}", dir.path().display())])
+        .env("RUST_LOG", "error")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut banner = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut banner).unwrap();
+    let target = Target::new(banner.split_whitespace().find(|w| w.starts_with("http://")).unwrap(), None).unwrap();
+    let inside = &mut Client::new(&target);
+    ok(inside, r#"PUT /v1/state/a {"value":1}"#).await;
+    // Collections hold files open: they end before connections and the log have none.
+    for n in 0.. {
+        let answer = call(inside, &format!("POST /v1/vector/c{n} {{\"dim\":1,\"metric\":\"l2\"}}")).await;
+        if answer.status == 507 {
+            assert_eq!(n, 32, "an eighth of 256");
+            break;
+        }
+    }
+    let mut held = Vec::new();
+    let mut refused = 0;
+    for _ in 0..400 {
+        let mut socket = connect(&target).await;
+        socket.write_all(b"GET /v1/health HTTP/1.1\r\nhost: h\r\n\r\n").await.ok();
+        let mut answer = [0; 12];
+        match timeout(Duration::from_secs(5), socket.read_exact(&mut answer)).await {
+            Ok(Ok(_)) if &answer == b"HTTP/1.1 200" => held.push(socket),
+            _ => refused += 1,
+        }
+    }
+    assert!(refused > 200, "{refused} of 400 refused with 256 files");
+    assert!(held.len() > 40, "{} served", held.len());
+    ok(inside, r#"PUT /v1/state/a {"value":2}"#).await;
+    drop(held);
+    for _ in 0..100 {
+        let answer = Client::new(&target).call("GET".parse().unwrap(), "/v1/health", "").await;
+        if answer.is_ok_and(|answer| answer.status == 200) {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    child.kill().unwrap();
+    panic!("new connections are refused though the others are gone");
+}
+
+/// Hundreds who send a byte now and then keep nobody waiting; with `KISS_LONG` they are seen to be cut off.
+#[tokio::test]
+async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
+    let mut slow = Vec::new();
+    for n in 0..300 {
+        let mut socket = connect(&server.target).await;
+        let part: &[u8] = match n % 3 {
+            0 => b"GET /v1/health HTTP/1.1\r\nhost: h\r\nx: ",
+            1 => b"PUT /v1/state/slow HTTP/1.1\r\nhost: h\r\ncontent-length: 1000\r\n\r\n{",
+            _ => b"G",
+        };
+        socket.write_all(part).await.unwrap();
+        slow.push(socket);
+    }
+    // A stream whose reader never reads.
+    let mut stuck = connect(&server.target).await;
+    stuck.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
+    let filler = format!(r#"{{"type":"log","data":"{}"}}"#, "x".repeat(1 << 20));
+    for _ in 0..12 {
+        ok(c, &format!("POST /v1/events {filler}")).await;
+    }
+    timeout(Duration::from_secs(2), ok(c, "GET /v1/state/a")).await.expect("others are served meanwhile");
+    if std::env::var("KISS_LONG").is_err() {
+        return;
+    }
+    let deadline = std::time::Instant::now() + Duration::from_secs(100);
+    let mut open = slow.len();
+    while open > 0 && std::time::Instant::now() < deadline {
+        // They go on sending a byte at a time: that must not count as life.
+        for socket in &mut slow {
+            socket.write_all(b"a").await.ok();
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        open = 0;
+        for socket in &slow {
+            let mut rest = [0; 1];
+            let closed = match socket.try_read(&mut rest) {
+                Ok(0) => true,
+                Ok(_) => false,
+                Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+            };
+            open += usize::from(!closed);
+        }
+    }
+    assert_eq!(open, 0, "slow senders still have their connection");
+    loop {
+        let metrics = call(c, "GET /v1/metrics").await;
+        if String::from_utf8_lossy(&metrics.body).contains("kiss_streams 0.0") {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "the stuck reader is not cut");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
