@@ -1,5 +1,5 @@
 # Two commands: `make run` builds and serves, `make test` installs what it needs and passes everything.
-.PHONY: run build demo bench test test-long lint contract console clients deploy clean-venv
+.PHONY: run build demo bench test test-long lint contract console clients check-deploy deb clean-venv
 
 CARGO ?= cargo
 BINARY := target/release/kiss-vdb
@@ -18,11 +18,16 @@ demo: build
 bench: build
 	$(BINARY) bench
 
+# A Debian package, in target/debian.
+deb: build
+	command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	$(CARGO) deb --no-build
+
 # Everything, from a clean checkout on a bare Debian machine with Rust: unit, HTTP, streams, recovery, model and demo
 # tests, then the published contract against the server, the console in a browser, other people's clients, and deploy/.
 test: build
 	$(CARGO) test --locked --no-fail-fast
-	$(MAKE) contract console clients deploy
+	$(MAKE) contract console clients check-deploy
 
 # Longer runs of what is random: hundreds of kills, thousands of histories. Then KISS_SOAK_MINUTES (30) of load that must
 # not grow.
@@ -52,8 +57,7 @@ clients: build $(VENV)/ready $(NODE_DIR)/ready
 	cd $(NODE_DIR) && cp $(CURDIR)/tests/clients.mjs . && node clients.mjs $(CURDIR)/$(BINARY) $(CURDIR)/deploy
 
 # What deploy/ says, held against the server and the programs it is written for.
-deploy: build $(VENV)/ready
-	$(call installed,nginx haproxy caddy)
+check-deploy: build $(VENV)/ready
 	$(VENV)/bin/python tests/deploy.py $(BINARY)
 
 # Programs that are missing, by apt; each is named like its package.

@@ -677,10 +677,16 @@ async function step(name, test) {
 }
 
 for (const part of [direct, throughProxies]) {
-  try { await part(); } catch (e) { if (!failed) throw e; }
+  try {
+    await part();
+  } catch (e) {
+    if (!failed++) console.log(`FAIL ${part.name}\n${e.stack}`);
+  }
   closers.splice(0).forEach((close) => close());
 }
 await browser.close();
-for (const child of children) child.kill('SIGKILL');
+// In order, because nginx that is killed leaves its workers behind.
+for (const child of children) child.kill('SIGTERM');
+try { await until('everybody ended', () => children.size === 0, 10000); } catch { for (const child of children) child.kill('SIGKILL'); }
 rmSync(dir, { recursive: true, force: true });
 process.exit(failed ? 1 : 0);

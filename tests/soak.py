@@ -189,7 +189,12 @@ def sample(server, data, port):
             except FileNotFoundError:  # dropped meanwhile
                 continue
     # Segments and snapshots come and go with the log; all else that is open must stay.
-    links = [os.readlink(fd) for fd in (proc / "fd").iterdir()]
+    links = []
+    for descriptor in os.listdir(proc / "fd"):
+        try:
+            links.append(os.readlink(proc / "fd" / descriptor))
+        except FileNotFoundError:  # closed meanwhile
+            continue
     data_files = sum(link.startswith(str(data)) for link in links)
     ticks = (proc / "stat").read_text().rsplit(")", 1)[1].split()
     # What one request knows: how many streams and connections the server still counts.
