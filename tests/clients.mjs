@@ -324,7 +324,7 @@ async function each(what, clients, holds, ms) {
 
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
-  args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking'],
+  args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--host-resolver-rules=MAP db.example.com 127.0.0.1'],
 });
 const pagePort = await pages();
 const origin = `http://127.0.0.1:${pagePort}`;
@@ -539,7 +539,7 @@ const proxies = {
   },
   caddy(at, port, backend) {
     const text = configuration('Caddyfile', [
-      ['127.0.0.1:9917', backend], ['db.example.com {', `https://127.0.0.1:${port} {\n\ttls ${dir}/db.pem ${dir}/db.key`],
+      ['127.0.0.1:9917', backend], ['db.example.com {', `db.example.com:${port} {\n\tbind 127.0.0.1\n\ttls ${dir}/db.pem ${dir}/db.key`],
     ]);
     writeFileSync(join(at, 'Caddyfile'), `{\n\tadmin off\n\tauto_https disable_redirects\n\tskip_install_trust\n}\n${text}`);
     return ['caddy', ['run', '--adapter', 'caddyfile', '--config', join(at, 'Caddyfile')], { env: { ...process.env, HOME: at, XDG_DATA_HOME: at, XDG_CONFIG_HOME: at } }];
@@ -553,14 +553,17 @@ async function proxy(name, server, { patience, change } = {}) {
   const [command, args, options] = proxies[name](at, port, `127.0.0.1:${server.port}`, patience);
   if (change) writeFileSync(join(at, 'site.conf'), change(readFileSync(join(at, 'site.conf'), 'utf8')));
   const child = run(command, args, options);
-  const url = `https://127.0.0.1:${port}`;
+  const url = `https://db.example.com:${port}`;
   await until(() => `${name}: ${child.text}`, async () => (await ask(`${url}/v1/health`)).status === 200);
   return { name, url, child };
 }
 
+/** For curl: where the name is, and whom to trust. */
+const tls = ['--connect-to', 'db.example.com::127.0.0.1:', '--cacert', join(dir, 'db.pem')];
+
 /** One request by curl, over TLS that is verified. */
 async function ask(url, ...args) {
-  const child = run('curl', ['-sS', '--cacert', join(dir, 'db.pem'), '--max-time', '10', '-w', '\n%{http_code} %{http_version} %{content_type}', ...args, url]);
+  const child = run('curl', ['-sS', ...tls, '--max-time', '10', '-w', '\n%{http_code} %{http_version} %{content_type}', ...args, url]);
   let text = '';
   child.stdout.setEncoding('utf8').on('data', (chunk) => { text += chunk; });
   await new Promise((done) => child.once('close', done));
@@ -569,13 +572,12 @@ async function ask(url, ...args) {
 }
 
 async function throughProxies() {
-  execFileSync('openssl', ['req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=127.0.0.1', '-addext', 'subjectAltName=IP:127.0.0.1',
+  execFileSync('openssl', ['req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=db.example.com', '-addext', 'subjectAltName=DNS:db.example.com',
     '-keyout', join(dir, 'db.key'), '-out', join(dir, 'db.pem')], { stdio: 'ignore' });
   writeFileSync(join(dir, 'both.pem'), readFileSync(join(dir, 'db.pem'), 'utf8') + readFileSync(join(dir, 'db.key'), 'utf8'));
-  const server = await new Server(await freePort(), join(dir, 'proxied')).start();
+  const server = await new Server(await freePort(), join(dir, 'proxied'), { ALLOWED_HOSTS: 'db.example.com' }).start();
   const running = await Promise.all(Object.keys(proxies).map((name) => proxy(name, server)));
   const context = await browser.newContext({ ignoreHTTPSErrors: true });
-  const tls = ['--cacert', join(dir, 'db.pem')];
   const { revision: first } = await call(server.url, 'PUT', '/v1/state/before', { value: 1 });
   const writer = new Writer(server);
   const query = '/v1/events?prefix=seq:&heartbeat_ms=1000';
@@ -610,13 +612,19 @@ async function throughProxies() {
     buffering.child.kill();
   });
 
-  await step('through proxies: paths arrive as they were sent', async () => {
+  await step('through proxies: paths and names arrive as they were sent', async () => {
     for (const { name, url } of running) {
       const path = '/v1/state/a%2Fb%20%25c/d%3Fe';
       const put = await ask(url + path, '-X', 'PUT', '-H', 'Content-Type: application/json', '-d', '{"value":1}');
       assert.equal(put.status, name === 'nginx' ? 201 : 200, `${name}: ${put.body}`);
       assert.equal(JSON.parse(put.body).key, 'a/b %c/d?e', name);
       assert.equal((await ask(`${url}/v1/health`, '--http2')).version, '2', name);
+      // A page writes to where it came from, port and all: an open server refuses those of other origins.
+      const { page } = clients.find((c) => c.name.startsWith(name));
+      const written = (at) => page.evaluate((to) => fetch(to, { method: 'PUT', body: '{"value":1}' }).then((r) => r.status), at);
+      assert.equal(await written('/v1/state/own'), name === 'nginx' ? 201 : 200, name);
+      // Caddy does not serve names it does not know.
+      if (name !== 'caddy') assert.equal((await ask(`${url}/v1/health`, '-H', 'Host: other.example.com')).status, 403, name);
     }
   });
 
