@@ -1,4 +1,4 @@
-// Other people's SSE clients against the real server, directly and through the proxies as deploy/ configures them.
+// Other people's SSE clients against the real server, directly, over its own TLS, and through the proxies of deploy/.
 //
 //   node tests/clients.mjs target/release/kiss-vdb deploy
 //
@@ -571,10 +571,39 @@ async function ask(url, ...args) {
   return { body, status: Number(status), version, type };
 }
 
+async function overOwnTls() {
+  await step("the server's own HTTPS, with a token: eight streams of one profile survive a kill", async () => {
+    const server = await new Server(await freePort(), join(dir, 'secure'), { TLS_CERT: join(dir, 'db.pem'), TLS_KEY: join(dir, 'db.key'), API_KEY: 'open sesame' }).start();
+    const url = `https://db.example.com:${server.port}`;
+    const ask_ = async (method, path, body) => {
+      const { status, body: text } = await ask(url + path, '-X', method, '-H', 'Authorization: Bearer open sesame', '-H', 'Content-Type: application/json', '-d', JSON.stringify(body));
+      assert([200, 201].includes(status), `${method} ${path}: ${status} ${text}`);
+      return JSON.parse(text);
+    };
+    const { token } = await ask_('POST', '/v1/token', { prefixes: ['seq:'] });
+    const context = await browser.newContext({ ignoreHTTPSErrors: true });
+    const query = `/v1/events?prefix=seq:&access_token=${token}`;
+    // Health needs no key, so its answer is the page: of the same origin.
+    const eight = await Promise.all([1, 2, 3, 4, 5, 6, 7, 8].map((n) => inPage(`tab ${n}`, context, `${url}/v1/health`, openEventSource, query, TYPES)));
+    const facts = { after: 0, acked: new Map(), unsure: new Set() };
+    for (let round = 1; round <= 2; round++) {
+      await each(`${round} times open`, eight, (c) => c.opens === round);
+      for (let n = 0; n < 10; n++) facts.acked.set((await ask_('PUT', `/v1/state/seq:${n}`, { value: `${round}.${n}` })).revision, `${round}.${n}`);
+      facts.last = Math.max(...facts.acked.keys());
+      await each('everything', eight, (c) => c.at >= facts.last);
+      if (round === 1) await server.kill().then(() => server.start());
+    }
+    assert.equal(facts.acked.size, 20);
+    for (const client of eight) check(client.events, facts);
+    checkTheOracle(eight[0].events, facts);
+    const stranger = await inPage('no token', context, `${url}/v1/health`, openEventSource, '/v1/events', TYPES);
+    await each('refused', [stranger], (c) => c.log.some((e) => e.closed));
+    await context.close();
+    await server.stop();
+  });
+}
+
 async function throughProxies() {
-  execFileSync('openssl', ['req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=db.example.com', '-addext', 'subjectAltName=DNS:db.example.com',
-    '-keyout', join(dir, 'db.key'), '-out', join(dir, 'db.pem')], { stdio: 'ignore' });
-  writeFileSync(join(dir, 'both.pem'), readFileSync(join(dir, 'db.pem'), 'utf8') + readFileSync(join(dir, 'db.key'), 'utf8'));
   const server = await new Server(await freePort(), join(dir, 'proxied'), { ALLOWED_HOSTS: 'db.example.com' }).start();
   const running = await Promise.all(Object.keys(proxies).map((name) => proxy(name, server)));
   const context = await browser.newContext({ ignoreHTTPSErrors: true });
@@ -685,7 +714,10 @@ async function step(name, test) {
   }
 }
 
-for (const part of [direct, throughProxies]) {
+execFileSync('openssl', ['req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=db.example.com', '-addext', 'subjectAltName=DNS:db.example.com',
+'-keyout', join(dir, 'db.key'), '-out', join(dir, 'db.pem')], { stdio: 'ignore' });
+writeFileSync(join(dir, 'both.pem'), readFileSync(join(dir, 'db.pem'), 'utf8') + readFileSync(join(dir, 'db.key'), 'utf8'));
+for (const part of [direct, overOwnTls, throughProxies]) {
   try {
     await part();
   } catch (e) {

@@ -71,10 +71,11 @@ class Server:
 
     def start(self):
         settings = ["--data-dir", str(self.data), "--max-log-mb", "2", "--snapshot-interval", "0", "--log-level", "warn"]
-        self.process = subprocess.Popen(
-            [self.binary, "serve", "--port", str(self.port), *settings], stdout=subprocess.PIPE, text=True
-        )
-        assert BANNER.search(self.process.stdout.readline()), "the server did not start"
+        command = [self.binary, "serve", "--port", str(self.port), *settings]
+        with open(f"{self.data}.log", "a") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        if not BANNER.search(self.process.stdout.readline()):
+            raise AssertionError(f"the server did not start: {pathlib.Path(log.name).read_text()[-2000:]}")
         self.up.set()
         return self
 

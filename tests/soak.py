@@ -42,7 +42,8 @@ DISK_MIB_MAX = MAX_LOG_MB + 2 * 1 + 3 * 2 + 2 * 32 + 8 + 8
 
 def start(binary, data):
     settings = ["--port", "0", "--data-dir", str(data), "--max-log-mb", str(MAX_LOG_MB), "--snapshot-interval", "15"]
-    server = subprocess.Popen([binary, "serve", *settings, "--log-level", "warn"], stdout=subprocess.PIPE, text=True)
+    with open(f"{data}.log", "w") as log:
+        server = subprocess.Popen([binary, "serve", *settings, "--log-level", "warn"], stdout=subprocess.PIPE, stderr=log, text=True)
     port = int(re.search(r"ready at http://\S+?:(\d+)", server.stdout.readline())[1])
     return server, port
 
@@ -293,7 +294,7 @@ def run(binary, data):
         load.is_over.set()
         for worker in workers:
             worker.join(60)
-        assert not load.errors, load.errors
+        assert not load.errors, f"{load.errors}, and the server says: {pathlib.Path(f'{data}.log').read_text()[-2000:]}"
         assert len(samples) >= 9, f"{len(samples)} samples are too few to tell; KISS_SOAK_MINUTES is 2 at the least"
         print("did " + ", ".join(f"{count} {name}" for name, count in sorted(load.counts.items())))
         if found := judge(samples):
