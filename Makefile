@@ -1,5 +1,5 @@
 # Two commands: `make run` builds and serves, `make test` installs what it needs and passes everything.
-.PHONY: run build demo bench test test-long lint contract console clean-venv
+.PHONY: run build demo bench test test-long lint contract console clients check-deploy deb clean-venv
 
 CARGO ?= cargo
 BINARY := target/release/kiss-vdb
@@ -18,16 +18,23 @@ demo: build
 bench: build
 	$(BINARY) bench
 
+# A Debian package, in target/debian.
+deb: build
+	command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	$(CARGO) deb --no-build
+
 # Everything, from a clean checkout on a bare Debian machine with Rust: unit, HTTP, streams, recovery, model and demo
-# tests, then the published contract against the server, then the console in a browser.
+# tests, then the published contract against the server, the console in a browser, other people's clients, and deploy/.
 test: build
 	$(CARGO) test --locked --no-fail-fast
-	$(MAKE) contract console
+	$(MAKE) contract console clients check-deploy
 
-# Longer runs of what is random: hundreds of kills, thousands of histories.
+# Longer runs of what is random: hundreds of kills, thousands of histories. Then KISS_SOAK_MINUTES (30) of load that must
+# not grow.
 test-long: build
 	KISS_KILL_ROUNDS=200 $(CARGO) test --locked --test recovery -- --nocapture
 	KISS_MODEL_CASES=3000 $(CARGO) test --release --locked --test model -- --nocapture
+	python3 tests/soak.py $(BINARY)
 
 # openapi.yaml against the running server, by schemathesis.
 contract: build $(VENV)/ready
@@ -42,6 +49,20 @@ $(VENV)/ready: tests/requirements.txt
 console: build $(NODE_DIR)/ready
 	command -v chromium >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium)
 	cd $(NODE_DIR) && cp $(CURDIR)/tests/console.mjs . && node console.mjs $(CURDIR)/$(BINARY)
+
+# Browsers, libraries and curl against the server, directly and through the proxies of deploy/.
+clients: build $(VENV)/ready $(NODE_DIR)/ready
+	$(call installed,chromium curl openssl nginx haproxy caddy)
+	$(VENV)/bin/python tests/clients.py $(BINARY)
+	cd $(NODE_DIR) && cp $(CURDIR)/tests/clients.mjs . && node clients.mjs $(CURDIR)/$(BINARY) $(CURDIR)/deploy
+
+# What deploy/ says, held against the server and the programs it is written for.
+check-deploy: build $(VENV)/ready
+	$(VENV)/bin/python tests/deploy.py $(BINARY)
+
+# Programs that are missing, by apt; each is named like its package.
+installed = missing=; for tool in $(1); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	test -z "$$missing" || { apt-get update && RUNLEVEL=1 apt-get install -y --no-install-recommends $$missing; }
 
 $(NODE_DIR)/ready: tests/package.json
 	command -v npm >/dev/null || (apt-get update && apt-get install -y nodejs npm)
