@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// One setting: its name in the file and as a flag (with dashes), its environment variable, default and meaning.
 #[derive(Debug)]
@@ -85,6 +86,7 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting("tls_cert", "TLS_CERT", "", "certificate chain as PEM; with tls_key the server speaks HTTPS"),
     setting("tls_key", "TLS_KEY", "", "private key of tls_cert as PEM; both are read again when they change"),
+    setting("slow_request_ms", "SLOW_REQUEST_MS", "1000", "requests that take longer are logged; 0 = none"),
     setting("log_format", "LOG_FORMAT", "text", "text, or json for machines"),
     setting("log_level", "RUST_LOG", "info", "a tracing filter such as info or kiss_vdb=debug"),
 ];
@@ -161,6 +163,7 @@ pub struct Config {
     pub max_connections_per_address: u32,
     /// Certificate chain and private key.
     pub tls: Option<(PathBuf, PathBuf)>,
+    pub slow_request: Option<Duration>,
     pub log_json: bool,
     pub log_level: String,
 }
@@ -281,6 +284,9 @@ impl Resolved {
                 (None, Some(_)) => return Err(self.bad("tls_cert", "a file when tls_key is set")),
                 (Some(_), None) => return Err(self.bad("tls_key", "a file when tls_cert is set")),
             },
+            slow_request: Some(self.parse("slow_request_ms", "a whole number of milliseconds; 0 = none")?)
+                .filter(|ms| *ms > 0)
+                .map(Duration::from_millis),
             log_json: match self.text("log_format").trim() {
                 "text" => false,
                 "json" => true,

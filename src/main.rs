@@ -123,6 +123,9 @@ struct SettingFlags {
     /// Private key of the certificate as PEM [env TLS_KEY]
     #[arg(long, value_name = "FILE")]
     tls_key: Option<String>,
+    /// Requests that take longer than so many milliseconds are logged; 0 = none [env SLOW_REQUEST_MS, default 1000]
+    #[arg(long, value_name = "MS")]
+    slow_request_ms: Option<String>,
     /// text or json [env LOG_FORMAT, default text]
     #[arg(long)]
     log_format: Option<String>,
@@ -156,6 +159,7 @@ impl SettingFlags {
             ("max_connections_per_address", self.max_connections_per_address),
             ("tls_cert", self.tls_cert),
             ("tls_key", self.tls_key),
+            ("slow_request_ms", self.slow_request_ms),
             ("log_format", self.log_format),
             ("log_level", self.log_level),
         ];
@@ -257,9 +261,29 @@ async fn run(config: &Config, engine: Engine, max_connections: usize) -> anyhow:
         stop.send(true).ok();
     });
     print_banner(config, listener.local_addr()?)?;
+    notify_ready();
     let streams = StreamThreads::start(config.stream_threads).context("cannot start the threads for streams")?;
     serve::serve(listener, service(app.clone(), config), app, max_connections, acceptor, streams, stopped).await;
     Ok(())
+}
+
+/// Tells systemd, if it asked to be told, that requests are accepted (sd_notify(3)).
+fn notify_ready() {
+    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    if let Err(error) = send_ready(&address) {
+        tracing::warn!(%error, "cannot tell NOTIFY_SOCKET that the server is ready");
+    }
+}
+
+fn send_ready(address: &std::ffi::OsStr) -> std::io::Result<()> {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let address = match address.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(address)?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(b"READY=1\n", &address).map(drop)
 }
 
 /// The first line on stdout once requests are accepted: scripts wait for it.

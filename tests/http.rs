@@ -731,6 +731,10 @@ async fn admin_pages_and_metrics() {
         assert_eq!(answer.status, 200, "{path}");
         assert_eq!(answer.headers["content-type"], content_type);
     }
+    let named = [("x-request-id", "mine-1")];
+    let answer = c.send("GET".parse().unwrap(), "/v1/state/a", &named, "").await.unwrap();
+    assert_eq!(answer.headers["x-request-id"], "mine-1");
+    assert!(!call(c, "GET /v1/state/a").await.headers.contains_key("x-request-id"), "only where it tells something");
     let head = c.send("HEAD".parse().unwrap(), "/v1/state/a", &[], "").await.unwrap();
     assert_eq!((head.status.as_u16(), head.body.len()), (200, 0));
     assert_eq!(head.headers["etag"], "\"1\"");
@@ -808,4 +812,40 @@ fn openapi_names_every_route() {
     documented.sort();
     routes.sort();
     assert_eq!(documented, routes);
+}
+
+/// Whoever started the server waits for this word: systemd, with `Type=notify`.
+#[test]
+fn systemd_is_told_when_requests_are_accepted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    let _server = Server::start_with(&dir.path().join("data"), &[], Some(("NOTIFY_SOCKET", path.to_str().unwrap())));
+    let mut word = [0; 64];
+    let length = socket.recv(&mut word).expect("READY comes");
+    assert_eq!(&word[..length], b"READY=1\n");
+}
+
+/// The line and the answer carry the same name.
+#[tokio::test]
+async fn slow_requests_are_logged_under_the_name_their_answer_carries() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut command = std::process::Command::new(common::BINARY);
+    command.args(["serve", "--port", "0", "--slow-request-ms", "1", "--data-dir"]).arg(dir.path().join("data"));
+    command.stderr(std::fs::File::create(&log).unwrap()).stdout(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut banner = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut banner).unwrap();
+    let url = banner.split_whitespace().find(|w| w.starts_with("http://")).unwrap();
+    let c = &mut Client::new(&kiss_vdb::client::Target::new(url, None).unwrap());
+    let large = format!(r#"PUT /v1/state/large {{"value":"{}"}}"#, "x".repeat(8 << 20));
+    let answer = call(c, &large).await;
+    let name = answer.headers["x-request-id"].to_str().unwrap().to_owned();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let text = std::fs::read_to_string(&log).unwrap();
+    let line = text.lines().find(|line| line.contains("slow request")).unwrap_or_else(|| panic!("no line in {text}"));
+    assert!(line.contains(&name) && line.contains("/v1/state/{key}") && line.contains("status=201"), "{line}");
 }

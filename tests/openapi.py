@@ -63,6 +63,11 @@ def register_hooks():
         # `one` has vectors of a single number, which generators hit by themselves. Nothing deletes it.
         if path.startswith("/v1/vector/{collection}/") and coin.random() < 0.5:
             case.path_parameters["collection"] = "one"
+        # An update needs an id that exists.
+        if path == "/v1/vector/{collection}/update" and isinstance(case.body, dict) and coin.random() < 0.5:
+            case.path_parameters["collection"] = "one"
+            if "id" in case.body:
+                case.body["id"] = f"v{coin.randrange(30)}"
         # Keys that exist, so that reads, conditions and deletes find something.
         if path == "/v1/state/{key}" and method != "DELETE" and coin.random() < 0.3:
             case.path_parameters["key"] = "job:123"

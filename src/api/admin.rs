@@ -85,16 +85,22 @@ impl Collector for Gauges {
         #[expect(clippy::cast_precision_loss, reason = "gauges are f64 by definition")]
         {
             gauge("kiss_revision", "Newest revision applied", None, engine.head().0 as f64)?;
+            gauge("kiss_durable_revision", "Newest revision on disk", None, engine.durable().0 as f64)?;
             gauge("kiss_oldest_revision", "Oldest revision in the log", None, engine.feed().oldest().0 as f64)?;
             gauge("kiss_keys", "Keys", None, keys as f64)?;
             gauge("kiss_keys_with_ttl", "Keys with a deadline", None, keys_with_ttl as f64)?;
             gauge("kiss_key_memory", "Approximate memory of keys", bytes, key_bytes as f64)?;
             gauge("kiss_vector_memory", "Approximate memory of vectors", bytes, vector_bytes as f64)?;
+            let answers = engine.answer_bytes() as f64;
+            gauge("kiss_answer_memory", "Approximate memory of answers remembered for retries", bytes, answers)?;
             gauge("kiss_collections", "Collections", None, collections.len() as f64)?;
             gauge("kiss_vectors", "Vectors in all collections", None, vectors as f64)?;
             gauge("kiss_vectors_pending", "Vectors not linked yet, which searches scan", None, pending as f64)?;
             gauge("kiss_log", "Disk taken by log segments", bytes, engine.log().bytes() as f64)?;
             gauge("kiss_streams", "Open event streams", None, load(&stats.streams) as f64)?;
+            gauge("kiss_streams_behind", "Of these, those that read the log", None, load(&stats.behind) as f64)?;
+            let walks = super::WALKS_MAX - self.0.walks.available_permits();
+            gauge("kiss_streams_in_snapshot", "Of these, those that walk a snapshot", None, walks as f64)?;
             gauge("kiss_connections", "Open connections", None, load(&self.0.connections) as f64)?;
             gauge(
                 "kiss_poisoned",

@@ -42,6 +42,8 @@ const CHUNK_BYTES: usize = 64 << 10;
 const CHUNK_FRAMES: usize = 1024;
 /// Slices of a snapshot looked at before other tasks of the thread get their turn.
 const SLICES_PER_POLL: usize = 4;
+/// Of so many events delivered the age of one is noted.
+const LAG_SAMPLED_OF: u64 = 64;
 /// Bytes in one page of JSON history.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
@@ -417,6 +419,9 @@ impl EventStream {
     pub fn poll_chunk(&mut self, cx: &mut Context<'_>, is_framed: bool) -> Poll<Option<Bytes>> {
         let content = std::task::ready!(self.poll_content(cx));
         self.last_sent = Instant::now();
+        if let Some(Content::Frames(frames)) = &content {
+            self.sample_lag(frames);
+        }
         let include_vector = self.include_vector;
         Poll::Ready(content.map(|content| match content {
             // Most often one event: the very bytes that all streams share.
@@ -429,6 +434,17 @@ impl EventStream {
             Content::Text(text) if is_framed => join(text.len(), std::iter::once(&text[..]), true),
             Content::Text(text) => text,
         }))
+    }
+
+    /// Notes how old an event is when it goes out: of one in [`LAG_SAMPLED_OF`], because looking at each would cost as much as
+    /// sending it, and of level streams only, because history is old by nature.
+    fn sample_lag(&self, frames: &[Arc<Frame>]) {
+        let delivered = self.engine.feed().stats.delivered.load(std::sync::atomic::Ordering::Relaxed);
+        if delivered % LAG_SAMPLED_OF >= frames.len() as u64 || self.subscription.is_behind() {
+            return;
+        }
+        let age_ms = self.engine.now_ms().saturating_sub(frames[0].ts_ms());
+        self.engine.metrics().delivery_lag_seconds.observe(age_ms as f64 / 1000.0);
     }
 
     fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Content>> {

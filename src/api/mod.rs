@@ -48,10 +48,10 @@ use prometheus_client::metrics::histogram::Histogram;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::{Layer, Service as _, ServiceExt};
 use tower_http::cors::{AllowOrigin, Cors, CorsLayer};
@@ -86,11 +86,19 @@ pub struct Shared {
     bodies_kib: Arc<Semaphore>,
     /// Who may do what.
     pub auth: Auth,
+    /// What takes longer is logged.
+    slow_request: Option<Duration>,
+    /// Numbers requests whose senders did not name them, when one is logged.
+    next_request: AtomicU64,
     meters: Meters,
 }
 
 /// Where lines go that tell who was refused, and who acted on the server: JSON, whatever the other lines are.
 pub const AUDIT: &str = "audit";
+/// A request's name: the client's, or ours where one is logged.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest name of a client's that is taken over.
+const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Snapshots walked for streams at the same time; more wait before their stream opens.
 pub const WALKS_MAX: usize = 64;
 /// Bodies in memory together: this, and never less than four of the largest.
@@ -98,7 +106,7 @@ const BODIES_BYTES_MIN: usize = 256 << 20;
 /// Bodies smaller than this are not counted: the connection limit bounds them.
 const BODY_FREE_BYTES: u64 = 64 << 10;
 /// How long a large body waits for others to go.
-const BODY_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+const BODY_PATIENCE: Duration = Duration::from_secs(5);
 
 impl App {
     /// Over an open engine. Fails when the key file cannot be used.
@@ -107,6 +115,8 @@ impl App {
         Ok(Self(Arc::new(Shared {
             engine,
             auth: Auth::new(config)?,
+            slow_request: config.slow_request,
+            next_request: AtomicU64::new(1),
             meters,
             max_body_bytes: config.max_body_bytes,
             durability: if config.data_dir.is_some() { config.fsync.as_str() } else { "ephemeral" },
@@ -239,8 +249,8 @@ fn cors(config: &Config) -> Option<CorsLayer> {
             .allow_origin(origin)
             .allow_methods(methods)
             .allow_headers(headers)
-            .expose_headers([header::ETAG, header::RETRY_AFTER])
-            .max_age(std::time::Duration::from_secs(3600)),
+            .expose_headers([header::ETAG, header::RETRY_AFTER, REQUEST_ID])
+            .max_age(Duration::from_secs(3600)),
     )
 }
 
@@ -297,8 +307,11 @@ impl Guard {
         let started = Instant::now();
         let app = &self.app;
         let meter = app.meters.of(request.uri().path(), request.method());
+        let request_id = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
+        // A long poll takes as long as it was asked to.
+        let may_wait = request.uri().path() == "/v1/events";
         let mut admin = None;
-        let response = match self.let_in(&mut request, meter, &mut admin) {
+        let mut response = match self.let_in(&mut request, meter, &mut admin) {
             Ok(()) => match app.admit(request.body().size_hint().upper()).await {
                 Ok(_room) => match self.router.clone().call(request).await {
                     Ok(response) => response,
@@ -312,8 +325,42 @@ impl Guard {
             let (status, route) = (response.status().as_u16(), meter.labels.route.as_str());
             tracing::info!(target: AUDIT, action = "admin", key = name, peer = %self.peer, route, status);
         }
-        meter.count(app.engine.metrics(), response.status().as_u16(), started.elapsed().as_secs_f64());
+        let took = started.elapsed();
+        let status = response.status();
+        let is_slow = !may_wait && app.slow_request.is_some_and(|slow| took >= slow);
+        if is_slow || status.is_server_error() || request_id.is_some() {
+            self.name_and_log(&mut response, meter, request_id, took, is_slow);
+        }
+        meter.count(app.engine.metrics(), status.as_u16(), took.as_secs_f64());
         response
+    }
+
+    /// Gives the answer the request's name, its sender's or one of ours, and says what was slow or failed: by the name the
+    /// line in the log and the answer find each other.
+    fn name_and_log(
+        &self,
+        response: &mut Response,
+        meter: &Meter,
+        request_id: Option<HeaderValue>,
+        took: Duration,
+        is_slow: bool,
+    ) {
+        let app = &self.app;
+        let request_id = request_id.unwrap_or_else(|| {
+            let number = app.next_request.fetch_add(1, Ordering::Relaxed);
+            HeaderValue::try_from(format!("{:x}-{number}", std::process::id())).expect("digits are a header value")
+        });
+        let (status, took_ms) = (response.status(), took.as_millis());
+        let (route, method) = (meter.labels.route.as_str(), meter.labels.method.as_str());
+        if is_slow {
+            tracing::warn!(?request_id, method, route, status = status.as_u16(), took_ms, "slow request");
+        } else if status == StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!(?request_id, method, route, took_ms, "a request failed");
+        } else if status.is_server_error() {
+            // Full, overloaded, stopping: the metrics count them, and where it matters a line of its own says why.
+            tracing::debug!(?request_id, method, route, status = status.as_u16(), took_ms, "refused");
+        }
+        response.headers_mut().insert(REQUEST_ID, request_id);
     }
 
     /// Whether the request may pass; if so it carries from here on what its sender may do. Sets `admin` to the name of the

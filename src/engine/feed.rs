@@ -187,6 +187,8 @@ pub struct FeedStats {
     pub streams: AtomicU64,
     /// Frames handed to subscriptions.
     pub delivered: AtomicU64,
+    /// Of the open ones, those that read the log.
+    pub behind: AtomicU64,
     /// Times a stream had to read the log.
     pub ring_misses: AtomicU64,
     /// Times a stream was told that its position cannot be honoured.
@@ -711,6 +713,12 @@ impl Subscription {
         self.by_ring = true;
     }
 
+    /// Whether it reads the log, rather than recent events in memory.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        self.is_behind
+    }
+
     /// Whether the log is being read for this subscription.
     #[must_use]
     pub fn is_catching_up(&self) -> bool {
@@ -763,9 +771,11 @@ impl Subscription {
         }
         self.is_behind = is_behind;
         if is_behind {
+            self.feed.stats.behind.fetch_add(1, Ordering::Relaxed);
             self.topic.behind.fetch_add(1, Ordering::Relaxed);
             return;
         }
+        self.feed.stats.behind.fetch_sub(1, Ordering::Relaxed);
         let mut history = self.topic.history.lock();
         if self.topic.behind.fetch_sub(1, Ordering::Relaxed) == 1 {
             history.clear();

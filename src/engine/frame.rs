@@ -99,6 +99,15 @@ impl Frame {
         matches!(self.source, Source::Logged(..))
     }
 
+    /// When it was written, in Unix milliseconds.
+    #[must_use]
+    pub fn ts_ms(&self) -> u64 {
+        match &self.source {
+            Source::Logged(record, _) => record.ts_ms,
+            Source::Ephemeral(event) => event.ts_ms,
+        }
+    }
+
     /// Whether the next event begins a new record.
     #[must_use]
     pub fn ends_record(&self) -> bool {

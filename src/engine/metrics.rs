@@ -26,6 +26,13 @@ pub struct RouteLabels {
     pub method: String,
 }
 
+/// The way a search was answered.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct PlanLabels {
+    /// `graph`, say; see [`crate::vector::plan::Way`].
+    pub plan: &'static str,
+}
+
 /// Counters and histograms. Gauges are read off the engine when asked for.
 #[derive(Debug)]
 pub struct Metrics {
@@ -41,6 +48,10 @@ pub struct Metrics {
     pub searches: Counter,
     /// One search.
     pub search_seconds: Histogram,
+    /// Searches by the way they were answered.
+    pub search_plans: Family<PlanLabels, Counter>,
+    /// From an event's time to the moment a level stream takes it, of about one in sixty-four.
+    pub delivery_lag_seconds: Histogram,
     /// Snapshots taken.
     pub snapshots: Counter,
     /// Snapshots that failed.
@@ -61,6 +72,9 @@ impl Default for Metrics {
             batch_records: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             searches: Counter::default(),
             search_seconds: seconds(),
+            search_plans: Family::default(),
+            // Events carry milliseconds.
+            delivery_lag_seconds: Histogram::new(exponential_buckets(1e-3, 2.0, 14)),
             snapshots: Counter::default(),
             snapshot_failures: Counter::default(),
         }
@@ -81,6 +95,12 @@ impl Metrics {
         registry.register("commit_batch_records", "Records in a commit batch", self.batch_records.clone());
         registry.register("searches", "Vector searches run", self.searches.clone());
         registry.register("search_duration_seconds", "One vector search", self.search_seconds.clone());
+        registry.register("search_plans", "Vector searches by the way they were answered", self.search_plans.clone());
+        registry.register(
+            "stream_delivery_lag_seconds",
+            "From an event's time to a level stream taking it, sampled",
+            self.delivery_lag_seconds.clone(),
+        );
         registry.register("snapshots", "Snapshots taken", self.snapshots.clone());
         registry.register("snapshot_failures", "Snapshots that failed", self.snapshot_failures.clone());
     }

@@ -57,7 +57,7 @@ use command::{Command, Committed, Op};
 use feed::{EventFilter, Feed};
 use frame::{Ephemeral, push_fmt};
 use linker::Background;
-use metrics::Metrics;
+use metrics::{Metrics, PlanLabels};
 use parking_lot::{Condvar, Mutex, RwLock};
 use recovery::Preparer;
 use search::{Answer, INLINE_COST, Search, SearchTicket};
@@ -341,6 +341,9 @@ impl Engine {
         };
         let took = started.elapsed();
         self.inner.metrics.searches.inc_by(count);
+        for answer in &found {
+            self.inner.metrics.search_plans.get_or_create(&PlanLabels { plan: answer.plan.way.as_str() }).inc();
+        }
         self.inner.metrics.search_seconds.observe(took.as_secs_f64());
         Ok((found, at, u64::try_from(took.as_micros()).unwrap_or(u64::MAX)))
     }
@@ -450,6 +453,18 @@ impl Engine {
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
         &self.inner.metrics
+    }
+
+    /// The newest revision that is on disk; in `always` mode that is all of them.
+    #[must_use]
+    pub fn durable(&self) -> Revision {
+        self.head().min(Revision(self.inner.background.durable.load(Ordering::Acquire)))
+    }
+
+    /// Memory of answers remembered for retries.
+    #[must_use]
+    pub fn answer_bytes(&self) -> usize {
+        self.inner.state.read().answers().memory_bytes()
     }
 
     /// Keys and keys with a deadline.
