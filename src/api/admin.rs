@@ -1,4 +1,4 @@
-//! Health, metrics, snapshots on request.
+//! Health, metrics, snapshots and backups on request.
 
 use super::error::{ApiError, ApiResult};
 use super::extract::{Head, Params};
@@ -7,15 +7,24 @@ use crate::engine::frame::push_fmt;
 use crate::engine::snapshot::Pace;
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
+use axum::body::Body;
 use axum::extract::State;
-use axum::http::{StatusCode, Uri, header};
-use axum::response::IntoResponse;
+use axum::http::{HeaderValue, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body::Frame;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
 
 /// `GET /v1/health`
 pub async fn health(State(app): State<App>, uri: Uri) -> ApiResult {
@@ -61,6 +70,58 @@ pub async fn snapshot(State(app): State<App>, uri: Uri) -> ApiResult {
     })?;
     let body = format!("{{\"revision\":{},\"bytes\":{},\"took_ms\":{}}}", taken.revision, taken.bytes, taken.took_ms);
     Ok(json(StatusCode::OK, body))
+}
+
+/// Blocks of a backup that wait to be sent: a megabyte.
+const BACKUP_BLOCKS: usize = 4;
+/// A reader of a backup that takes no block for so long is cut: the log is held for it.
+const BACKUP_STALL: Duration = Duration::from_secs(60);
+
+/// `GET /v1/admin/backup`
+pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let permit = Arc::clone(&app.backups).try_acquire_owned();
+    let permit = permit.map_err(|_| Rejection::Overloaded("a backup is being taken; retry when it is done"))?;
+    let (send, blocks) = mpsc::channel::<Bytes>(BACKUP_BLOCKS);
+    let runtime = tokio::runtime::Handle::current();
+    tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        let started = Instant::now();
+        let send = |block: Vec<u8>| runtime.block_on(send.send_timeout(block.into(), BACKUP_STALL)).is_ok();
+        match app.engine.backup(send) {
+            Ok(Some(taken)) => tracing::info!(
+                revision = taken.revision.0,
+                keys = taken.keys,
+                vectors = taken.vectors,
+                took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                "backup"
+            ),
+            Ok(None) => tracing::warn!("a backup was cut short: its reader went away or stalled, or the server stops"),
+            Err(error) => tracing::error!(%error, "the backup failed"),
+        }
+    });
+    let mut response = Response::new(Body::new(BackupBody(blocks)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"kiss-vdb.backup\""));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Ok(response)
+}
+
+/// What the thread that takes a backup has ready.
+#[derive(Debug)]
+struct BackupBody(mpsc::Receiver<Bytes>);
+
+impl http_body::Body for BackupBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(context).map(|block| block.map(|block| Ok(Frame::data(block))))
+    }
 }
 
 /// Values read off the engine at the moment they are asked for.

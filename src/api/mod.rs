@@ -82,6 +82,8 @@ pub struct Shared {
     pub connections: AtomicU64,
     /// Snapshots being walked for streams, at most [`WALKS_MAX`].
     pub walks: Arc<Semaphore>,
+    /// Backups being taken, one at a time.
+    pub backups: Arc<Semaphore>,
     /// KiB of request bodies held in memory at a time; see [`App::admit`].
     bodies_kib: Arc<Semaphore>,
     /// Who may do what.
@@ -123,6 +125,7 @@ impl App {
             started: Instant::now(),
             connections: AtomicU64::new(0),
             walks: Arc::new(Semaphore::new(WALKS_MAX)),
+            backups: Arc::new(Semaphore::new(1)),
             bodies_kib: Arc::new(Semaphore::new(BODIES_BYTES_MIN.max(4 * config.max_body_bytes) >> 10)),
         })))
     }
@@ -184,6 +187,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/metrics"),
     ("POST", "/v1/token"),
     ("POST", "/v1/admin/snapshot"),
+    ("GET", "/v1/admin/backup"),
     ("GET", "/"),
     ("GET", "/docs"),
     ("GET", "/openapi.yaml"),
@@ -199,6 +203,7 @@ pub fn service(app: App, config: &Config) -> Service {
         .route("/v1/metrics", get(admin::metrics))
         .route("/v1/admin/snapshot", post(admin::snapshot))
         .route("/v1/token", post(auth::token))
+        .route("/v1/admin/backup", get(admin::backup))
         .route("/v1/state", get(state::list))
         .route("/v1/state/{*key}", get(state::get).put(state::put).patch(state::patch).delete(state::delete))
         .route("/v1/batch", post(state::batch))

@@ -28,6 +28,7 @@
 //! Deliberately absent: HTTP, a second writer, a lock held over I/O on the way of a read.
 
 pub mod answers;
+pub mod backup;
 pub mod clock;
 pub mod codec;
 pub mod collections;
@@ -38,6 +39,7 @@ pub mod json;
 pub mod linker;
 pub mod metrics;
 pub mod recovery;
+pub mod restore;
 pub mod search;
 pub mod sequencer;
 pub mod snapshot;

@@ -47,7 +47,7 @@ impl Paths {
         }
     }
 
-    fn create(&self) -> Result<(), Error> {
+    pub(super) fn create(&self) -> Result<(), Error> {
         for dir in [&self.dir, &self.log, &self.snapshots, &self.vectors] {
             std::fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
         }
@@ -60,7 +60,7 @@ impl Paths {
 }
 
 /// Takes the data directory for this process. The lock goes with the process, however it ends.
-fn lock(dir: &Path) -> Result<File, Error> {
+pub(super) fn lock(dir: &Path) -> Result<File, Error> {
     let path = dir.join("LOCK");
     let file = OpenOptions::new()
         .write(true)

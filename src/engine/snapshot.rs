@@ -10,6 +10,7 @@ use super::Inner;
 use super::answers::{Answer, Remembered};
 use super::codec::{Entries, Entry, decode_answer, decode_entry, encode_answer, encode_entry, put_spec, spec};
 use super::command::{Committed, Key};
+use super::state::State;
 use super::view::View;
 use super::wal::Gap;
 use crate::error::Error;
@@ -18,6 +19,7 @@ use crate::vector::{CollectionName, CollectionSpec};
 use crate::wire::{Malformed, Put, Reader};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -163,10 +165,18 @@ fn millis(since: Instant) -> u64 {
 }
 
 fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
-    let revision = view.revision();
     // Collections made or deleted after the view was begun are the log's affair; those it lists were there at its
     // revision. A checkpoint may by now be ahead of the view, which only means that replay has less to do.
+    let revision = view.revision();
     let state = inner.state.read();
+    let (listed, replay_after) = listed(&state, revision);
+    let answers = answers_until(&state, revision);
+    drop(state);
+    (encode_header(revision, replay_after, &inner.log.gaps(), &listed, &answers), revision, replay_after)
+}
+
+/// The collections of a revision with their checkpoints, and from where the log must be replayed because of them.
+fn listed(state: &State, revision: Revision) -> (Vec<SavedCollection>, Revision) {
     let mut replay_after = revision;
     let mut listed = Vec::new();
     for (name, collection) in state.collections() {
@@ -184,11 +194,22 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
             checkpoint,
         });
     }
-    // What was said later is in the log, and with it whether it came true.
-    let answers: Vec<_> =
-        state.answers().iter().filter(|a| a.committed.last_revision <= revision).map(Arc::clone).collect();
-    drop(state);
-    let gaps = inner.log.gaps();
+    (listed, replay_after)
+}
+
+/// What was said up to a revision to clients who may ask again; what was said later is in the log, and with it whether it
+/// came true.
+pub(super) fn answers_until(state: &State, revision: Revision) -> Vec<Arc<Remembered>> {
+    state.answers().iter().filter(|a| a.committed.last_revision <= revision).map(Arc::clone).collect()
+}
+
+fn encode_header(
+    revision: Revision,
+    replay_after: Revision,
+    gaps: &[Gap],
+    listed: &[SavedCollection],
+    answers: &[Arc<Remembered>],
+) -> Vec<u8> {
     let mut header = Vec::new();
     header.put_revision(revision);
     header.put_revision(replay_after);
@@ -204,63 +225,129 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
         header.put_revision(saved.created);
         header.put_revision(saved.checkpoint);
     }
-    header.put_u32(u32::try_from(answers.len()).expect("answers fit memory"));
+    put_answers(&mut header, answers);
+    header
+}
+
+/// Appends answers; backups hold them in the same bytes.
+pub(super) fn put_answers(out: &mut Vec<u8>, answers: &[Arc<Remembered>]) {
+    out.put_u32(u32::try_from(answers.len()).expect("answers fit memory"));
     for known in answers {
-        header.put_u64(known.ts_ms);
-        header.put_revision(known.committed.first_revision);
-        header.put_revision(known.committed.last_revision);
+        out.put_u64(known.ts_ms);
+        out.put_revision(known.committed.first_revision);
+        out.put_revision(known.committed.last_revision);
         let answer = Answer { retry: known.retry.clone(), outcomes: known.committed.outcomes.clone() };
-        encode_answer(&answer, &mut header);
+        encode_answer(&answer, out);
     }
-    (header, revision, replay_after)
+}
+
+/// Reads what [`put_answers`] wrote.
+pub(super) fn read_answers(reader: &mut Reader<'_>) -> Result<Vec<Arc<Remembered>>, Malformed> {
+    let mut answers = Vec::new();
+    for _ in 0..reader.u32("answers")? {
+        let ts_ms = reader.u64("ts")?;
+        let first_revision = reader.revision("first_revision")?;
+        let last_revision = reader.revision("last_revision")?;
+        let Answer { retry, outcomes } = decode_answer(reader)?;
+        let committed = Committed { outcomes, first_revision, last_revision };
+        answers.push(Arc::new(Remembered { ts_ms, committed, retry }));
+    }
+    Ok(answers)
+}
+
+/// A snapshot file being written beside its name.
+struct Draft {
+    file: BufWriter<File>,
+    block: Vec<u8>,
+    count: u64,
+}
+
+impl Draft {
+    fn create(beside: &Path, header: &[u8]) -> std::io::Result<Self> {
+        let mut file = BufWriter::with_capacity(BLOCK_BYTES, File::create(beside)?);
+        file.write_all(MAGIC)?;
+        file.write_all(&VERSION.to_le_bytes())?;
+        put_block(&mut file, header)?;
+        Ok(Self { file, block: Vec::with_capacity(BLOCK_BYTES + 4096), count: 0 })
+    }
+
+    /// Adds the next entry in key order; true when that filled a block.
+    fn push(&mut self, key: &Key, entry: &Entry) -> std::io::Result<bool> {
+        self.block.put_text(key.as_str());
+        encode_entry(entry, &mut self.block);
+        self.count += 1;
+        let is_full = self.block.len() >= BLOCK_BYTES;
+        if is_full {
+            put_block(&mut self.file, &self.block)?;
+            self.block.clear();
+        }
+        Ok(is_full)
+    }
+
+    fn sync(&mut self) -> std::io::Result<()> {
+        self.file.flush()?;
+        self.file.get_ref().sync_data()
+    }
+
+    /// Ends the file, syncs it and gives it its name. Returns its size.
+    fn finish(mut self, beside: &Path, path: &Path, dir: &Path) -> std::io::Result<u64> {
+        if !self.block.is_empty() {
+            put_block(&mut self.file, &self.block)?;
+        }
+        // An empty block ends the entries; the count behind it tells a file cut between blocks from a whole one.
+        put_block(&mut self.file, &[])?;
+        put_block(&mut self.file, &self.count.to_le_bytes())?;
+        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        let bytes = file.metadata()?.len();
+        std::fs::rename(beside, path)?;
+        File::open(dir)?.sync_all()?;
+        Ok(bytes)
+    }
 }
 
 fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8], pace: Pace) -> Result<u64, Error> {
     let beside = path.with_extension("tmp");
     let fill = || -> std::io::Result<u64> {
-        let mut file = BufWriter::with_capacity(BLOCK_BYTES, File::create(&beside)?);
-        file.write_all(MAGIC)?;
-        file.write_all(&VERSION.to_le_bytes())?;
-        put_block(&mut file, header)?;
-        let mut block = Vec::with_capacity(BLOCK_BYTES + 4096);
-        let mut count = 0u64;
+        let mut draft = Draft::create(&beside, header)?;
         let mut from = Some(String::new());
         let mut found = Vec::new();
         while let Some(at) = from {
             from = view.slice(&inner.state, &at, "", &mut found);
             for (key, entry) in found.drain(..) {
-                block.put_text(key.as_str());
-                encode_entry(&entry, &mut block);
-                count += 1;
-                if block.len() >= BLOCK_BYTES {
-                    put_block(&mut file, &block)?;
-                    block.clear();
-                    if pace == Pace::Gentle && !inner.stopping.load(Ordering::Relaxed) && view.kept() < KEPT_MAX {
-                        file.flush()?;
-                        file.get_ref().sync_data()?;
-                        std::thread::sleep(REST);
-                    }
+                let is_gentle = pace == Pace::Gentle && !inner.stopping.load(Ordering::Relaxed);
+                if draft.push(&key, &entry)? && is_gentle && view.kept() < KEPT_MAX {
+                    draft.sync()?;
+                    std::thread::sleep(REST);
                 }
             }
         }
-        if !block.is_empty() {
-            put_block(&mut file, &block)?;
-        }
-        // An empty block ends the entries; the count behind it tells a file cut between blocks from a whole one.
-        put_block(&mut file, &[])?;
-        put_block(&mut file, &count.to_le_bytes())?;
-        let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        let bytes = file.metadata()?.len();
-        std::fs::rename(&beside, path)?;
-        File::open(dir)?.sync_all()?;
-        Ok(bytes)
+        draft.finish(&beside, path, dir)
     };
     fill().map_err(|e| {
         // What is left of it would only take space that may be missing.
         std::fs::remove_file(&beside).ok();
         Error::io("cannot write the snapshot", path)(e)
     })
+}
+
+/// Writes the snapshot of a state that no engine has, in a directory that has none: a restored one. Its collections'
+/// files must be complete.
+pub(super) fn write_first(dir: &Path, state: &State) -> Result<(), Error> {
+    let revision = state.revision();
+    let (listed, replay_after) = listed(state, revision);
+    assert_eq!(replay_after, revision, "collections are checkpointed before");
+    let path = snapshot_path(dir, revision);
+    let beside = path.with_extension("tmp");
+    let fill = || -> std::io::Result<u64> {
+        let mut draft =
+            Draft::create(&beside, &encode_header(revision, revision, &[], &listed, &answers_until(state, revision)))?;
+        for (key, entry) in state.range_from(Bound::Unbounded) {
+            draft.push(key, entry)?;
+        }
+        draft.finish(&beside, &path, dir)
+    };
+    fill().map_err(Error::io("cannot write the snapshot", &path)).map(|_| ())
 }
 
 /// Removes all but the newest snapshots, then the log segments that the oldest kept one no longer needs.
@@ -419,17 +506,7 @@ fn read_header(bytes: &[u8], version: u32) -> Result<Snapshot, Malformed> {
             checkpoint: reader.revision("checkpoint")?,
         });
     }
-    let mut answers = Vec::new();
-    if version > 1 {
-        for _ in 0..reader.u32("answers")? {
-            let ts_ms = reader.u64("ts")?;
-            let first_revision = reader.revision("first_revision")?;
-            let last_revision = reader.revision("last_revision")?;
-            let Answer { retry, outcomes } = decode_answer(&mut reader)?;
-            let committed = Committed { outcomes, first_revision, last_revision };
-            answers.push(Arc::new(Remembered { ts_ms, committed, retry }));
-        }
-    }
+    let answers = if version > 1 { read_answers(&mut reader)? } else { Vec::new() };
     reader.end("the snapshot's header")?;
     Ok(Snapshot { revision, replay_after, gaps, collections, answers, entries: Vec::new() })
 }

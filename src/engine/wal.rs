@@ -464,6 +464,24 @@ pub struct Log {
     /// Oldest first, at least one. Written when a segment is added or dropped, so readers hardly ever wait.
     segments: RwLock<Vec<Arc<Segment>>>,
     gaps: RwLock<Vec<Gap>>,
+    /// Revisions after which everything is still needed: of backups under way.
+    holds: Mutex<Vec<Revision>>,
+}
+
+/// See [`Log::hold`].
+#[derive(Debug)]
+pub struct Hold {
+    log: Arc<Log>,
+    revision: Revision,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut holds = self.log.holds.lock();
+        if let Some(mine) = holds.iter().position(|held| *held == self.revision) {
+            holds.swap_remove(mine);
+        }
+    }
 }
 
 /// Records read for a stream.
@@ -601,9 +619,16 @@ impl Log {
         Ok(None)
     }
 
+    /// Keeps what is after `revision` from being dropped, as long as the hold lives.
+    pub fn hold(self: &Arc<Self>, revision: Revision) -> Hold {
+        self.holds.lock().push(revision);
+        Hold { log: Arc::clone(self), revision }
+    }
+
     /// Drops the oldest segments while there are more than `bytes_max` of them and `covered` (a durable snapshot's
     /// revision) includes all they hold. Returns how many went.
     pub fn drop_oldest(&self, bytes_max: u64, covered: Revision) -> Result<usize, Error> {
+        let covered = self.holds.lock().iter().fold(covered, |covered, held| covered.min(*held));
         let mut dropped = 0;
         while self.bytes() > bytes_max {
             let gone = {
@@ -773,7 +798,7 @@ impl Wal {
         torn_bytes: u64,
     ) -> OpenedWal {
         let active = Arc::clone(segments.last().expect("there is at least one segment"));
-        let log = Arc::new(Log { segments: RwLock::new(segments), gaps: RwLock::new(gaps) });
+        let log = Arc::new(Log { segments: RwLock::new(segments), gaps: RwLock::new(gaps), holds: Mutex::default() });
         let mut wal = Self {
             dir: dir.map(Path::to_owned),
             log: Arc::clone(&log),
@@ -983,6 +1008,17 @@ impl Wal {
         }
         self.appended.next()
     }
+}
+
+/// Makes the log of a restored directory: no records, and a gap behind `head`, as after a crash of a relaxed mode. Revisions
+/// that the original handed out after the backup, or a block of them at least, are never handed out again, and a stream that
+/// has seen one is told.
+pub fn create_behind(dir: &Path, head: Revision) -> Result<Gap, Error> {
+    let gap = Gap { from: head.next(), to: head.plus(RESERVED_REVISIONS).next() };
+    let mut frames = FrameBuffer { bytes: Vec::new() };
+    frames.push(Kind::Gap, gap.from, 0, head, |out| out.put_revision(gap.to));
+    Segment::create(Some(dir), gap.from, *SEGMENT_BYTES.start(), frames)?;
+    Ok(gap)
 }
 
 fn list_segments(dir: &Path) -> Result<Vec<PathBuf>, Error> {
