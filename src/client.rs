@@ -1,4 +1,5 @@
-//! A small HTTP client for the demo, the benchmark and the tests: one connection, requests one after another, and SSE.
+//! A small HTTP client for the command line, the demo, the benchmark and the tests: one connection, requests one after
+//! another, and SSE.
 //!
 //! Not a general client: no TLS, no redirects, no pool. One [`Client`] is one keep-alive connection, which is what a
 //! load generator has to control.
@@ -23,7 +24,9 @@ pub struct Target {
 impl Target {
     /// Parses `http://host:port`; a path is refused.
     pub fn new(url: &str, api_key: Option<String>) -> anyhow::Result<Self> {
-        let rest = url.strip_prefix("http://").context("the URL begins with http://")?;
+        let rest = url
+            .strip_prefix("http://")
+            .with_context(|| format!("the URL is http://host:port, not {url}; for https go through a proxy"))?;
         let authority = rest.trim_end_matches('/');
         ensure!(!authority.is_empty() && !authority.contains('/'), "the URL is http://host:port");
         let authority = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
@@ -55,8 +58,8 @@ impl Target {
     }
 
     async fn connect(&self) -> anyhow::Result<SendRequest<Full<Bytes>>> {
-        let stream =
-            TcpStream::connect(&self.authority).await.with_context(|| format!("cannot connect to {}", self.url()))?;
+        let connected = TcpStream::connect(&self.authority).await;
+        let stream = connected.map_err(|cause| CannotConnect { url: self.url(), cause })?;
         stream.set_nodelay(true)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await?;
         // Ends with the sender; a broken connection shows as the request's error.
@@ -72,8 +75,65 @@ impl Target {
         let mut sender = self.connect().await?;
         let request = self.request(Method::GET, &format!("/v1/events{query}"), &headers, Bytes::new())?;
         let response = sender.send_request(request).await?;
-        ensure!(response.status() == StatusCode::OK, "the stream was refused: {}", response.status());
+        if response.status() != StatusCode::OK {
+            return Err(Refused(Box::new(Answer::read(response).await?)).into());
+        }
         Ok(EventStream { body: response.into_body(), _sender: sender, parser: Parser::default() })
+    }
+
+    /// Asks for an answer that is too large to read whole.
+    pub async fn download(&self, path: &str) -> anyhow::Result<Download> {
+        let mut sender = self.connect().await?;
+        let response = sender.send_request(self.request(Method::GET, path, &[], Bytes::new())?).await?;
+        if response.status() != StatusCode::OK {
+            return Err(Refused(Box::new(Answer::read(response).await?)).into());
+        }
+        Ok(Download { body: response.into_body(), _sender: sender })
+    }
+}
+
+/// An answer being read piece by piece.
+#[derive(Debug)]
+pub struct Download {
+    body: Incoming,
+    _sender: SendRequest<Full<Bytes>>,
+}
+
+impl Download {
+    /// The next piece; `None` at the end.
+    pub async fn next(&mut self) -> anyhow::Result<Option<Bytes>> {
+        loop {
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(frame) => {
+                    if let Ok(data) = frame?.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Nobody listens there.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot connect to {url}: {cause}")]
+pub struct CannotConnect {
+    url: String,
+    cause: std::io::Error,
+}
+
+/// An answer that is not a success.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {}", .0.status, String::from_utf8_lossy(&.0.body))]
+pub struct Refused(pub Box<Answer>);
+
+impl Refused {
+    /// What the server says to people; the whole answer when it is not one of ours.
+    #[must_use]
+    pub fn detail(&self) -> String {
+        let detail = self.0.json().ok().and_then(|problem| Some(problem.get("detail")?.as_str()?.to_owned()));
+        detail.unwrap_or_else(|| self.to_string())
     }
 }
 
@@ -96,8 +156,18 @@ impl Answer {
 
     /// The body as JSON, if the status is a success.
     pub fn success(&self) -> anyhow::Result<serde_json::Value> {
-        ensure!(self.status.is_success(), "{}: {}", self.status, String::from_utf8_lossy(&self.body));
-        self.json()
+        self.clone().accepted()?.json()
+    }
+
+    /// This answer, if the status is a success.
+    pub fn accepted(self) -> Result<Self, Refused> {
+        if self.status.is_success() { Ok(self) } else { Err(Refused(Box::new(self))) }
+    }
+
+    async fn read(response: Response<Incoming>) -> anyhow::Result<Self> {
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok(Self { status: parts.status, headers: parts.headers, body })
     }
 }
 
@@ -134,11 +204,9 @@ impl Client {
             _ => self.target.connect().await?,
         };
         sender.ready().await?;
-        let response: Response<Incoming> = sender.send_request(request).await?;
-        let (parts, body) = response.into_parts();
-        let body = body.collect().await?.to_bytes();
+        let answer = Answer::read(sender.send_request(request).await?).await?;
         self.sender = Some(sender);
-        Ok(Answer { status: parts.status, headers: parts.headers, body })
+        Ok(answer)
     }
 }
 
@@ -215,18 +283,23 @@ impl EventStream {
 struct Parser {
     buffer: Vec<u8>,
     at: usize,
+    /// No frame ends before here: a large one comes in many pieces, and is looked through once.
+    searched: usize,
     last_id: Option<u64>,
     retry_ms: Option<u64>,
 }
 
 impl Parser {
     fn next(&mut self) -> anyhow::Result<Option<ServerEvent>> {
-        let rest = &self.buffer[self.at..];
-        let Some(end) = rest.windows(2).position(|w| w == b"\n\n") else {
+        let from = self.searched.max(self.at);
+        let Some(end) = self.buffer[from..].windows(2).position(|w| w == b"\n\n") else {
             self.buffer.drain(..self.at);
             self.at = 0;
+            self.searched = self.buffer.len().saturating_sub(1);
             return Ok(None);
         };
+        let rest = &self.buffer[self.at..];
+        let end = from - self.at + end;
         let mut event = ServerEvent::default();
         for line in std::str::from_utf8(&rest[..end])?.split('\n') {
             match line.split_once(": ").unwrap_or((line, "")) {

@@ -6,12 +6,14 @@
 pub mod api;
 pub mod bench;
 pub mod check;
+pub mod cli;
 pub mod client;
 pub mod config;
 pub mod demo;
 pub mod engine;
 pub mod error;
 pub mod keys;
+pub mod npy;
 pub mod revision;
 pub mod vector;
 pub mod wire;

@@ -1,11 +1,12 @@
 //! The `kiss-vdb` program: flags, logging, open, serve, ordered shutdown.
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use kiss_vdb::api::auth::Auth;
 use kiss_vdb::api::live::StreamThreads;
 use kiss_vdb::api::tls::Tls;
 use kiss_vdb::api::{AUDIT, App, serve, service};
+use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved};
 use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
 use std::io::{IsTerminal, Write};
@@ -24,7 +25,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// A real-time database: keys, events, streams and vectors in one total order, over plain HTTP.
 #[derive(Parser)]
-#[command(name = "kiss-vdb", version, about, long_about = None, args_conflicts_with_subcommands = true)]
+#[command(name = "kiss-vdb", version, about, long_about = None, args_conflicts_with_subcommands = true, after_help = cli::EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Verb>,
@@ -49,6 +50,8 @@ enum Verb {
     /// The yardstick `bench --bare` measures against.
     #[command(hide = true)]
     BenchBare(kiss_vdb::bench::BareArgs),
+    #[command(flatten)]
+    Cli(Box<CliVerb>),
 }
 
 /// One flag for each setting. Text, so that a bad value is reported the same way wherever it came from.
@@ -179,6 +182,7 @@ fn main() -> ExitCode {
         Some(Verb::Config(flags)) => flags.resolve().map_err(Into::into).and_then(|r| print_config(&r)),
         Some(Verb::Bench(args)) => kiss_vdb::bench::run(&args),
         Some(Verb::BenchBare(args)) => kiss_vdb::bench::run_bare(&args),
+        Some(Verb::Cli(verb)) => return cli::run(*verb, Cli::command()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,9 +4,9 @@
 //! i32, one row of base row numbers for each query, nearest first, -1 = none) and optionally `meta` (gzipped NDJSON, a
 //! line for each base vector) with `filters`, each with a truth of its own.
 
+use crate::npy;
 use anyhow::{Context, bail, ensure};
 use flate2::read::MultiGzDecoder;
-use half::f16;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::Read;
@@ -225,7 +225,7 @@ fn read_lines(path: &Path) -> anyhow::Result<Vec<String>> {
 fn read_vectors(path: &Path) -> anyhow::Result<Matrix<f32>> {
     let bytes = read(path)?;
     let vectors =
-        if bytes.starts_with(NPY_MAGIC) { npy_vectors(&bytes) } else { gunzip(&bytes).and_then(|b| idx_vectors(&b)) };
+        if bytes.starts_with(npy::MAGIC) { npy_vectors(&bytes) } else { gunzip(&bytes).and_then(|b| idx_vectors(&b)) };
     vectors.with_context(|| path.display().to_string())
 }
 
@@ -235,55 +235,23 @@ fn read_truth(path: &Path, queries: usize) -> anyhow::Result<Matrix<i32>> {
     Ok(truth)
 }
 
-const NPY_MAGIC: &[u8] = b"\x93NUMPY\x01";
-
-/// A `.npy` file of format 1: magic, minor version, header length (u16), a Python dict as text, then the values.
-struct Npy<'a> {
-    descr: &'a str,
-    width: usize,
-    values: &'a [u8],
-}
-
-impl<'a> Npy<'a> {
-    fn parse(bytes: &'a [u8]) -> anyhow::Result<Self> {
-        let rest = bytes.strip_prefix(NPY_MAGIC).context("not a .npy file of format 1")?;
-        let (&[_minor, low, high], rest) = rest.split_first_chunk().context("cut short")?;
-        let (header, values) = rest.split_at_checked(u16::from_le_bytes([low, high]).into()).context("cut short")?;
-        let header = std::str::from_utf8(header)?;
-        let after = |name: &str| {
-            header.split_once(name).map(|(_, rest)| rest).with_context(|| format!("no {name} in {header}"))
-        };
-        ensure!(after("'fortran_order':")?.trim_start().starts_with("False"), "only C order is read");
-        let descr = after("'descr':")?.split('\'').nth(1).context("descr is not a text")?;
-        let shape = after("'shape':")?.split(['(', ')']).nth(1).context("shape is not a tuple")?;
-        let shape: Vec<usize> =
-            shape.split(',').map(str::trim).filter(|n| !n.is_empty()).map(str::parse).collect::<Result<_, _>>()?;
-        let &[rows, width] = shape.as_slice() else { bail!("the shape is {shape:?}, not two numbers") };
-        let item = descr.get(2..).and_then(|n| n.parse::<usize>().ok()).context("descr has no size")?;
-        ensure!(
-            Some(values.len()) == rows.checked_mul(width).and_then(|n| n.checked_mul(item)),
-            "{} bytes of values",
-            values.len()
-        );
-        Ok(Self { descr, width, values })
-    }
+/// A whole file: what its header says, and its values.
+fn npy(bytes: &[u8]) -> anyhow::Result<(npy::Header, &[u8])> {
+    let mut values = bytes;
+    let header = npy::Header::read(&mut values)?;
+    ensure!(Some(values.len()) == header.value_bytes(), "{} bytes of values", values.len());
+    Ok((header, values))
 }
 
 fn npy_vectors(bytes: &[u8]) -> anyhow::Result<Matrix<f32>> {
-    let npy = Npy::parse(bytes)?;
-    let values = match npy.descr {
-        "|u1" => npy.values.iter().map(|&v| f32::from(v)).collect(),
-        "<f2" => npy.values.as_chunks().0.iter().map(|&v| f16::from_le_bytes(v).to_f32()).collect(),
-        "<f4" => npy.values.as_chunks().0.iter().map(|&v| f32::from_le_bytes(v)).collect(),
-        other => bail!("vectors of {other:?} are not read; u8, f16 and f32 are"),
-    };
-    Matrix::new(npy.width, values)
+    let (header, values) = npy(bytes)?;
+    Matrix::new(header.width, header.floats(values)?)
 }
 
 fn npy_truth(bytes: &[u8]) -> anyhow::Result<Matrix<i32>> {
-    let npy = Npy::parse(bytes)?;
-    ensure!(npy.descr == "<i4", "the truth is {:?}, not i32", npy.descr);
-    Matrix::new(npy.width, npy.values.as_chunks().0.iter().map(|&v| i32::from_le_bytes(v)).collect())
+    let (header, values) = npy(bytes)?;
+    ensure!(header.descr == "<i4", "the truth is {:?}, not i32", header.descr);
+    Matrix::new(header.width, values.as_chunks().0.iter().map(|&v| i32::from_le_bytes(v)).collect())
 }
 
 /// IDX of unsigned bytes with three dimensions: a magic number, the counts of images, rows and columns, the pixels.
@@ -302,11 +270,12 @@ fn idx_vectors(bytes: &[u8]) -> anyhow::Result<Matrix<f32>> {
 mod tests {
     use super::*;
     use crate::vector::filter::Filter;
+    use half::f16;
     use std::io::Write;
 
     fn npy(descr: &str, shape: &str, values: &[u8]) -> Vec<u8> {
         let header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape}), }}   \n");
-        let mut out = [NPY_MAGIC, b"\x00"].concat();
+        let mut out = [npy::MAGIC, b"\x01\x00"].concat();
         out.extend_from_slice(&u16::try_from(header.len()).unwrap().to_le_bytes());
         out.extend_from_slice(header.as_bytes());
         out.extend_from_slice(values);

@@ -1,5 +1,5 @@
 //! A real server for tests: the built binary on a free port, talked to over HTTP.
-#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+#![allow(dead_code, unused_imports, missing_docs, clippy::unwrap_used)]
 
 use kiss_vdb::client::{Answer, Client, Target};
 use std::io::{BufRead, BufReader};
@@ -22,7 +22,10 @@ pub struct Server {
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
-    command.arg("serve").args(["--port", "0"]).args(arguments);
+    command.arg("serve").args(arguments);
+    if !arguments.contains(&"--port") {
+        command.args(["--port", "0"]);
+    }
     for (name, _) in std::env::vars() {
         if kiss_vdb::config::SETTINGS.iter().any(|s| s.env == name) {
             command.env_remove(name);

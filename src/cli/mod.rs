@@ -1,0 +1,339 @@
+//! The command line: one verb for each thing a person or a script does with a running server.
+//!
+//! ```text
+//! main.rs ─▶ CliVerb ─▶ run: a runtime, ctrl-c, exit codes ─▶ one file a noun ─▶ client.rs ─▶ HTTP
+//! ```
+//! Invariants
+//! - stdout carries the answer and nothing else; what is for people only goes to stderr.
+//! - With `--json` the answer is the server's own JSON, one line each.
+//! - Exit codes are those of [`Exit`], and no others.
+//! - A reader that goes away (`| head`) ends a command quietly.
+//!
+//! Deliberately absent: configuration files, an interactive shell, TLS.
+
+pub mod backup;
+pub mod event;
+pub mod export;
+pub mod import;
+pub mod key;
+pub mod output;
+pub mod rows;
+pub mod shell;
+pub mod top;
+pub mod vector;
+
+use crate::client::{Answer, CannotConnect, Client, Refused, Target};
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use hyper::Method;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Where a server is when nothing says so.
+const DEFAULT_URL: &str = "http://127.0.0.1:9917";
+/// A segment of a path: a key keeps its slashes.
+const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b'/');
+
+/// The table at the end of `--help`.
+pub const EXIT_CODES: &str = "\
+Exit codes of commands that talk to a server:
+  0  done                                4  conflict: --if-revision, or it exists
+  1  refused or failed otherwise         5  the key is missing, wrong or lacks the right
+  2  wrong usage                         6  no server answers there
+  3  there is no such key or vector    130  interrupted
+
+The server is --url, else KISS_URL, else http://127.0.0.1:9917; its key --api-key, else API_KEY.
+https goes through a proxy that speaks http on this side.";
+
+/// What the program ends with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Exit {
+    Done = 0,
+    Failed = 1,
+    Usage = 2,
+    NotFound = 3,
+    Conflict = 4,
+    Forbidden = 5,
+    NoServer = 6,
+    Interrupted = 130,
+}
+
+/// Verbs that talk to a running server, or work on its files.
+#[derive(Subcommand)]
+pub enum CliVerb {
+    /// Print what a key holds
+    Get(key::GetArgs),
+    /// Set a key
+    Put(key::PutArgs),
+    /// Change a key by a JSON merge patch
+    Patch(key::PatchArgs),
+    /// Delete a key
+    Del(key::DelArgs),
+    /// List keys in order
+    List(key::ListArgs),
+    /// Follow what happens, across restarts of the server
+    Watch(event::WatchArgs),
+    /// Publish an event
+    Publish(event::PublishArgs),
+    /// Search a collection for the nearest vectors
+    Search(vector::SearchArgs),
+    /// Put a vector into a collection
+    Upsert(vector::UpsertArgs),
+    /// Write keys and vectors out as lines of JSON
+    Export(export::ExportArgs),
+    /// Read keys and vectors in: lines of JSON, .npy or .fvecs
+    Import(import::ImportArgs),
+    /// Take a consistent copy of a running server into one file
+    Backup(backup::BackupArgs),
+    /// Make a data directory of a backup
+    Restore(backup::RestoreArgs),
+    /// Watch a server work: rates, latencies, streams, events
+    Top(top::TopArgs),
+    /// Print a completion script for a shell
+    Completions(shell::CompletionsArgs),
+    /// Print the manual page
+    Man,
+}
+
+/// Flags of every verb that talks to a server.
+#[derive(Args, Clone, Debug)]
+pub struct ServerFlags {
+    /// The server [env KISS_URL, default http://127.0.0.1:9917]
+    #[arg(long, value_name = "URL", help_heading = "Server")]
+    url: Option<String>,
+    /// Its key; other users of this machine see flags, so prefer the environment [env API_KEY]
+    #[arg(long, value_name = "KEY", help_heading = "Server")]
+    api_key: Option<String>,
+    /// Print the server's JSON as it is, one line for each answer or event
+    #[arg(long, help_heading = "Server")]
+    pub json: bool,
+}
+
+impl ServerFlags {
+    fn target(&self) -> anyhow::Result<Target> {
+        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let url = self.url.clone().or_else(|| variable("KISS_URL")).unwrap_or_else(|| DEFAULT_URL.to_owned());
+        let key = self.api_key.clone().or_else(|| variable("API_KEY"));
+        Target::new(&url, key).map_err(|error| usage(error.to_string()))
+    }
+
+    fn client(&self) -> anyhow::Result<Client> {
+        Ok(Client::new(&self.target()?))
+    }
+}
+
+/// Wrong usage that clap cannot know of.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// ctrl-c.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
+fn usage(text: impl Into<String>) -> anyhow::Error {
+    Usage(text.into()).into()
+}
+
+/// Runs a verb. `command` is the whole program's, for its completions and manual.
+pub fn run(verb: CliVerb, command: clap::Command) -> ExitCode {
+    let is_json = match &verb {
+        CliVerb::Get(key::GetArgs { server, .. }) | CliVerb::Put(key::PutArgs { server, .. }) => server.json,
+        CliVerb::Patch(key::PatchArgs { server, .. }) | CliVerb::Del(key::DelArgs { server, .. }) => server.json,
+        CliVerb::List(args) => args.server.json,
+        CliVerb::Watch(args) => args.server.json,
+        CliVerb::Publish(args) => args.server.json,
+        CliVerb::Search(args) => args.server.json,
+        CliVerb::Upsert(args) => args.server.json,
+        CliVerb::Export(args) => args.server.json,
+        CliVerb::Import(args) => args.server.json,
+        CliVerb::Backup(args) => args.server.json,
+        _ => false,
+    };
+    let result = match verb {
+        CliVerb::Restore(args) => backup::restore(&args),
+        CliVerb::Completions(args) => shell::completions(&args, command),
+        CliVerb::Man => shell::man(command),
+        verb => talk(verb),
+    };
+    let exit = result.map_or_else(|error| report(&error, is_json), |()| Exit::Done);
+    ExitCode::from(exit as u8)
+}
+
+fn talk(verb: CliVerb) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let verb = async {
+        match verb {
+            CliVerb::Get(args) => key::get(args).await,
+            CliVerb::Put(args) => key::put(args).await,
+            CliVerb::Patch(args) => key::patch(args).await,
+            CliVerb::Del(args) => key::del(args).await,
+            CliVerb::List(args) => key::list(args).await,
+            CliVerb::Watch(args) => event::watch(args).await,
+            CliVerb::Publish(args) => event::publish(args).await,
+            CliVerb::Search(args) => vector::search(args).await,
+            CliVerb::Upsert(args) => vector::upsert(args).await,
+            CliVerb::Export(args) => export::export(args).await,
+            CliVerb::Import(args) => import::import(args).await,
+            CliVerb::Backup(args) => backup::backup(args).await,
+            CliVerb::Top(args) => top::top(args).await,
+            CliVerb::Restore(_) | CliVerb::Completions(_) | CliVerb::Man => unreachable!("they need no server"),
+        }
+    };
+    let result = runtime.block_on(async {
+        tokio::select! {
+            result = verb => result,
+            // What was begun is dropped, and cleans up after itself.
+            _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
+        }
+    });
+    // A thread may still wait for stdin.
+    runtime.shutdown_background();
+    result
+}
+
+/// Says what went wrong, in one line, and chooses the exit code.
+fn report(error: &anyhow::Error, is_json: bool) -> Exit {
+    let refused = error.chain().find_map(|cause| cause.downcast_ref::<Refused>());
+    let exit = exit(error, refused);
+    let mut out = std::io::stderr().lock();
+    // Nobody is left to be told when stderr is gone too.
+    match (exit, refused) {
+        (Exit::Done, _) => {}
+        (_, Some(Refused(answer))) if is_json => {
+            writeln!(out, "{}", String::from_utf8_lossy(&answer.body)).unwrap_or(())
+        }
+        (_, Some(refused)) => {
+            // Contexts, if any, then the server's own words in place of the whole answer.
+            let context: String =
+                error.chain().take_while(|cause| !cause.is::<Refused>()).map(|cause| format!("{cause}: ")).collect();
+            writeln!(out, "kiss-vdb: {context}{}", refused.detail()).unwrap_or(());
+        }
+        _ => writeln!(out, "kiss-vdb: {error:#}").unwrap_or(()),
+    }
+    exit
+}
+
+fn exit(error: &anyhow::Error, refused: Option<&Refused>) -> Exit {
+    if let Some(Refused(answer)) = refused {
+        return match answer.status.as_u16() {
+            404 => Exit::NotFound,
+            409 | 412 => Exit::Conflict,
+            401 | 403 => Exit::Forbidden,
+            _ => Exit::Failed,
+        };
+    }
+    for cause in error.chain() {
+        if cause.is::<Usage>() {
+            return Exit::Usage;
+        }
+        if cause.is::<Interrupted>() {
+            return Exit::Interrupted;
+        }
+        if cause.is::<CannotConnect>() || cause.is::<hyper::Error>() {
+            return Exit::NoServer;
+        }
+        if cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
+            return Exit::Done;
+        }
+    }
+    Exit::Failed
+}
+
+/// A path with a key, name or id in it.
+fn path(prefix: &str, name: &str) -> String {
+    format!("{prefix}{}", utf8_percent_encode(name, PATH))
+}
+
+/// A query of those parts that have a value.
+fn query<'a>(parts: impl IntoIterator<Item = (&'a str, Option<String>)>) -> String {
+    let mut query = form_urlencoded::Serializer::new(String::from("?"));
+    for (name, value) in parts {
+        if let Some(value) = value {
+            query.append_pair(name, &value);
+        }
+    }
+    let query = query.finish();
+    if query == "?" { String::new() } else { query }
+}
+
+async fn get(client: &mut Client, path: &str) -> anyhow::Result<Answer> {
+    Ok(client.call(Method::GET, path, "").await?.accepted()?)
+}
+
+async fn post(client: &mut Client, path: &str, body: String) -> anyhow::Result<Answer> {
+    Ok(client.call(Method::POST, path, body).await?.accepted()?)
+}
+
+/// The argument, or with `-` all of stdin.
+async fn argument_or_stdin(argument: &str) -> anyhow::Result<String> {
+    if argument != "-" {
+        return Ok(argument.to_owned());
+    }
+    let read = || std::io::read_to_string(std::io::stdin());
+    tokio::task::spawn_blocking(read).await?.context("cannot read stdin as text")
+}
+
+/// Checks that a text is JSON; it is sent as it stands, so that numbers stay as they were written.
+fn json(text: &str, what: &str) -> anyhow::Result<Box<serde_json::value::RawValue>> {
+    serde_json::from_str(text.trim())
+        .map_err(|error| usage(format!("{what} is not JSON ({error}): {}", short(text, 60))))
+}
+
+/// The beginning of a text.
+fn short(text: &str, chars: usize) -> String {
+    let mut short: String = text.chars().take(chars).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+/// `10m`, `1h30m`, `500ms`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a time such as 500ms, 30s, 10m, 1h30m or 7d");
+    let mut rest = text;
+    let mut total_ms = 0u64;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+        let (number, tail) = rest.split_at(digits);
+        let unit_end = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(unit_end);
+        let unit_ms = match unit {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(wrong()),
+        };
+        let part = number.parse::<u64>().ok().and_then(|n| n.checked_mul(unit_ms)).ok_or_else(wrong)?;
+        total_ms = total_ms.checked_add(part).ok_or_else(wrong)?;
+        rest = tail;
+    }
+    if total_ms == 0 { Err(wrong()) } else { Ok(Duration::from_millis(total_ms)) }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        for (text, ms) in [("500ms", 500), ("30s", 30_000), ("10m", 600_000), ("1h30m", 5_400_000), ("7d", 604_800_000)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "10", "m", "10x", "0s", "-1s", "1.5h", "99999999999999999999d", "18446744073709551615d"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,664 @@
+//! The command line, as the built program against a real server: what it prints, and what it ends with.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use common::{BINARY, Server, call, ok};
+use kiss_vdb::client::Client;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn program(url: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(arguments).env("KISS_URL", url).env_remove("API_KEY").env_remove("NO_COLOR");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn finish(mut child: Child, input: &[u8]) -> Ran {
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    // A program that does not read its stdin is no failure.
+    let writer = std::thread::spawn(move || stdin.write_all(&input).ok());
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    Ran {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn run(url: &str, arguments: &[&str]) -> Ran {
+    finish(program(url, arguments).spawn().unwrap(), b"")
+}
+
+fn run_ok(url: &str, arguments: &[&str]) -> String {
+    let ran = run(url, arguments);
+    assert_eq!(ran.code, 0, "{arguments:?}: {ran:?}");
+    ran.out
+}
+
+/// Waits until something holds.
+fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < DEADLINE, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn every_command_prints_and_ends_as_documented() {
+    let server = Server::start(&[]);
+    let url = server.target.url();
+    let dir = tempfile::tempdir().unwrap();
+    let logo = dir.path().join("logo");
+    std::fs::write(&logo, [0, 159, 146, 150]).unwrap();
+    let logo = logo.to_str().unwrap();
+    // Arguments, stdin, exit code, stdout, what stderr holds.
+    let table: &[(&[&str], &str, i32, &str, &str)] = &[
+        (&["put", "job:1", r#"{"n":1.50}"#, "--job-id", "1", "--tag", "a"], "", 0, "revision 1 created\n", ""),
+        (&["put", "job:1", r#"{"n":1.50}"#, "--if-revision", "9"], "", 4, "", "expected revision 9"),
+        (&["put", "job:1", "hello"], "", 2, "", "--string"),
+        (&["put", "job:1"], "", 2, "", "required"),
+        (&["get", "job:1"], "", 0, "{\"n\":1.50}\n", ""),
+        (
+            &["get", "job:1", "--json"],
+            "",
+            0,
+            "{\"key\":\"job:1\",\"value\":{\"n\":1.50},\"revision\":1,\"created_revision\":1,\"meta\":{\"job_id\":\"1\",\"tags\":[\"a\"]}}\n",
+            "",
+        ),
+        (&["get", "nothing"], "", 3, "", "there is no key \"nothing\""),
+        (&["get", "nothing", "--json"], "", 3, "", "\"code\":\"key_not_found\""),
+        (&["patch", "job:1", r#"{"m":null,"k":2}"#], "", 0, "revision 2\n", ""),
+        (&["put", "text", "-", "--string"], "good\nmorning", 0, "revision 3 created\n", ""),
+        (&["get", "text", "--raw"], "", 0, "\"good\\nmorning\"", ""),
+        (&["put", "a/b c?d", "-5"], "", 0, "revision 4 created\n", ""),
+        (
+            &["put", "logo", "--file", logo, "--content-type", "image/png", "--ttl", "1h"],
+            "",
+            0,
+            "revision 5 created\n",
+            "",
+        ),
+        (&["put", "logo", "--file", logo], "", 2, "", "--content-type"),
+        (&["put", "logo", "1", "--ttl", "soon"], "", 2, "", "not a time"),
+        (
+            &["list"],
+            "",
+            0,
+            "a/b c?d\t-5\njob:1\t{\"n\":1.50,\"k\":2}\nlogo\t<4 bytes of image/png>\ntext\t\"good\\nmorning\"\n",
+            "",
+        ),
+        (&["list", "--keys-only", "--limit", "2"], "", 0, "a/b c?d\njob:1\n", ""),
+        (
+            &["list", "job:", "--json", "--keys-only"],
+            "",
+            0,
+            "{\"key\":\"job:1\",\"revision\":2,\"created_revision\":1,\"meta\":{\"job_id\":\"1\",\"tags\":[\"a\"]}}\n",
+            "",
+        ),
+        (&["del", "a/b c?d", "--if-revision", "3"], "", 4, "", "expected revision 3"),
+        (&["del", "a/b c?d"], "", 0, "revision 6 deleted\n", ""),
+        (&["del", "a/b c?d"], "", 3, "", "there is no key"),
+        (&["publish", "progress", r#"{"done":1}"#, "--key", "job:1", "--job-id", "1"], "", 0, "revision 7\n", ""),
+        (&["publish", "Progress"], "", 1, "", "an event type is"),
+        (&["upsert", "docs", "a", "[1,2,3]"], "", 3, "", "there is no collection"),
+        (
+            &["import", "-", "--collection", "docs"],
+            "{\"collection\":\"docs\",\"dim\":3,\"metric\":\"cosine\"}\n",
+            0,
+            "1 rows",
+            "",
+        ),
+        (
+            &["upsert", "docs", "a", "[1,2,3]", "--meta", r#"{"lang":"es"}"#, "--json"],
+            "",
+            0,
+            "{\"id\":\"a\",\"revision\":9,\"created\":true}\n",
+            "",
+        ),
+        (&["upsert", "docs", "b", "-"], "[-1,2,3]", 0, "revision 10 created\n", ""),
+        (&["upsert", "docs", "b", "[1]"], "", 1, "", "the vector has 1 numbers"),
+        (&["search", "docs", "--vector", "[-1,2,3]", "-k", "1"], "", 0, "1.000000\tb\n", ""),
+        (
+            &["search", "docs", "--id", "b", "--filter", r#"{"lang":"es"}"#, "--include-meta", "--explain"],
+            "",
+            0,
+            "0.857143\ta\t{\"lang\":\"es\"}\n",
+            "\"matches\":1",
+        ),
+        (&["search", "docs"], "", 2, "", "required"),
+        (
+            &["watch", "--since", "5", "--count", "2"],
+            "",
+            0,
+            "6\tstate_deleted\ta/b c?d\t\"deleted\"\n7\tprogress\tjob:1\t{\"done\":1}\n",
+            "",
+        ),
+        (
+            &["watch", "--since", "0", "--type", "progress", "--job-id", "1", "--count", "1", "--json"],
+            "",
+            0,
+            "{\"ts\":",
+            "",
+        ),
+        (
+            &["watch", "--key", "text", "--snapshot", "--count", "2", "--json"],
+            "",
+            0,
+            "{\"type\":\"snapshot\",\"key\":\"text\",\"value\":\"good\\nmorning\",\"revision\":3,\"created_revision\":3}\n{\"type\":\"snapshot_end\"",
+            "",
+        ),
+        (&["watch", "--since", "999", "--count", "1"], "", 0, "10\treset\t\"future\"\n", ""),
+        (&["watch", "--since", "yesterday"], "", 1, "", "since is a revision or a time"),
+        (
+            &["export", "vectors", "docs"],
+            "",
+            0,
+            "{\"collection\":\"docs\",\"dim\":3,\"metric\":\"cosine\"}\n{\"collection\":\"docs\",\"id\":\"a\",\"vector\":[1.0,2.0,3.0],\"meta\":{\"lang\":\"es\"},\"revision\":9}\n",
+            "",
+        ),
+        (&["export", "all", "docs"], "", 2, "", "export vectors COLLECTION"),
+        (&["top", "--json", "--count", "1"], "", 0, "{\"failed\":0.0", ""),
+        (&["top"], "", 2, "", "needs a terminal"),
+        (&["get", "x", "--url", "https://example.org"], "", 2, "", "https go"),
+        (&["get", "x", "--url", "http://127.0.0.1:1"], "", 6, "", "cannot connect to http://127.0.0.1:1"),
+        (&["no-such-verb"], "", 2, "", "unrecognized"),
+    ];
+    for (arguments, input, code, out, err) in table {
+        let ran = finish(program(&url, arguments).spawn().unwrap(), input.as_bytes());
+        assert_eq!(ran.code, *code, "{arguments:?}: {ran:?}");
+        // What goes on after an answer that differs from run to run is not compared.
+        let is_whole = out.is_empty() || out.ends_with('\n') && ran.out.lines().count() == out.lines().count();
+        assert!(if is_whole { ran.out == *out } else { ran.out.starts_with(out) }, "{arguments:?}: {ran:?}");
+        assert!(
+            ran.err.contains(err)
+                && (*code == 0 || ran.err.starts_with("kiss-vdb: ") || *code == 2 || ran.err.starts_with('{')),
+            "{arguments:?}: {ran:?}"
+        );
+        assert!(!err.is_empty() || ran.err.is_empty(), "{arguments:?}: {ran:?}");
+    }
+    let bytes = program(&url, &["get", "logo"]).output().unwrap().stdout;
+    assert_eq!(bytes, [0, 159, 146, 150]);
+}
+
+#[test]
+fn a_key_that_is_missing_or_wrong_is_told_apart_from_other_failures() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::try_start_in(dir.path(), &[], Some("secret")).unwrap();
+    let url = server.target.url();
+    for (name, arguments, key, code) in [
+        ("none", vec!["put", "a", "1"], None, 5),
+        ("wrong", vec!["put", "a", "1", "--api-key", "guess"], None, 5),
+        ("wrong, streaming", vec!["watch", "--api-key", "guess"], None, 5),
+        ("wrong, backup", vec!["backup", "never", "--api-key", "guess"], None, 5),
+        ("flag", vec!["put", "a", "1", "--api-key", "secret"], None, 0),
+        ("variable", vec!["put", "a", "1"], Some("secret"), 0),
+    ] {
+        let mut command = program(&url, &arguments);
+        command.envs(key.map(|key| ("API_KEY", key))).current_dir(dir.path());
+        let ran = finish(command.spawn().unwrap(), b"");
+        assert_eq!(ran.code, code, "{name}: {ran:?}");
+        let says = if name == "none" { "this server needs a key" } else { "the key is not known" };
+        assert!(code == 0 || ran.err.starts_with(&format!("kiss-vdb: {says}")), "{name}: {ran:?}");
+    }
+    assert!(!dir.path().join("never").exists() && !dir.path().join("never.part").exists());
+}
+
+/// A script that follows a server must not lose an event, nor see one twice, because the server was restarted.
+#[test]
+fn watch_goes_on_across_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    let url = server.target.url();
+    let port = url.rsplit(':').next().unwrap().to_owned();
+    let mut child = program(&url, &["watch", "--prefix", "n", "--count", "40", "--json"]).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    // The first event shows that the stream is open.
+    let mut seen = Vec::new();
+    let mut written = 0;
+    while seen.is_empty() {
+        let stream_is_open = || server_streams(&url) > 0;
+        wait_for("the stream opens", stream_is_open);
+        run_ok(&url, &["put", "n0", "0"]);
+        written += 1;
+        seen.push(lines.next().unwrap().unwrap());
+    }
+    let mut server = server;
+    for round in 0..3 {
+        for _ in 0..6 {
+            run_ok(&url, &["put", &format!("n{written}"), &written.to_string()]);
+            written += 1;
+        }
+        if round == 1 {
+            assert!(server.stop());
+        } else {
+            server.kill();
+        }
+        server = Server::start_in(dir.path(), &["--port", &port]);
+        for _ in 0..7 {
+            run_ok(&url, &["put", &format!("n{written}"), &written.to_string()]);
+            written += 1;
+        }
+    }
+    assert_eq!(written, 40);
+    seen.extend(lines.map(Result::unwrap));
+    let values: Vec<u64> =
+        seen.iter().map(|line| serde_json::from_str::<Value>(line).unwrap()["value"].as_u64().unwrap()).collect();
+    assert_eq!(values, (0..40).collect::<Vec<_>>());
+    let mut err = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(err.contains("coming back after revision") && err.contains("back, after revision"), "{err}");
+}
+
+fn server_streams(url: &str) -> u64 {
+    let line = run_ok(url, &["top", "--json", "--count", "1"]);
+    serde_json::from_str::<Value>(&line).unwrap()["streams"].as_f64().unwrap() as u64
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_a_command_quietly() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    let rows: String = (0..20_000).map(|n| format!("{{\"key\":\"key-{n:06}\",\"value\":\"{n:0100}\"}}\n")).collect();
+    let ran = finish(program(&url, &["import", "-", "--batch", "1000", "--json"]).spawn().unwrap(), rows.as_bytes());
+    assert_eq!(ran.code, 0, "{ran:?}");
+    for arguments in [&["list"][..], &["list", "--json"], &["export"], &["watch", "--since", "0"], &["man"]] {
+        let mut child = program(&url, arguments).spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        assert!(!line.is_empty(), "{arguments:?}");
+        drop(out);
+        let ran = finish(child, b"");
+        assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{arguments:?}");
+    }
+}
+
+#[test]
+fn ctrl_c_ends_with_130_and_leaves_no_part_of_a_file() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    let child = program(&url, &["watch"]).spawn().unwrap();
+    wait_for("the stream opens", || server_streams(&url) > 0);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();
+    let ran = finish(child, b"");
+    assert_eq!((ran.code, ran.err.as_str()), (130, "kiss-vdb: interrupted\n"));
+}
+
+/// Everything but revisions, which a second server gives anew.
+fn without_revisions(export: &str) -> Vec<Value> {
+    let mut rows: Vec<Value> = export.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for row in &mut rows {
+        row.as_object_mut().unwrap().retain(|name, _| !matches!(name.as_str(), "revision" | "created_revision"));
+        if let Some(at) = row.get("expires_at_ms").and_then(Value::as_u64) {
+            // It goes over as what is left of it: within a minute.
+            row["expires_at_ms"] = json!(at / 60_000 / 60);
+        }
+    }
+    rows
+}
+
+#[test]
+fn what_is_exported_is_imported_as_it_was() {
+    let (one, two) = (Server::start(&[]), Server::start(&["--ephemeral"]));
+    let (from, to) = (one.target.url(), two.target.url());
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    run_ok(&from, &["put", "a", r#"{"n":1.50e3,"deep":[[null]]}"#, "--job-id", "1", "--tag", "x", "--ttl", "36h"]);
+    run_ok(&from, &["put", "null", "null"]);
+    let bytes = path("bytes");
+    std::fs::write(&bytes, (0..=255).collect::<Vec<u8>>()).unwrap();
+    run_ok(&from, &["put", "b", "--file", &bytes, "--content-type", "application/x-test"]);
+    // Numbers that do not survive a careless way through text.
+    let numbers: Vec<f32> =
+        (0..700 * 3).map(|n| f32::from_bits(0x3f80_0000 + n * 7919) * if n % 2 == 0 { 1e-30 } else { -1.0 }).collect();
+    let values: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    let dict = "{'descr': '<f4', 'fortran_order': False, 'shape': (700, 3), }\n";
+    let npy = [&b"\x93NUMPY\x01\x00"[..], &(dict.len() as u16).to_le_bytes(), dict.as_bytes(), &values].concat();
+    std::fs::write(path("v.npy"), npy).unwrap();
+    let ran = run(&from, &["import", &path("v.npy"), "--collection", "docs"]);
+    assert!(ran.code == 3 && ran.err.contains("--metric"), "{ran:?}");
+    run_ok(&from, &["import", &path("v.npy"), "--collection", "docs", "--metric", "l2", "--ids", "v-"]);
+    run_ok(&from, &["upsert", "docs", "v-5", "[1,2,3]", "--meta", r#"{"lang":"es","tags":["t"]}"#]);
+    let fvecs: Vec<u8> = values.chunks(12).flat_map(|row| [&3i32.to_le_bytes()[..], row].concat()).collect();
+    std::fs::write(path("v.fvecs"), fvecs).unwrap();
+    run_ok(&from, &["import", &path("v.fvecs"), "--collection", "fv", "--metric", "dot", "--first-id", "100"]);
+    for (collection, id, at) in [("docs", "v-699", 699), ("fv", "100", 0)] {
+        let rows = run_ok(&from, &["export", "vectors", collection]);
+        let row = rows.lines().find(|row| row.contains(&format!("\"id\":\"{id}\""))).unwrap();
+        let row: Value = serde_json::from_str(row).unwrap();
+        let found: Vec<f32> = serde_json::from_value(row["vector"].clone()).unwrap();
+        assert_eq!(found, numbers[at * 3..at * 3 + 3], "{collection}");
+    }
+    run_ok(&from, &["export", "--output", &path("all.ndjson")]);
+    assert_eq!(run(&from, &["export", "--output", &path("all.ndjson")]).code, 2, "an existing file must stay");
+    run_ok(&to, &["import", &path("all.ndjson"), "--batch", "7"]);
+    let (there, here) = (run_ok(&to, &["export"]), run_ok(&from, &["export"]));
+    assert_eq!(without_revisions(&there), without_revisions(&here));
+    assert_eq!(here, std::fs::read_to_string(path("all.ndjson")).unwrap());
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 4, "no note of progress stays behind: {left:?}");
+}
+
+/// A resume that began too late would leave a hole that nobody is told of.
+#[test]
+fn an_import_that_failed_goes_on_where_it_was() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rows.ndjson");
+    let path = file.to_str().unwrap();
+    let row = |n: u32, value: &str| format!("{{\"key\":\"k{n:05}\",\"value\":{value}}}\n");
+    let rows = |value: &str| -> String { (0..5000).map(|n| row(n, if n == 3333 { value } else { "1" })).collect() };
+    std::fs::write(&file, rows("x")).unwrap();
+    let ran = run(&url, &["import", path, "--batch", "10"]);
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert!(ran.err.contains("row 3334") && ran.err.contains("--resume goes on"), "{ran:?}");
+    let note: Value = serde_json::from_slice(&std::fs::read(dir.path().join("rows.ndjson.import")).unwrap()).unwrap();
+    let acknowledged = note["rows"].as_u64().unwrap();
+    assert!((1..=3333).contains(&acknowledged), "{note}");
+    assert!(run_ok(&url, &["list", "--keys-only"]).lines().count() as u64 >= acknowledged);
+    std::fs::write(&file, rows("22")).unwrap();
+    let ran = run(&url, &["import", path, "--resume"]);
+    assert!(ran.code == 1 && ran.err.contains("has changed"), "{ran:?}");
+    std::fs::write(&file, rows("2")).unwrap();
+    let left: Value = serde_json::from_str(&run_ok(&url, &["import", path, "--resume", "--json"])).unwrap();
+    assert_eq!(left["rows"], 5000 - acknowledged);
+    assert_eq!(run_ok(&url, &["list", "--keys-only"]).lines().count(), 5000);
+    assert_eq!(run_ok(&url, &["get", "k03333"]), "2\n");
+    let ran = run(&url, &["import", path, "--resume"]);
+    assert!(ran.code == 1 && ran.err.contains("nothing to go on from"), "{ran:?}");
+}
+
+/// The state at a revision, by applying history one event after another.
+#[derive(Default)]
+struct Model {
+    keys: BTreeMap<String, (Value, u64)>,
+    vectors: BTreeMap<(String, String), (Value, Value, u64)>,
+    collections: BTreeMap<String, Value>,
+}
+
+impl Model {
+    fn apply(&mut self, event: &Value) {
+        let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        let revision = event["revision"].as_u64().unwrap();
+        match event["type"].as_str().unwrap() {
+            "state_updated" => drop(self.keys.insert(text("key"), (event["value"].clone(), revision))),
+            "state_deleted" => drop(self.keys.remove(&text("key"))),
+            "vector_added" | "vector_updated" => {
+                let place = (text("collection"), text("id"));
+                let old = self.vectors.get(&place).map(|v| v.0.clone());
+                let vector = event.get("vector").cloned().or(old).unwrap();
+                let meta = event.get("meta").cloned().unwrap_or(json!({}));
+                self.vectors.insert(place, (vector, meta, revision));
+            }
+            "vector_deleted" => drop(self.vectors.remove(&(text("collection"), text("id")))),
+            "collection_created" => drop(self.collections.insert(text("collection"), event["dim"].clone())),
+            "collection_deleted" => {
+                self.collections.remove(&text("collection"));
+                self.vectors.retain(|(collection, _), _| *collection != text("collection"));
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    fn of_export(export: &str) -> Self {
+        let mut model = Self::default();
+        for row in export.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
+            let text = |name: &str| row[name].as_str().unwrap_or_default().to_owned();
+            let revision = row["revision"].as_u64();
+            if row.get("key").is_some() {
+                model.keys.insert(text("key"), (row["value"].clone(), revision.unwrap()));
+            } else if row.get("id").is_some() {
+                let place = (text("collection"), text("id"));
+                model.vectors.insert(place, (row["vector"].clone(), row["meta"].clone(), revision.unwrap()));
+            } else {
+                model.collections.insert(text("collection"), row["dim"].clone());
+            }
+        }
+        model
+    }
+}
+
+/// Writes of every kind until told to stop.
+async fn write_on(mut client: Client, seed: u64, stop: Arc<AtomicBool>, count: Arc<AtomicU64>) {
+    let mut state = seed;
+    let mut random = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    while !stop.load(Ordering::Relaxed) {
+        let (key, id, n) = (random(12_000), random(4000), random(1_000_000));
+        let line = match random(20) {
+            0..8 => format!("PUT /v1/state/k{key} {{\"value\":{n}}}"),
+            8..11 => format!("DELETE /v1/state/k{key}"),
+            11..14 => {
+                format!("POST /v1/vector/docs/upsert {{\"id\":\"v{id}\",\"vector\":[{n},1,2],\"meta\":{{\"n\":{n}}}}}")
+            }
+            14..16 => format!("POST /v1/vector/docs/update {{\"id\":\"v{id}\",\"meta\":{{\"n\":{n}}}}}"),
+            16..18 => format!("POST /v1/vector/docs/delete {{\"id\":\"v{id}\"}}"),
+            18 => format!("POST /v1/vector/other {{\"dim\":{},\"metric\":\"dot\"}}", 1 + seed),
+            _ if random(4) == 0 => "DELETE /v1/vector/other ".to_owned(),
+            _ => format!(
+                "POST /v1/vector/other/upsert {{\"id\":\"v{id}\",\"vector\":[{n}{}]}}",
+                ",1".repeat(seed as usize)
+            ),
+        };
+        // Refusals are part of it: what is not there cannot be deleted.
+        call(&mut client, &line).await;
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn restore_and_export(backup: &Path, dir: &Path) -> (String, Server) {
+    run_ok("", &["restore", backup.to_str().unwrap(), dir.to_str().unwrap()]);
+    let server = Server::start_in(dir, &[]);
+    (run_ok(&server.target.url(), &["export"]), server)
+}
+
+/// A backup that mixed revisions would be found out months later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_under_load_is_the_state_of_one_revision() {
+    let server = Server::start(&[]);
+    let url = server.target.url();
+    let mut client = server.client();
+    ok(&mut client, r#"POST /v1/vector/docs {"dim":3,"metric":"cosine"}"#).await;
+    let mut rows: String = (0..10_000).map(|n| format!("{{\"key\":\"k{n}\",\"value\":{n}}}\n")).collect();
+    rows.extend(
+        (0..3000).map(|n| {
+            format!("{{\"collection\":\"docs\",\"id\":\"v{n}\",\"vector\":[{n},2,1],\"meta\":{{\"n\":{n}}}}}\n")
+        }),
+    );
+    let ran = finish(program(&url, &["import", "-", "--batch", "1000"]).spawn().unwrap(), rows.as_bytes());
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let writers: Vec<_> = (0..4)
+        .map(|seed| tokio::spawn(write_on(server.client(), seed, Arc::clone(&stop), Arc::clone(&count))))
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    let mut backups = Vec::new();
+    for n in 0..4 {
+        let before = count.load(Ordering::Relaxed);
+        while count.load(Ordering::Relaxed) < before + 50 {
+            tokio::task::yield_now().await;
+        }
+        let path = dir.path().join(format!("{n}.backup"));
+        let line = run_ok(&url, &["backup", path.to_str().unwrap(), "--json"]);
+        backups.push((path, serde_json::from_str::<Value>(&line).unwrap()));
+    }
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    assert!(backups.iter().any(|(_, contents)| contents["records"].as_u64().unwrap() > 0), "{backups:?}");
+    let mut model = Model::default();
+    let mut since = 0;
+    for (path, contents) in &backups {
+        let revision = contents["revision"].as_u64().unwrap();
+        while since < revision {
+            let query = format!("/v1/events?since={since}&limit={}&include_vector=true", (revision - since).min(1000));
+            let page =
+                client.send("GET".parse().unwrap(), &query, &[("accept", "application/json")], "").await.unwrap();
+            let page = page.success().unwrap();
+            let events = page["events"].as_array().unwrap();
+            events.iter().for_each(|event| model.apply(event));
+            since = events.last().unwrap()["revision"].as_u64().unwrap();
+        }
+        let (export, restored) = restore_and_export(path, &path.with_extension("data"));
+        let found = Model::of_export(&export);
+        assert_eq!(found.keys, model.keys, "{contents}");
+        assert_eq!(found.collections, model.collections, "{contents}");
+        // As f32: the log's JSON and the export's may write a number differently.
+        let vectors = |model: &Model| -> Vec<_> {
+            let numbers = |value: &Value| serde_json::from_value::<Vec<f32>>(value.clone()).unwrap();
+            model.vectors.iter().map(|(place, v)| (place.clone(), numbers(&v.0), v.1.clone(), v.2)).collect()
+        };
+        assert_eq!(vectors(&found), vectors(&model), "{contents}");
+        assert!(restored.stop());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_server_is_what_it_was_and_never_hands_out_a_revision_again() {
+    let one = Server::start(&[]);
+    let url = one.target.url();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    run_ok(&url, &["put", "a", r#"{"n":1.50}"#, "--job-id", "1", "--tag", "x"]);
+    run_ok(&url, &["patch", "a", r#"{"m":1}"#]);
+    run_ok(&url, &["put", "ttl", "1", "--ttl", "7d"]);
+    run_ok(&url, &["put", "short", "1", "--ttl", "1ms"]);
+    let rows = "{\"collection\":\"docs\",\"dim\":2,\"metric\":\"cosine\"}\n{\"collection\":\"docs\",\"id\":\"a\",\"vector\":[1e-30,0.1],\"meta\":{\"x\":1.50}}\n{\"collection\":\"empty\",\"dim\":5,\"metric\":\"l2\"}\n";
+    assert_eq!(finish(program(&url, &["import", "-"]).spawn().unwrap(), rows.as_bytes()).code, 0);
+    wait_for("the short key ends", || !run_ok(&url, &["list", "--keys-only"]).contains("short"));
+    let put_once = |client: Client| async move {
+        let mut client = client;
+        let headers = [("content-type", "application/json"), ("idempotency-key", "once")];
+        let answer = client.send("PUT".parse().unwrap(), "/v1/state/once", &headers, "{\"value\":1}").await;
+        answer.unwrap().success().unwrap()
+    };
+    let answered = put_once(one.client()).await;
+    let backup = path("b.backup");
+    let backup = backup.to_str().unwrap();
+    let contents: Value = serde_json::from_str(&run_ok(&url, &["backup", backup, "--json"])).unwrap();
+    assert_eq!(run(&url, &["backup", backup]).code, 2, "an existing backup must stay");
+    run_ok(&url, &["backup", backup, "--force"]);
+    let head = contents["revision"].as_u64().unwrap();
+    let exported = run_ok(&url, &["export"]);
+    let later = run_ok(&url, &["put", "later", "1"]);
+    let data = path("data");
+    let (export, two) = restore_and_export(Path::new(backup), &data);
+    assert_eq!(export, exported, "revisions, deadlines and numbers included");
+    let url = two.target.url();
+    for (since, expected) in [
+        ("1".to_owned(), "compacted"),
+        // Seen on the original after the backup.
+        (later.trim_start_matches("revision ").split_whitespace().next().unwrap().to_owned(), "lost"),
+        ((head + 1_000_000).to_string(), "lost"),
+        ((head + 9_000_000).to_string(), "future"),
+    ] {
+        let line = run_ok(&url, &["watch", "--since", &since, "--count", "1", "--json"]);
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!((event["type"].as_str(), event["reason"].as_str()), (Some("reset"), Some(expected)), "{since}");
+    }
+    let next: Value = serde_json::from_str(&run_ok(&url, &["put", "a", "2", "--if-revision", "2", "--json"])).unwrap();
+    assert!(next["revision"].as_u64().unwrap() > head + 1_048_576, "{next}");
+    assert_eq!(put_once(two.client()).await, answered, "a retry is told what the original was told");
+    // Who had seen exactly what is in the backup goes on.
+    let line = run_ok(&url, &["watch", "--since", &head.to_string(), "--count", "1"]);
+    assert_eq!(line, format!("{}\tstate_updated\ta\t2\n", next["revision"]));
+    // What is restored is a database like any other.
+    two.kill();
+    let two = Server::start_in(&data, &[]);
+    assert_eq!(run_ok(&two.target.url(), &["get", "a"]), "2\n");
+    let ran = run("", &["restore", backup, data.to_str().unwrap()]);
+    assert!(ran.code == 1 && ran.err.contains("is not empty"), "{ran:?}");
+    assert_eq!(run_ok(&two.target.url(), &["get", "a"]), "2\n");
+}
+
+#[test]
+fn a_damaged_backup_is_refused_and_leaves_nothing() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    let dir = tempfile::tempdir().unwrap();
+    let rows: String = (0..40)
+        .map(|n| {
+            format!(
+                "{{\"key\":\"k{n}\",\"value\":{n}}}\n{{\"collection\":\"docs\",\"id\":\"v{n}\",\"vector\":[{n},1]}}\n"
+            )
+        })
+        .collect();
+    assert_eq!(finish(program(&url, &["import", "-", "--metric", "l2"]).spawn().unwrap(), rows.as_bytes()).code, 0);
+    let whole = dir.path().join("whole");
+    run_ok(&url, &["backup", whole.to_str().unwrap()]);
+    let bytes = std::fs::read(&whole).unwrap();
+    let (damaged, target) = (dir.path().join("damaged"), dir.path().join("data"));
+    let refuse = |name: &str, bytes: &[u8]| {
+        std::fs::write(&damaged, bytes).unwrap();
+        let error = kiss_vdb::engine::restore::restore(&damaged, &target, |_, _| true).unwrap_err().to_string();
+        assert!(error.contains("is damaged at offset"), "{name}: {error}");
+        assert!(!target.exists(), "{name}");
+    };
+    for cut in 0..bytes.len() {
+        refuse(&format!("cut at {cut}"), &bytes[..cut]);
+    }
+    for at in 0..bytes.len() {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 1 << (at % 8);
+        refuse(&format!("bit of byte {at}"), &flipped);
+    }
+    refuse("goes on", &[&bytes[..], b"x"].concat());
+    // The same through the program, into a directory that is there and stays.
+    std::fs::create_dir(&target).unwrap();
+    std::fs::write(&damaged, &bytes[..bytes.len() - 1]).unwrap();
+    let ran = run("", &["restore", damaged.to_str().unwrap(), target.to_str().unwrap()]);
+    assert!(ran.code == 1 && ran.err.contains("is damaged at offset"), "{ran:?}");
+    assert_eq!(std::fs::read_dir(&target).unwrap().count(), 0);
+    run_ok("", &["restore", whole.to_str().unwrap(), target.to_str().unwrap()]);
+}
+
+#[test]
+fn completions_and_the_manual_know_every_verb() {
+    let verbs = [
+        "get", "put", "patch", "del", "list", "watch", "publish", "search", "upsert", "export", "import", "backup",
+        "restore", "top", "serve", "check",
+    ];
+    for arguments in
+        [&["completions", "bash"][..], &["completions", "zsh"], &["completions", "fish"], &["man"], &["--help"]]
+    {
+        let text = run_ok("", arguments);
+        for verb in verbs {
+            assert!(text.contains(verb), "{arguments:?} without {verb}");
+        }
+    }
+    assert_eq!(run("", &["completions", "tcsh"]).code, 2);
+    for verb in verbs {
+        let help = run_ok("", &[verb, "--help"]);
+        let is_ours = !matches!(verb, "serve" | "check");
+        assert!(!is_ours || help.contains("Example"), "{verb}: {help}");
+    }
+    // A script that a shell cannot read is worse than none.
+    let mut bash = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().unwrap();
+    bash.stdin.take().unwrap().write_all(run_ok("", &["completions", "bash"]).as_bytes()).unwrap();
+    assert!(bash.wait().unwrap().success());
+}
