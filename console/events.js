@@ -48,7 +48,9 @@ function words(f) {
   };
 }
 function row(i) {
-  const f = at(i), w = words(f);
+  const f = at(i);
+  if (!f) return el('div'); // Cleared a moment ago; the list is about to hear of it.
+  const w = words(f);
   return el('div', { class: `event ${w.kind}${f === picked ? ' open' : ''}`, role: 'option', 'aria-selected': String(f === picked) },
     el('time', { class: 'soft' }, w.at ? clock(w.at) : ''), el('b', {}, f.type), el('span', { class: 'mono subject' }, w.subject), el('span', { class: 'peek mono' }, w.peek), el('span', { class: 'soft num' }, w.id));
 }

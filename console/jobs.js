@@ -179,6 +179,7 @@ async function askHistory(j) {
         j.isCut = true;
         continue;
       }
+      if (number(r.oldest) > (j.created || 1)) j.isCut = true;
       for (const ev of r.events) takeEvent(ev, true);
       since = number(r.next_since);
       if (since >= number(r.head)) break;
@@ -297,12 +298,13 @@ function renderDetail() {
 }
 function drawLines(o, j) {
   const isAtEnd = o.log.scrollHeight - o.log.scrollTop - o.log.clientHeight < 24;
-  if (!j.lines.length) { if (!o.log.firstChild?.classList?.contains('empty')) o.log.replaceChildren(el('div', { class: 'empty' }, 'No line yet. Publish an event of type log with this job_id.')); o.drawn = []; return; }
-  const isSame = o.drawn.length && o.drawn.length <= j.lines.length && o.drawn.every((l, i) => l === j.lines[i]);
+  if (!j.lines.length && !j.isCut) { if (!o.log.firstChild?.classList?.contains('empty')) o.log.replaceChildren(el('div', { class: 'empty' }, 'No line yet. Publish an event of type log with this job_id.')); o.drawn = []; return; }
+  const isSame = o.drawn.length && o.isCut === j.isCut && o.drawn.length <= j.lines.length && o.drawn.every((l, i) => l === j.lines[i]);
   const row = (l) => el('div', { class: `line is-${l.level}` }, el('time', {}, l.ts ? clock(new Date(l.ts)) : ''), el('span', {}, l.words));
   if (isSame) o.log.append(...j.lines.slice(o.drawn.length).map(row));
   else o.log.replaceChildren(...(j.isCut ? [el('div', { class: 'line is-soft' }, el('span', {}, 'What came before is no longer in the log.'))] : []), ...j.lines.map(row));
   o.drawn = [...j.lines];
+  o.isCut = j.isCut;
   if (isAtEnd || !isSame) o.log.scrollTop = o.log.scrollHeight;
 }
 function detailHead(id, curl) {

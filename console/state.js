@@ -223,6 +223,7 @@ const endsIn = (ms) => ms <= serverNow() ? 'ended' : duration((ms - serverNow())
 
 function row(i) {
   const r = rows[i];
+  if (!r) return el('div');
   const node = el('div', { class: 'node', role: 'treeitem', 'aria-level': String(r.depth + 1) });
   node.style.paddingLeft = `${r.depth * 16 + 10}px`;
   if (r.loads) {
@@ -231,7 +232,8 @@ function row(i) {
     return node;
   }
   if (Date.now() - r.flash < 900) node.classList.add('flash');
-  const up = r.depth === 0 ? root.prefix : parentOf(r);
+  // Names are shown from where their branch begins; a prefix may end in the middle of one.
+  const up = r.depth === 0 ? root.prefix.slice(0, 1 + Math.max(root.prefix.lastIndexOf(':'), root.prefix.lastIndexOf('/'))) : parentOf(r);
   if (r.prefix !== undefined) {
     node.setAttribute('aria-expanded', String(r.isOpen));
     node.append(Object.assign(icon(ICONS.right)), el('span', { class: 'name' }, r.prefix.slice(up.length)), el('span', { class: 'count' }, `${int(r.count)}${r.isMore ? '+' : ''}`));
@@ -489,6 +491,7 @@ async function showHistory() {
         continue;
       }
       if (!isMine()) return;
+      if (cut === null && number(r.oldest) > 1) cut = number(r.oldest); // `since=0` is the oldest there is, whatever is gone.
       found.push(...r.events);
       from = number(r.next_since);
       if (from >= number(r.head)) break;
@@ -546,7 +549,7 @@ export const state = {
   show(params) {
     const next = params.get('prefix') ?? '', key = params.get('key');
     if (nodes.filter !== document.activeElement) nodes.filter.value = next;
-    if (next !== prefix) { prefix = next; root = branch('', 0); load(); }
+    if (next !== prefix) { prefix = next; root = branch('', 0); nodes.tree.scrollTop = 0; list.active = -1; load(); }
     if (key !== null) openKey(key);
     else if (open && !open.isNew) open = null;
     if (!open) { nodes.detail.hidden = true; nodes.split.classList.remove('two'); }
