@@ -9,7 +9,7 @@ const HEIGHT_MAX = 15_000_000;
 export class VirtualList {
   /** `draw(index)` makes a row. `onPick(index, event)`: clicked, or chosen by the keyboard. `onKey(event, index)` sees keys first. */
   constructor(box, rowHeight, { draw, onPick, onKey = () => false, onScroll = () => {} }) {
-    Object.assign(this, { box, rowHeight, draw, onPick, onKey, onScroll, count: 0, active: -1, first: 0, last: -1, isQueued: false });
+    Object.assign(this, { box, rowHeight, draw, onPick, onKey, onScroll, count: 0, active: -1, first: 0, last: -1, from: 0, to: -1, isQueued: false });
     this.space = el('div', { class: 'rows' });
     box.append(this.space);
     box.tabIndex = 0;
@@ -50,8 +50,10 @@ export class VirtualList {
     const offset = this.offset, view = this.box.clientHeight, shift = this.box.scrollTop - offset;
     this.first = Math.max(0, Math.floor(offset / this.rowHeight));
     this.last = Math.min(this.count - 1, Math.ceil((offset + view) / this.rowHeight));
+    this.from = Math.max(0, this.first - BEYOND);
+    this.to = Math.min(this.count - 1, this.last + BEYOND);
     const rows = [];
-    for (let i = Math.max(0, this.first - BEYOND); i <= Math.min(this.count - 1, this.last + BEYOND); i++) {
+    for (let i = this.from; i <= this.to; i++) {
       const row = this.draw(i);
       row.style.transform = `translateY(${i * this.rowHeight + shift}px)`;
       row.style.height = `${this.rowHeight}px`;

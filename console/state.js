@@ -179,32 +179,40 @@ function preview(e) {
   const text = JSON.stringify(e.value) ?? '';
   return text.length > PREVIEW ? `${text.slice(0, PREVIEW)}…` : text;
 }
-let isFetching = false;
+let isFetching = false, isWanted = false;
 /** Asks for what lies next to each other with one request: the rows in sight are one to a few runs. */
 const fetchPreviews = lazily(async () => {
-  if (isFetching || !nodes || nodes.root.hidden) return;
+  if (!nodes || nodes.root.hidden) return;
+  if (isFetching) { isWanted = true; return; }
   isFetching = true;
+  isWanted = false;
   const mine = ticket;
+  let isNews = false;
   try {
-    for (let i = list.first; i <= list.last && mine === ticket; i++) {
-      if (!rows[i]?.key || rows[i].preview !== undefined) continue;
+    for (let i = list.from; i <= list.to && mine === ticket; i++) {
+      const first = rows[i];
+      if (!first?.key || first.preview !== undefined) continue;
       let end = i;
-      while (end < list.last && rows[end + 1]?.key && rows[end + 1].depth === rows[i].depth) end++;
+      while (end < list.to && rows[end + 1]?.key && rows[end + 1].depth === first.depth) end++;
       const wanted = new Map(rows.slice(i, end + 1).map((r) => [r.key, r]));
-      const before = rows[i - 1]?.key, isNext = before !== undefined && rows[i - 1].depth === rows[i].depth;
+      const before = rows[i - 1]?.key, isNext = before !== undefined && rows[i - 1].depth === first.depth;
       const r = isNext
         ? await get(`/v1/state?${query({ limit: wanted.size, cursor: cursorAfter(before) })}`)
-        : await get(`/v1/state?${query({ prefix: rows[i].key, limit: 1 })}`);
+        : await get(`/v1/state?${query({ prefix: first.key, limit: 1 })}`);
       for (const e of r.items) {
         const row = wanted.get(e.key);
-        if (row && row.revision <= number(e.revision)) Object.assign(row, { preview: preview(e), revision: number(e.revision), expires: number(e.expires_at_ms) });
+        if (!row || row.revision > number(e.revision)) continue;
+        Object.assign(row, { preview: preview(e), revision: number(e.revision), expires: number(e.expires_at_ms) });
+        isNews = true;
       }
       // What was asked for and did not come is gone; the stream says so too.
-      const asked = isNext ? [...wanted.values()] : [rows[i]];
-      for (const row of asked) row.preview ??= '';
+      for (const row of isNext ? wanted.values() : [first]) if (row.revision <= number(r.revision)) row.preview ??= '';
       if (isNext) i = end;
     }
-  } catch { /* the next draw asks again */ } finally { isFetching = false; draw(); }
+  } catch { /* the next draw asks again */ } finally {
+    isFetching = false;
+    if (isNews || isWanted) draw();
+  }
 }, 60);
 
 // ---- What is seen -------------------------------------------------------------------------------------------------------

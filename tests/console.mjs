@@ -693,7 +693,7 @@ const tests = {
       for (const name of ['Overview', 'State', 'Events', 'Vectors', 'Jobs']) {
         await view(name);
         if (name === 'State') { await prefix('user:00001'); await keyName('user:000010').click(); await page.click('#tab-edit'); }
-        if (name === 'Events') { await publish('wide', { text: 'x'.repeat(300) }, { key: 'k'.repeat(300) }); await until('it', async () => (await text('.event')).includes('wide')); await page.locator('.event').first().click(); await page.click('#publish-open'); }
+        if (name === 'Events') { await page.click('#publish-open'); await publish('wide', { text: 'x'.repeat(300) }, { key: 'k'.repeat(300) }); await until('it', async () => (await text('.event')).includes('wide')); await page.locator('.event').first().click(); }
         if (name === 'Vectors') { await page.fill('#search [name=what]', 'b'); await page.selectOption('#search [name=by]', 'id'); await page.fill('#search [name=filters]', ''); await page.selectOption('#search [name=mode]', 'both'); await page.fill('#search [name=k]', '10'); await page.click('#search button'); await until('hits', async () => await page.locator('.hit').count() === 6); }
         if (name === 'Jobs') await page.locator('.job').first().click();
         await until(`no sideways scroll in ${name} at ${width}`, () => page.evaluate(() => document.documentElement.scrollWidth <= innerWidth && document.body.scrollWidth <= innerWidth), 3000);
