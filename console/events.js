@@ -9,13 +9,14 @@ const SHOWN = 2000, HELD = 2000, HELD_CHARS = 16e6, ROW = 30;
 const KINDS = ['key', 'prefix', 'types', 'job_id', 'tag', 'collection'];
 const KIND_WORDS = { key: 'key', prefix: 'prefix', types: 'type', job_id: 'job', tag: 'tag', collection: 'collection' };
 
-let shown = [], held = [], heldChars = 0, isPaused = false, seen = 0, status = '', chips = [], options = {}, address = null, picked = null;
+let shown = [], held = [], heldChars = 0, isPaused = false, seen = 0, serial = 0, status = '', chips = [], options = {}, address = null, picked = null;
 let nodes = null, list = null, go = () => {};
 
 const stream = new Stream({
   onFrame(f) {
     if (!f.type) return;
     seen++;
+    f.serial = ++serial;
     if (isPaused) {
       held.push(f);
       heldChars += f.data.length;
@@ -177,7 +178,7 @@ export const events = {
       el('div', { class: 'toolbar' }, nodes.chips, adder, el('label', { class: 'check' }, 'since ', since), el('label', { class: 'check' }, snapshot, ' snapshot first')),
       el('div', { class: 'toolbar second' }, nodes.live, el('span', { class: 'grow' }), nodes.pause, el('button', { type: 'button', id: 'clear', onclick: clear }, 'Clear'), el('button', { type: 'button', id: 'curl', onclick: curl }, 'Copy as curl'), nodes.publishButton),
       nodes.publish, nodes.error, nodes.split);
-    list = new VirtualList(nodes.tail, ROW, { draw: row, onPick: choose });
+    list = new VirtualList(nodes.tail, ROW, { draw: row, sign: (i) => at(i) && `${at(i).serial} ${at(i) === picked}`, onPick: choose });
   },
   show(given) {
     const q = given.toString();

@@ -32,7 +32,7 @@ export function progressOf(value) {
 
 class Job {
   constructor(id) {
-    Object.assign(this, { id, key: null, values: new Map(), keyMeta: null, revision: 0, word: '', status: 'running', progress: undefined, title: '', note: '', started: null, updated: null, created: 0, lines: [], seen: new Set(), isFull: false, asked: false, tags: [] });
+    Object.assign(this, { id, key: null, values: new Map(), keyMeta: null, revision: 0, word: '', status: 'running', progress: undefined, title: '', note: '', started: null, updated: null, created: 0, lines: [], seen: new Set(), isFull: false, asked: false, isOld: false, oldWord: '', tags: [] });
   }
   /** What an object says about the job: the value of its key, or the data of its events. */
   learn(value) {
@@ -81,6 +81,7 @@ function job(id) {
 function takeEntry(e) {
   const j = job(e.meta.job_id);
   j.key ??= e.key;
+  j.isOld = true;
   owners.set(e.key, j.id);
   j.values.set(e.key, e.value);
   j.tags = e.meta.tags ?? [];
@@ -111,7 +112,8 @@ function takeEvent(ev, isOld = false) {
       if (j.word !== was && j.word) j.line(revision, at, j.status === 'failed' ? 'error' : 'status', j.word);
     } else {
       const told = 'patch' in ev ? ev.patch : ev.value, word = isObject(told) && (text(told.status) ?? text(told.state) ?? text(told.phase));
-      if (word) j.line(revision, at, STATUS[word.toLowerCase()] === 'failed' ? 'error' : 'status', word);
+      if (word && word !== j.oldWord) j.line(revision, at, STATUS[word.toLowerCase()] === 'failed' ? 'error' : 'status', word);
+      if (word) j.oldWord = word;
     }
   } else if (ev.type === 'state_deleted') {
     if (isOld) return;
@@ -234,8 +236,7 @@ function card(j) {
   say(c.note, j.note || (j.lines.findLast((l) => l.level !== 'soft')?.words ?? ''));
   tick(j, c);
   c.node.classList.toggle('open', j.id === wanted);
-  if (!j.asked && j.started === null && j.key) askTimes(j);
-  else if (!j.asked && isOver(j) && j.updated === null && j.key) askTimes(j);
+  if (!j.asked && j.isOld) askTimes(j);
   return c.node;
 }
 function tick(j, c) { say(c.side, [elapsed(j), left(j)].filter(Boolean).join(' · ')); }

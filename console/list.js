@@ -7,22 +7,35 @@ const BEYOND = 8; // Rows kept above and below what is in sight.
 const HEIGHT_MAX = 15_000_000;
 
 export class VirtualList {
-  /** `draw(index)` makes a row. `onPick(index, event)`: clicked, or chosen by the keyboard. `onKey(event, index)` sees keys first. */
-  constructor(box, rowHeight, { draw, onPick, onKey = () => false, onScroll = () => {} }) {
-    Object.assign(this, { box, rowHeight, draw, onPick, onKey, onScroll, count: 0, active: -1, first: 0, last: -1, from: 0, to: -1, isQueued: false });
+  /**
+   * `draw(index)` makes a row, and `sign(index)` says what it would show: a row of the same sign is kept as it is, so that what
+   * is live around it disturbs neither the pointer nor a selection. `onPick(index)`: pressed, or chosen by the keyboard.
+   * `onKey(event, index)` sees keys first.
+   */
+  constructor(box, rowHeight, { draw, sign, onPick, onKey = () => false }) {
+    Object.assign(this, { box, rowHeight, draw, sign, onPick, onKey, drawn: new Map(), count: 0, active: -1, first: 0, last: -1, from: 0, to: -1, isQueued: false });
     this.space = el('div', { class: 'rows' });
     box.append(this.space);
     box.tabIndex = 0;
-    box.addEventListener('scroll', () => { this.refresh(); this.onScroll(); }, { passive: true });
+    box.addEventListener('scroll', () => { this.refresh(); }, { passive: true });
     new ResizeObserver(() => this.refresh()).observe(box);
-    // By place, not by target: a live list may have replaced the row between press and release.
-    box.addEventListener('click', (e) => {
+    // By place and not by target, and not by click: a live list may replace the row between press and release, and then
+    // there is no click. A click without a press is assistive technology's.
+    let press = null;
+    const pick = (e) => {
       const i = this.at(e.clientY);
       if (i === null) return;
       this.active = i;
-      this.onPick(i, e);
+      this.onPick(i);
       this.refresh();
+    };
+    box.addEventListener('pointerdown', (e) => { press = e.button === 0 ? [e.clientX, e.clientY] : null; });
+    box.addEventListener('pointercancel', () => { press = null; });
+    box.addEventListener('pointerup', (e) => {
+      if (press && Math.hypot(e.clientX - press[0], e.clientY - press[1]) < 6) pick(e);
+      press = null;
     });
+    box.addEventListener('click', (e) => { if (e.detail === 0) pick(e); });
     box.addEventListener('keydown', (e) => this.keydown(e));
   }
   get height() { return Math.min(this.count * this.rowHeight, HEIGHT_MAX); }
@@ -52,16 +65,20 @@ export class VirtualList {
     this.last = Math.min(this.count - 1, Math.ceil((offset + view) / this.rowHeight));
     this.from = Math.max(0, this.first - BEYOND);
     this.to = Math.min(this.count - 1, this.last + BEYOND);
-    const rows = [];
+    const drawn = new Map();
+    let place = 0;
     for (let i = this.from; i <= this.to; i++) {
-      const row = this.draw(i);
+      const sign = this.sign(i), row = this.drawn.get(sign) ?? this.draw(i);
+      drawn.set(sign, row);
       row.style.transform = `translateY(${i * this.rowHeight + shift}px)`;
       row.style.height = `${this.rowHeight}px`;
       row.id = `${this.box.id}-${i}`;
       row.classList.toggle('active', i === this.active);
-      rows.push(row);
+      const there = this.space.children[place++];
+      if (there !== row) this.space.insertBefore(row, there ?? null);
     }
-    this.space.replaceChildren(...rows);
+    while (this.space.children.length > place) this.space.lastChild.remove();
+    this.drawn = drawn;
     this.active >= 0 ? this.box.setAttribute('aria-activedescendant', `${this.box.id}-${this.active}`) : this.box.removeAttribute('aria-activedescendant');
   }
   /** Brings a row into sight and makes it the active one. */
@@ -80,6 +97,6 @@ export class VirtualList {
     const page = Math.max(1, Math.floor(this.box.clientHeight / this.rowHeight) - 1);
     const to = { ArrowDown: this.active + 1, j: this.active + 1, ArrowUp: this.active - 1, k: this.active - 1, PageDown: this.active + page, PageUp: this.active - page, Home: 0, End: this.count - 1 }[e.key];
     if (to !== undefined) { e.preventDefault(); if (this.count) this.go(to); }
-    else if (e.key === 'Enter' && this.active >= 0 && this.active < this.count) { e.preventDefault(); this.onPick(this.active, e); this.refresh(); }
+    else if (e.key === 'Enter' && this.active >= 0 && this.active < this.count) { e.preventDefault(); this.onPick(this.active); this.refresh(); }
   }
 }

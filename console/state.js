@@ -98,7 +98,7 @@ function apply(ev) {
         b.children.splice(at, 1);
         for (const up of trail) if (revision > up.asOf) up.count--;
         prune(trail);
-      } else Object.assign(known, { revision, expires: number(ev.expires_at_ms), meta: ev.meta, preview: 'value' in ev ? preview(ev) : undefined, flash: Date.now() });
+      } else Object.assign(known, { revision, expires: number(ev.expires_at_ms), meta: ev.meta, ...('value' in ev || 'value_base64' in ev ? { preview: preview(ev), isStale: false } : { isStale: true }), flash: Date.now() });
       return;
     }
     const end = separatorIn(b.prefix, key);
@@ -116,7 +116,7 @@ function apply(ev) {
     }
     if (isGone || (!b.isDone && (b.after === null || byBytes(key, b.after) > 0))) return; // Not read yet: the page will have it.
     for (const up of trail) if (isNew && revision > up.asOf) up.count++;
-    const mine = Object.assign(leaf({ ...ev, created_revision: revision }, b.depth + 1), { preview: 'value' in ev ? preview(ev) : undefined, flash: Date.now() });
+    const mine = Object.assign(leaf({ ...ev, created_revision: revision }, b.depth + 1), { preview: 'value' in ev || 'value_base64' in ev ? preview(ev) : undefined, flash: Date.now() });
     // A second key of a branch that was one key makes it a branch.
     const prefix = end < 0 ? null : key.slice(0, end), twin = prefix === null ? -1 : b.children.findIndex((c) => c.key?.startsWith(prefix));
     if (twin >= 0) {
@@ -179,6 +179,7 @@ function preview(e) {
   const text = JSON.stringify(e.value) ?? '';
   return text.length > PREVIEW ? `${text.slice(0, PREVIEW)}…` : text;
 }
+const isUnread = (r) => r.preview === undefined || r.isStale;
 let isFetching = false, isWanted = false;
 /** Asks for what lies next to each other with one request: the rows in sight are one to a few runs. */
 const fetchPreviews = lazily(async () => {
@@ -191,7 +192,7 @@ const fetchPreviews = lazily(async () => {
   try {
     for (let i = list.from; i <= list.to && mine === ticket; i++) {
       const first = rows[i];
-      if (!first?.key || first.preview !== undefined) continue;
+      if (!first?.key || !isUnread(first)) continue;
       let end = i;
       while (end < list.to && rows[end + 1]?.key && rows[end + 1].depth === first.depth) end++;
       const wanted = new Map(rows.slice(i, end + 1).map((r) => [r.key, r]));
@@ -202,7 +203,7 @@ const fetchPreviews = lazily(async () => {
       for (const e of r.items) {
         const row = wanted.get(e.key);
         if (!row || row.revision > number(e.revision)) continue;
-        Object.assign(row, { preview: preview(e), revision: number(e.revision), expires: number(e.expires_at_ms) });
+        Object.assign(row, { preview: preview(e), isStale: false, revision: number(e.revision), expires: number(e.expires_at_ms) });
         isNews = true;
       }
       // What was asked for and did not come is gone; the stream says so too.
@@ -229,6 +230,12 @@ const draw = lazily(() => {
 }, 30);
 const endsIn = (ms) => ms <= serverNow() ? 'ended' : duration((ms - serverNow()) / 1000 + 0.999);
 
+const isFlashing = (r) => Date.now() - r.flash < 900;
+function sign(i) {
+  const r = rows[i];
+  if (!r || r.loads || (r.key !== undefined && isUnread(r))) return Symbol('to be read');
+  return `${r.depth} ${isFlashing(r) ? r.flash : ''} ${r.prefix !== undefined ? `${r.isOpen} ${r.count}${r.isMore}` : `${open?.key === r.key} ${r.expires ? endsIn(r.expires) : ''}`} ${JSON.stringify([r.sort, root.prefix, r.preview])}`;
+}
 function row(i) {
   const r = rows[i];
   if (!r) return el('div');
@@ -239,7 +246,7 @@ function row(i) {
     node.append(el('span', { class: 'soft' }, r.loads.error || 'reading …'));
     return node;
   }
-  if (Date.now() - r.flash < 900) node.classList.add('flash');
+  if (isFlashing(r)) node.classList.add('flash');
   // Names are shown from where their branch begins; a prefix may end in the middle of one.
   const up = r.depth === 0 ? root.prefix.slice(0, 1 + Math.max(root.prefix.lastIndexOf(':'), root.prefix.lastIndexOf('/'))) : parentOf(r);
   if (r.prefix !== undefined) {
@@ -248,7 +255,7 @@ function row(i) {
     return node;
   }
   node.setAttribute('aria-selected', String(open?.key === r.key));
-  if (r.preview === undefined) fetchPreviews();
+  if (isUnread(r)) fetchPreviews();
   node.append(el('span', { class: 'name key', title: r.key }, r.key.slice(up.length) || '(the prefix itself)'), el('span', { class: 'peek' }, r.preview ?? ''));
   if (r.expires) {
     const left = r.expires - serverNow();
@@ -543,7 +550,7 @@ export const state = {
   mount(section, navigate) {
     go = navigate;
     const filter = el('input', { name: 'prefix', class: 'mono', placeholder: 'keys that begin with …', autocomplete: 'off', spellcheck: false, 'aria-label': 'Prefix' });
-    filter.oninput = lazily(() => go('state', { prefix: filter.value }), 200);
+    filter.oninput = lazily(() => filter.value !== prefix && go('state', { prefix: filter.value }), 200);
     filter.onkeydown = (e) => { if (e.key === 'ArrowDown' || e.key === 'Enter') { e.preventDefault(); nodes.tree.focus(); if (rows.length) list.go(0); } };
     nodes = {
       root: section, filter, info: el('span', { class: 'soft', id: 'state-info', role: 'status' }), error: el('p', { class: 'error', role: 'alert' }), tree: el('div', { class: 'tree', id: 'tree', role: 'tree', 'aria-label': 'Keys' }),
@@ -552,7 +559,7 @@ export const state = {
     nodes.empty = el('div', { class: 'empty', hidden: true }, nodes.emptyTitle, el('button', { type: 'button', class: 'main', onclick: newKey }, 'Make one'));
     nodes.split = el('div', { class: 'split' }, el('div', { class: 'card column tree-card' }, nodes.tree, nodes.empty), nodes.detail);
     section.append(el('div', { class: 'toolbar' }, el('div', { class: 'search' }, icon(ICONS.search), filter), nodes.info, el('span', { class: 'grow' }), el('button', { type: 'button', id: 'new-key', class: 'main', title: 'n', onclick: newKey }, 'New key')), nodes.error, nodes.split);
-    list = new VirtualList(nodes.tree, ROW, { draw: row, onPick: pick, onKey: treeKey });
+    list = new VirtualList(nodes.tree, ROW, { draw: row, sign, onPick: pick, onKey: treeKey });
   },
   show(params) {
     const next = params.get('prefix') ?? '', key = params.get('key');

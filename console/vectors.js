@@ -214,7 +214,7 @@ function results(fast, full) {
     // What scores as well as the last exact hit is as right as it.
     const right = fast.hits.filter((h) => have.has(h.id) || number(h.score) >= worst).length, wanted = full.hits.length;
     box.push(el('div', { class: 'verdict', id: 'recall' }, el('b', { class: 'now' }, wanted ? (right / wanted).toFixed(2) : '–'), el('span', {}, `recall · ${right} of ${wanted}`),
-      el('span', { class: 'soft' }, fast.took_us < full.took_us ? `${(full.took_us / Math.max(1, fast.took_us)).toFixed(1)} times as fast as looking at everything` : 'as fast as looking at everything: the collection is small')));
+      el('span', { class: 'soft' }, fast.explain?.plan === 'exact' ? 'both looked at everything: the collection is small' : fast.took_us < full.took_us ? `${(full.took_us / Math.max(1, fast.took_us)).toFixed(1)} times as fast as looking at everything` : 'no faster than looking at everything')));
   }
   const missed = fast && full ? new Set(fast.hits.map((h) => h.id)) : null, extra = fast && full ? new Set(full.hits.map((h) => h.id)) : null;
   const columns = [fast && column('Approximate', fast, extra, 'not among the exact hits'), full && column('Exact', full, missed, 'missed by the approximate search')].filter(Boolean);
