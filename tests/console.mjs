@@ -3,7 +3,8 @@
 //   node tests/console.mjs target/release/kiss-vdb
 //
 // Needs playwright-core (found from here or through NODE_PATH) and a Chromium (CHROMIUM, default /usr/bin/chromium).
-// CONSOLE_DIR=console tries those files in place of what is built into the binary; SHOTS=docs writes screenshots.
+// CONSOLE_DIR=console tries those files in place of what is built into the binary; SHOTS=docs writes screenshots
+// (with SHOTS_ONLY without the tests; ROOT is the repository, whose demo/ they show).
 // Each test goes on where the one before left the page; all work against one server, which is killed and started again on
 // the way. What the page shows is checked against what the API says.
 import assert from 'node:assert/strict';
