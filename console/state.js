@@ -467,6 +467,7 @@ function after(old, ev) {
 async function changed(ev) {
   const o = open;
   if (o.latest && o.latest.revision >= ev.revision) return;
+  if (o.tab === 'history') o.addChange?.(ev);
   const latest = ev.type === 'state_deleted' ? null : after(o.latest, ev);
   if (latest === undefined) return refreshOpen();
   show(latest);
@@ -482,7 +483,7 @@ function show(latest) {
   badges();
   if (o.isNew || o.isBusy) return;
   if (o.tab === 'value') return showValue();
-  if (o.tab === 'history') return void showHistory();
+  if (o.tab === 'history') return;
   if (!o.conflict.hidden) return;
   if (o.tab === 'edit' && !o.isDirty && latest) return showEdit(false);
   o.note.hidden = false;
@@ -492,8 +493,9 @@ function show(latest) {
 async function showHistory() {
   const o = open, turn = o.turn = (o.turn ?? 0) + 1, box = el('div', { class: 'timeline', id: 'history' }), info = el('p', { class: 'soft', role: 'status' }, 'Reading the log …');
   pane(info, box);
-  const found = [];
+  const found = [], live = [];
   let from = 0, cut = null;
+  o.addChange = (ev) => live.push(ev); // What happens while the log is read.
   const isMine = () => open === o && o.turn === turn && o.tab === 'history';
   try {
     for (;;) {
@@ -513,7 +515,12 @@ async function showHistory() {
       say(info, `Reading the log … ${Math.floor(from / number(r.head) * 100)} %`);
     }
   } catch (e) { return void (isMine() && (info.className = 'error', say(info, e.message))); }
-  say(info, `${int(found.length)} ${found.length === 1 ? 'change' : 'changes'}${cut ? `; the log begins at revision ${int(cut)}, what was before is gone` : ' since the log begins'}.`);
+  const last = number(found.at(-1)?.revision ?? 0);
+  found.push(...live.filter((ev) => number(ev.revision) > last));
+  let count = found.length;
+  const tell = () => say(info, `${int(count)} ${count === 1 ? 'change' : 'changes'}${cut ? `; the log begins at revision ${int(cut)}, what was before is gone` : ' since the log begins'}.`);
+  tell();
+  o.addChange = (ev) => { count++; box.prepend(change(ev)); tell(); };
   const start = (n) => {
     for (const ev of found.slice(Math.max(0, n - 200), n).reverse()) box.append(change(ev));
     if (n > 200) { const older = el('button', { type: 'button', onclick: () => { older.remove(); start(n - 200); } }, `${int(n - 200)} older`); box.append(older); }

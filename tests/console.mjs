@@ -255,6 +255,8 @@ const tests = {
     await page.click('#tab-history');
     await until('all changes', async () => await page.locator('#history .change').count() === log.length);
     assert.match(await page.locator('#history .change').last().innerText(), /created\s*#41/);
+    await put('job:1', 'again', { ttl_ms: 100_000 });
+    await until('the newest comes to it', async () => await page.locator('#history .change').count() === log.length + 1);
     await page.locator('#history .change summary').last().click();
     await page.click('#history >> text=Edit from this value');
     await until('the first value', async () => (await detail('value').inputValue()).includes('onerror=alert(1)'));
