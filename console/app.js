@@ -114,7 +114,7 @@ $('auth').querySelector('form').onsubmit = (e) => {
   e.target.reset();
   $('auth').close();
   for (const stream of [pulse, ...Object.values(views).flatMap((v) => v.streams)]) stream.stop();
-  views[view].fresh?.();
+  for (const each of Object.values(views)) each.fresh?.();
   route();
 };
 

@@ -42,7 +42,7 @@ function push(name, value) {
 }
 
 const cards = {};
-let health = null, before = null, nodes = null, charts = [], isBusy = false, healthAt = 0;
+let health = null, before = null, nodes = null, charts = [], isBusy = false, isRefused = false, healthAt = 0;
 
 /** A chart in a card, with what it says now in its head. */
 function card(name, title, options, wide = false) {
@@ -60,7 +60,7 @@ function set(name, text, note = '') {
 }
 
 async function poll() {
-  if (isBusy) return;
+  if (isBusy || isRefused) return;
   isBusy = true;
   try {
     const at = performance.now();
@@ -87,6 +87,7 @@ async function poll() {
   } catch (e) {
     health = null;
     if (e.status === undefined) throw e; // Not the server's: ours.
+    isRefused = e.status === 403; // A key with limits may not see what is about all: asking again does not help.
     if (nodes && e.status) say(nodes.error, e.message); // One that is away is the banner's to tell.
   } finally { isBusy = false; }
 }
@@ -145,6 +146,7 @@ export const overview = {
   title: 'Overview',
   streams: [],
   poll,
+  fresh() { isRefused = false; },
   mount(root) {
     const fact = (id) => el('span', { class: 'fact', id }, el('i', { class: 'dot' }), el('span', {}, '…'));
     nodes = {

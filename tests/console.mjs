@@ -58,16 +58,14 @@ const browser = await chromium.launch({
 });
 const errors = [];
 let forgiven = /(?!)/; // What the browser itself logs for answers that a test provokes.
-async function open(context, at, headers) {
+async function open(context, at) {
   const page = await context.newPage();
   page.on('console', (m) => { if (m.type() === 'error' && !forgiven.test(m.text())) errors.push(m.text()); });
   page.on('pageerror', (e) => errors.push(String(e.stack)));
   page.on('dialog', (d) => { errors.push(`dialog: ${d.message()}`); d.dismiss(); });
   page.on('request', (r) => { if (!r.url().startsWith(new URL(at).origin) && !r.url().startsWith('data:')) errors.push(`outside: ${r.url()}`); });
-  if (headers || process.env.CONSOLE_DIR) {
+  if (process.env.CONSOLE_DIR) {
     await page.route((u) => u.pathname === '/' || u.pathname.startsWith('/console/'), async (route) => {
-      const to = { ...route.request().headers(), ...headers };
-      if (!process.env.CONSOLE_DIR) return route.continue({ headers: to });
       const name = new URL(route.request().url()).pathname.slice('/console/'.length) || 'index.html';
       const type = { html: 'text/html', js: 'text/javascript', css: 'text/css' }[name.split('.').at(-1)];
       await route.fulfill({ body: readFileSync(join(process.env.CONSOLE_DIR, name), 'utf8'), headers: { 'Content-Type': type, 'Content-Security-Policy': POLICY } });
@@ -671,8 +669,7 @@ const tests = {
   async 'a key'() {
     const locked = await serve(['--port', '0', '--ephemeral'], { API_KEY: 'open sesame' });
     forgiven = /401/;
-    // What lets the page through stands for a proxy; the calls of the page itself have no key yet.
-    const other = await open(context, `${locked.url}/#events`, { authorization: 'Bearer open sesame' });
+    const other = await open(context, `${locked.url}/#events`); // The page itself needs none.
     await other.locator('#auth').waitFor();
     await other.fill('#auth [name=key]', 'wrong');
     await other.click('#auth button');
