@@ -1,5 +1,5 @@
 # Two commands: `make run` builds and serves, `make test` installs what it needs and passes everything.
-.PHONY: run build demo bench test test-long lint contract console clients check-deploy deb clean-venv
+.PHONY: run build demo bench test test-long lint contract console screenshots clients check-deploy deb clean-venv
 
 CARGO ?= cargo
 BINARY := target/release/kiss-vdb
@@ -49,6 +49,10 @@ $(VENV)/ready: tests/requirements.txt
 console: build $(NODE_DIR)/ready
 	command -v chromium >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium)
 	cd $(NODE_DIR) && cp $(CURDIR)/tests/console.mjs . && node console.mjs $(CURDIR)/$(BINARY)
+
+# The pictures in docs/console.md, of a server that does something. Takes two minutes.
+screenshots: build $(NODE_DIR)/ready
+	cd $(NODE_DIR) && cp $(CURDIR)/tests/console.mjs . && ROOT=$(CURDIR) SHOTS=$(CURDIR)/docs SHOTS_ONLY=1 node console.mjs $(CURDIR)/$(BINARY)
 
 # Browsers, libraries and curl against the server, directly and through the proxies of deploy/.
 clients: build $(VENV)/ready $(NODE_DIR)/ready

@@ -3,10 +3,13 @@
 //   node tests/console.mjs target/release/kiss-vdb
 //
 // Needs playwright-core (found from here or through NODE_PATH) and a Chromium (CHROMIUM, default /usr/bin/chromium).
-// CONSOLE_HTML=console/index.html tries that file in place of the page built into the binary; SHOTS=docs writes screenshots.
+// CONSOLE_DIR=console tries those files in place of what is built into the binary; SHOTS=docs writes screenshots
+// (with SHOTS_ONLY without the tests; ROOT is the repository, whose demo/ they show).
+// Each test goes on where the one before left the page; all work against one server, which is killed and started again on
+// the way. What the page shows is checked against what the API says.
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -55,27 +58,29 @@ const browser = await chromium.launch({
 });
 const errors = [];
 let forgiven = /(?!)/; // What the browser itself logs for answers that a test provokes.
-async function open(context, at, headers) {
+async function open(context, at) {
   const page = await context.newPage();
   page.on('console', (m) => { if (m.type() === 'error' && !forgiven.test(m.text())) errors.push(m.text()); });
-  page.on('pageerror', (e) => errors.push(String(e)));
+  page.on('pageerror', (e) => errors.push(String(e.stack)));
   page.on('dialog', (d) => { errors.push(`dialog: ${d.message()}`); d.dismiss(); });
   page.on('request', (r) => { if (!r.url().startsWith(new URL(at).origin) && !r.url().startsWith('data:')) errors.push(`outside: ${r.url()}`); });
-  const root = new URL('/', at).href;
-  await page.route(root, async (route) => {
-    if (!process.env.CONSOLE_HTML) return route.continue({ headers: { ...route.request().headers(), ...headers } });
-    const response = await route.fetch({ headers: { ...route.request().headers(), ...headers } }); // for its headers, the policy among them
-    await route.fulfill({ response, body: readFileSync(process.env.CONSOLE_HTML, 'utf8') });
-  });
+  if (process.env.CONSOLE_DIR) {
+    await page.route((u) => u.pathname === '/' || u.pathname.startsWith('/console/'), async (route) => {
+      const name = new URL(route.request().url()).pathname.slice('/console/'.length) || 'index.html';
+      const type = { html: 'text/html', js: 'text/javascript', css: 'text/css' }[name.split('.').at(-1)];
+      await route.fulfill({ body: readFileSync(join(process.env.CONSOLE_DIR, name), 'utf8'), headers: { 'Content-Type': type, 'Content-Security-Policy': POLICY } });
+    });
+  }
   page.setDefaultTimeout(10000);
   await page.goto(at);
   return page;
 }
-const context = await browser.newContext({ viewport: { width: 1200, height: 800 }, colorScheme: 'light' });
+const POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const context = await browser.newContext({ viewport: { width: 1280, height: 820 }, colorScheme: 'light', permissions: ['clipboard-read', 'clipboard-write'] });
 const page = await open(context, url + '/');
-const text = (selector) => page.locator(selector).innerText();
-const row = (key) => page.locator('#keys tr').filter({ has: page.getByText(key, { exact: true }) });
-const detail = (name) => page.locator(`#detail [name=${name}]`);
+const text = (selector) => page.locator(selector).first().innerText();
+const clipboard = () => page.evaluate(() => navigator.clipboard.readText());
+const json = async (method, path, body) => JSON.parse(await api(method, path, body));
 async function until(what, check, ms = 10000) {
   const end = Date.now() + ms;
   let last;
@@ -85,179 +90,314 @@ async function until(what, check, ms = 10000) {
   }
   throw new Error(`never: ${what} (last: ${last})`);
 }
-const view = (name) => page.click(`nav a:text("${name}")`);
-const state = (wanted) => until(wanted, async () => await text('#pill-text') === wanted, 15000);
+const shows = (selector, pattern, ms) => until(`${selector} shows ${pattern}`, async () => pattern.test(await text(selector)), ms);
+const view = (name) => page.click(`#tabs a:text-is("${name}")`);
+const link = (wanted) => until(wanted, async () => await text('#pill-text') === wanted, 20000);
+// The tree.
+const keyName = (key) => page.locator(`#tree .name[title=${JSON.stringify(key)}]`);
+const row = (key) => page.locator('#tree .node').filter({ has: page.locator(`.name[title=${JSON.stringify(key)}]`) });
+const branch = (name) => page.locator('#tree .node[aria-expanded]').filter({ has: page.getByText(name, { exact: true }) });
+const detail = (name) => page.locator(`#detail [name=${name}]`);
+const prefix = async (p) => { await page.fill('#view-state [name=prefix]', p); await until('the address', () => new URL(page.url()).hash === (p ? `#state?${new URLSearchParams({ prefix: p })}` : '#state')); };
+const saved = () => until('saved', async () => await page.locator('#detail [role=tab][aria-selected=true]').innerText() === 'Value');
+/** How many pixels of a canvas are not empty. */
+const inked = (selector) => page.evaluate((s) => { const c = document.querySelector(s), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n; }, selector);
 
 const tests = {
-  async 'overview follows revision, rate and metrics'() {
-    await state('connected');
-    assert.equal(await text('h1'), 'KISS VDB');
-    await until('health', async () => /health\s*ok/.test(await text('#tiles')));
-    for (let i = 0; i < 40; i++) await put(`seed:${i}`, { i });
-    await until('revision 40', async () => await text('#head') === '40', 3000);
-    await until('40 keys', async () => /keys\s*40\n/.test(await text('#tiles')));
-    assert.match(await text('#tiles'), /durability\s*always/);
-    await until('a rate', async () => /peak [1-9]/.test(await text('#rate')));
-    await until('a line', async () => (await page.getAttribute('#spark .line', 'd')).split('L').length > 2);
+  async 'the server serves the console with a policy, types and tags'() {
+    if (process.env.CONSOLE_DIR) return; // Nothing of it comes from the binary then.
+    const home = await fetch(url + '/');
+    assert.equal(home.headers.get('content-security-policy'), POLICY);
+    const html = await home.text();
+    for (const [, path] of html.matchAll(/(?:src|href)="(\/console\/[^"]+)"/g)) {
+      const res = await fetch(url + path);
+      assert.equal(res.status, 200, path);
+      assert.match(res.headers.get('content-type'), path.endsWith('.css') ? /^text\/css/ : /^text\/javascript/);
+      assert.equal(res.headers.get('x-content-type-options'), 'nosniff');
+      const again = await fetch(url + path, { headers: { 'If-None-Match': res.headers.get('etag') } });
+      assert.equal(again.status, 304, path);
+    }
+    assert.equal((await fetch(`${url}/console/nothing.js`)).status, 404);
+    assert.equal((await fetch(`${url}/console/..%2findex.html`)).status, 404);
   },
 
-  async 'state: list, create, live changes'() {
+  async 'overview: revision, rates, health, charts'() {
+    await link('live');
+    assert.equal(await text('h1'), 'KISS VDB');
+    await until('a first minute', () => page.locator('#start').isVisible());
+    const before = await inked('#chart-writes canvas');
+    for (let i = 0; i < 40; i++) await put(`seed/${i}`, { i });
+    await until('revision 40', async () => await text('#head') === '40', 4000);
+    await shows('#chart-writes .figure', /^40\s*[\d.]+ writes\/s · peak [1-9]/);
+    assert(await page.locator('#start').isHidden(), 'no longer the first minute');
+    await shows('#tiles', /^keys\s*40\n/);
+    await shows('#health', /healthy/);
+    await shows('#durability', /durable: always/);
+    await shows('#log-range', /log keeps 1 to 40/);
+    await shows('#chart-fsync .figure', /^\d.*(µs|ms)\s*p99 · \d+ syncs/s);
+    for (let i = 0; i < 30; i++) await api('GET', `/v1/state/${encodeURIComponent(`seed/${i}`)}`);
+    await shows('#chart-reads .figure', /peak [1-9]/);
+    await until('a curve', async () => await inked('#chart-writes canvas') > before + 200);
+    assert.match(await page.getAttribute('#chart-memory canvas', 'aria-label'), /Memory: now process [\d.]+ MiB, keys/);
+    const streams = /kiss_streams (\d+)/.exec(await api('GET', '/v1/metrics'))[1];
+    await shows('#chart-streams .figure', new RegExp(`^${streams}\\s*open`));
+    await page.hover('#chart-memory .chart', { position: { x: 300, y: 40 } });
+  },
+
+  async 'state: create, live changes, nothing runs'() {
     await view('State');
-    await until('40 rows', async () => await page.locator('#keys tr').count() === 40);
+    await until('the only branch is open', async () => await row('seed/17').count() === 1);
+    await until('a value', async () => (await row('seed/17').innerText()).includes('{"i":17}'));
     await page.click('#new-key');
     await detail('key').fill('job:1');
-    await detail('value').fill('{"progress": 1.10, "big": 12345678901234567890, "html": "<img src=x onerror=alert(1)>"}');
+    await detail('value').fill('{"progress": 1.10, "big": 12345678901234567890, "html": "<img src=x onerror=alert(1)>", "__proto__": {"x": 1}}');
     await detail('meta').fill('{"job_id": "1", "tags": ["a", "b"]}');
     await page.click('#save');
     await until('the row', async () => (await row('job:1').innerText()).includes('<img src=x onerror=alert(1)>'));
-    assert.match(await text('#badges'), /revision 41.*job 1.*tags a, b/s);
+    await shows('#badges', /revision 41.*job 1.*tag a.*tag b/s);
     assert.match(await api('GET', '/v1/state/job:1'), /"progress":1.10,"big":12345678901234567890/);
-    // A put, a patch and a delete by somebody else show without a reload; an unedited editor follows.
-    await api('PATCH', '/v1/state/job:1', { html: null, step: 2 }, 'application/merge-patch+json');
-    await until('the patch', async () => await row('job:1').locator('td').nth(1).innerText() === '{"progress":1.10,"big":12345678901234567890,"step":2}');
-    await until('the editor', async () => (await detail('value').inputValue()).includes('"step": 2'));
+    await shows('#value', /"big": 12345678901234567890/);
+    // A patch, a put and a delete by somebody else show without a reload.
+    await api('PATCH', '/v1/state/job:1', { html: null, __proto__x: null, step: 2 }, 'application/merge-patch+json');
+    await until('the patch in the row', async () => { const t = await row('job:1').innerText(); return t.includes('"step":2') && !t.includes('onerror'); });
+    await shows('#value', /"step": 2/);
+    await page.click('#tab-edit');
+    await api('PATCH', '/v1/state/job:1', { step: 3 }, 'application/merge-patch+json');
+    await until('an untouched editor follows', async () => (await detail('value').inputValue()).includes('"step": 3'));
     await put('job:0', 'first');
-    await until('a new row', async () => await row('job:0').count() === 1);
-    assert.equal(await page.locator('#keys button').first().innerText(), 'job:0', 'in order');
+    await until('two of a branch', async () => /job:\s*2/.test(await branch('job:').innerText()));
+    await branch('job:').click();
+    await until('both', async () => await row('job:0').count() === 1 && await row('job:1').count() === 1);
     await api('DELETE', '/v1/state/job:0');
     await until('it goes', async () => await row('job:0').count() === 0);
+    // Hostile names and values are text, in the tree, in the panel, everywhere.
+    const hostile = '<img src=x onerror=alert(2)>"\'`${1}';
+    await put(hostile, { '<b>': '</script><script>alert(3)</script>' }, { meta: { tags: ['<i>'] } });
+    await keyName(hostile).click();
+    await shows('#value', /<\/script><script>alert\(3\)/);
+    assert.equal(await text('#detail h2'), hostile);
+    assert.equal(await page.locator('main img, main script, main b b').count(), 0);
+    // Deep and long.
+    let deep = 1;
+    for (let i = 0; i < 120; i++) deep = { d: deep };
+    await put('deep', deep);
+    await put('long', 'x'.repeat(3_000_000));
+    await keyName('deep').click();
+    await shows('#value', /"d": \{ 1 \}/);
+    await keyName('long').click();
+    await shows('#value', /show all 3,000,002 characters/);
+    assert((await text('#value')).length < 5000, 'a long value is cut until asked for');
+    await page.keyboard.press('Escape');
   },
 
   async 'state: compare and set'() {
+    await keyName('job:1').click();
+    await page.click('#tab-edit');
     await detail('value').fill('{"mine": true}');
     await put('job:1', { theirs: true });
-    await until('a warning', async () => /came in while you edit/.test(await text('#detail-error')));
+    await shows('#newer', /came in while you edit/);
     forgiven = /409/;
     await page.click('#save');
     await until('both values', async () => { const t = await text('#conflict'); return t.includes('"mine": true') && t.includes('"theirs": true'); });
     assert.match(await api('GET', '/v1/state/job:1'), /"theirs":true/, 'nothing was written');
     await page.click('text=Take theirs');
-    assert.match(await detail('value').inputValue(), /theirs/);
+    await until('theirs', async () => (await detail('value').inputValue()).includes('theirs'));
     await detail('value').fill('{"mine": 2}');
     await put('job:1', { theirs: 2 });
-    await page.click('#save');
+    await shows('#newer', /came in/);
+    await detail('value').press('Control+Enter');
     await page.click('text=Write mine over it');
-    await until('mine', async () => (await api('GET', '/v1/state/job:1')).includes('"value":{"mine":2}'));
+    await until('mine', async () => (await json('GET', '/v1/state/job:1')).value.mine === 2);
+    await saved();
     // A new key that exists already.
     await page.click('#new-key');
     await detail('key').fill('job:1');
     await detail('value').fill('0');
     await page.click('#save');
-    await until('a conflict', async () => (await text('#conflict')).includes('"mine": 2'));
+    await shows('#conflict', /"mine": 2/);
     await page.click('text=Take theirs');
+    await shows('#detail h2', /^job:1$/);
+    await detail('value').waitFor({ state: 'detached' });
     forgiven = /(?!)/;
   },
 
-  async 'state: patch, deadline, delete'() {
-    await page.click('#patch-mode');
+  async 'state: patch, deadline, history, delete'() {
+    await page.click('#tab-patch');
     await detail('value').fill('{"patched": [1]}');
     await page.click('#save');
-    await until('the patch', async () => (await row('job:1').innerText()).includes('{"mine":2,"patched":[1]}'));
+    await saved();
+    assert.deepEqual((await json('GET', '/v1/state/job:1')).value, { mine: 2, patched: [1] });
+    await page.click('#tab-edit');
     await detail('ends').selectOption('in');
     await detail('seconds').fill('100');
     await page.click('#save');
+    await saved();
     await until('a deadline', async () => /^1m 3\ds$/.test(await row('job:1').locator('.ends').innerText()));
     const before = await row('job:1').locator('.ends').innerText();
     await until('it counts down', async () => await row('job:1').locator('.ends').innerText() !== before);
+    await shows('#deadline', /ends in 1m 3\ds/);
     // An edit keeps the deadline and the labels unless told otherwise.
-    const was = JSON.parse(await api('GET', '/v1/state/job:1'));
+    const was = await json('GET', '/v1/state/job:1');
+    await page.click('#tab-edit');
     await detail('value').fill('"again"');
     await page.click('#save');
-    const now = await until('the edit', async () => { const e = JSON.parse(await api('GET', '/v1/state/job:1')); return e.value === 'again' && e; });
-    assert(Math.abs(now.expires_at_ms - was.expires_at_ms) < 1500, `${now.expires_at_ms} ${was.expires_at_ms}`);
+    await saved();
+    const now = await json('GET', '/v1/state/job:1');
+    assert.equal(now.value, 'again');
+    assert(Math.abs(now.expires_at_ms - was.expires_at_ms) < 2500, `${now.expires_at_ms} ${was.expires_at_ms}`);
     await put('job:2', 1, { ttl_ms: 1500 });
     await until('it appears', async () => await row('job:2').count() === 1);
     await until('it ends', async () => await row('job:2').count() === 0);
+    // Everything that happened to the key, as the log has it.
+    const { events: log } = JSON.parse(await (await fetch(`${url}/v1/events?since=0&key=job:1&limit=1000`, { headers: { Accept: 'application/json' } })).text());
+    await page.click('#tab-history');
+    await until('all changes', async () => await page.locator('#history .change').count() === log.length);
+    assert.match(await page.locator('#history .change').last().innerText(), /created\s*#41/);
+    await put('job:1', 'again', { ttl_ms: 100_000 });
+    await until('the newest comes to it', async () => await page.locator('#history .change').count() === log.length + 1);
+    await page.locator('#history .change summary').last().click();
+    await page.click('#history >> text=Edit from this value');
+    await until('the first value', async () => (await detail('value').inputValue()).includes('onerror=alert(1)'));
+    await page.click('#tab-value');
     await page.click('#delete');
-    await page.click('text=Really delete');
+    await page.click('text=Really delete?');
     await until('it goes', async () => await row('job:1').count() === 0);
     assert(await page.locator('#detail').isHidden());
+    await assert.rejects(api('GET', '/v1/state/job:1'), /404/);
   },
 
-  async 'state: prefix, pages, odd keys, bytes'() {
-    const ops = Array.from({ length: 250 }, (_, i) => ({ op: 'put', key: `page:${String(i).padStart(3, '0')}`, value: i }));
-    await api('POST', '/v1/batch', { ops: [...ops, { op: 'put', key: '..', value: 'dots' }, { op: 'put', key: 'odd/é 🙂?#%', value: null }] });
-    await page.fill('#prefix-form [name=prefix]', 'page:');
-    await until('page 1', async () => await page.locator('#keys tr').count() === 100 && await page.locator('#keys button').first().innerText() === 'page:000');
-    assert.match(page.url(), /#state\?prefix=page%3A$/);
-    await page.click('#next');
-    await until('page 2', async () => /page 2 · 100 keys/.test(await text('#page-info')));
-    assert.equal(await page.locator('#keys button').first().innerText(), 'page:100');
-    await put('page:150', 'changed');
-    await until('live on page 2', async () => (await row('page:150').innerText()).includes('changed'));
-    await put('page:150b', 'between');
-    await until('an insert', async () => await row('page:150b').count() === 1);
-    await page.click('#next');
-    await until('page 3', async () => await page.locator('#keys button').first().innerText() === 'page:199');
-    assert.equal(await page.locator('#keys tr').count(), 51, 'the key pushed off page 2 is on page 3');
-    await put('page:999', 'last');
-    await until('an append', async () => await row('page:999').count() === 1);
-    await put('pagf', 'outside');
-    await page.click('#prev');
-    await until('page 2', async () => /page 2/.test(await text('#page-info')));
+  async 'state: history older than the log'() {
+    const small = await serve(['--port', '0', '--data-dir', join(dir, 'small'), '--max-log-mb', '2']);
+    const write = (value, key = 'a') => fetch(`${small.url}/v1/state/${key}`, { method: 'PUT', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ value, meta: { job_id: 'old' } }) });
+    await write(0, 'first');
+    for (let i = 0; i < 24; i++) await write(String(i).repeat(200_000));
+    await fetch(`${small.url}/v1/admin/snapshot`, { method: 'POST' });
+    await write('last');
+    await fetch(`${small.url}/v1/admin/snapshot`, { method: 'POST' });
+    const { oldest } = await (await fetch(`${small.url}/v1/health`)).json();
+    assert(oldest > 1, 'the log was cut');
+    forgiven = /410/;
+    const other = await open(context, `${small.url}/#state?key=a`);
+    await other.click('#tab-history');
+    await until('it says so', async () => (await other.locator('#detail .pane-body').innerText()).includes(`the log begins at revision ${oldest}`));
+    assert.equal(await other.locator('#history .change').count(), 26 - oldest + 1);
+    await other.goto(`${small.url}/#jobs?job=old`);
+    await until('so does the job', async () => (await other.locator('#job .log').innerText()).includes('no longer in the log'));
+    forgiven = /(?!)/;
+    await other.close();
+    await small.stop();
+  },
+
+  async 'state: a tree of a hundred thousand keys'() {
+    for (let from = 0; from < 100_000; from += 1000) {
+      await api('POST', '/v1/batch', { ops: Array.from({ length: 1000 }, (_, i) => { const n = from + i; return { op: 'put', key: n < 90_000 ? `user:${String(n).padStart(6, '0')}` : `video/${n % 100}/${n}`, value: { n } }; }) });
+    }
+    await api('POST', '/v1/batch', { ops: [{ op: 'put', key: '..', value: 'dots' }, { op: 'put', key: 'odd/é 🙂?#%', value: null }, { op: 'put', key: 'zz', value: 'last' }] });
+    await page.reload();
+    // Branches are stepped over: the last key of all is on the first screen.
+    await until('the last key', async () => await row('zz').count() === 1);
+    await until('the total', async () => Number((await text('#state-info')).replace(/\D/g, '')) === Number(/kiss_keys (\d+)/.exec(await api('GET', '/v1/metrics'))[1]), 15000);
+    await branch('user:').click();
+    await until('its first', async () => await row('user:000000').count() === 1);
+    const tree = page.locator('#tree');
+    // Down, as fast as pages come; the page never holds more rows than are in sight.
+    let steps = 0;
+    await until('row 5000', async () => { steps++; await tree.evaluate((t) => { t.scrollTop = t.scrollHeight; t.scrollTop -= 32 * 8; }); return await page.evaluate(() => [...document.querySelectorAll('#tree .name.key')].some((n) => n.title > 'user:005000')); }, 20000);
+    assert(await page.locator('#tree .node').count() < 70, 'a virtual list');
+    await until('values of the rows in sight', () => page.evaluate(() => { const r = [...document.querySelectorAll('#tree .node')].filter((n) => n.querySelector('.name.key')?.title.startsWith('user:')); return r.length > 5 && r.some((n) => n.querySelector('.peek').textContent === `{"n":${Number(n.querySelector('.name.key').title.slice(5))}}`); }));
+    // A key in the midst of many: by prefix.
+    await prefix('user:0777');
+    await until('its keys', async () => await row('user:077700').count() === 1);
+    await shows('#state-info', /^100 keys begin so/);
+    await put('user:077700', 'changed');
+    await until('live', async () => (await row('user:077700').innerText()).includes('changed'));
+    await put('user:0777005', 'between');
+    await until('in its place', async () => await page.locator('#tree .name.key').nth(1).getAttribute('title') === 'user:0777005');
+    await prefix('video/');
+    await until('branches', async () => /0\/\s*100/.test(await branch('0/').innerText()));
+    await put('video/0/new', 1);
+    await until('a count goes up', async () => /0\/\s*101/.test(await branch('0/').innerText()));
+    await api('DELETE', '/v1/state/video%2F0%2Fnew');
+    await until('and down', async () => /0\/\s*100/.test(await branch('0/').innerText()));
     for (const key of ['..', 'odd/é 🙂?#%']) {
-      await page.fill('#prefix-form [name=prefix]', key);
-      await row(key).click();
+      await prefix(key);
+      await keyName(key).click();
+      await page.click('#tab-edit');
       await detail('value').fill('"edited"');
       await page.click('#save');
       await until('saved', async () => (await row(key).innerText()).includes('edited'));
       await page.keyboard.press('Escape');
     }
     await api('PUT', '/v1/state/bytes', 'plain <b>text</b>', 'text/plain');
-    await page.fill('#prefix-form [name=prefix]', 'bytes');
-    await row('bytes').click();
-    assert.equal(await text('#bytes pre'), 'plain <b>text</b>');
-    assert(await page.locator('#save').isHidden());
+    await api('POST', '/v1/batch', { ops: [{ op: 'put', key: 'bytes2', value_base64: '/wD+AQ==' }] });
+    await prefix('bytes');
+    await keyName('bytes').click();
+    await shows('#detail pre', /^plain <b>text<\/b>$/);
+    await keyName('bytes2').click();
+    await shows('#detail pre', /^000000 {2}ff 00 fe 01/);
     await page.keyboard.press('Escape');
-    await page.fill('#prefix-form [name=prefix]', '');
+    await prefix('');
   },
 
-  async 'events: filter, publish, expand'() {
+  async 'events: filters as chips, publish, detail, curl'() {
     await view('Events');
-    await until('live', async () => /live/.test(await text('#tail-info')));
-    await page.fill('#filter [name=prefix]', 'job:');
-    await page.fill('#filter [name=types]', 'progress,state_updated');
-    await page.click('text=Follow');
-    await until('live', async () => /live · 0/.test(await text('#tail-info')));
+    await shows('#tail-info', /live · 0/);
+    await page.fill('[name=filter]', 'job:');
+    await page.keyboard.press('Enter');
+    await page.selectOption('[name=kind]', 'types');
+    for (const type of ['progress', 'state_updated']) { await page.fill('[name=filter]', type); await page.keyboard.press('Enter'); }
+    await until('three chips', async () => await page.locator('#chips .chip').count() === 3);
+    assert.match(page.url(), /#events\?types=progress%2Cstate_updated&prefix=job%3A|#events\?prefix=job%3A&types=progress%2Cstate_updated/);
+    await shows('#tail-info', /live · 0/);
     await publish('other', 1, { key: 'job:1' });
     await put('elsewhere', 1);
-    await publish('progress', { percent: 5, html: '<script>alert(1)</script>' }, { key: 'job:1', meta: { tags: ['x'] } });
-    await until('one event', async () => await page.locator('.ev').count() === 1);
-    await page.locator('.ev summary').first().click();
-    await until('its JSON', async () => (await text('.ev pre')).includes('"<script>alert(1)</script>"'));
-    await page.click('#publish-box summary');
+    await publish('progress', { percent: 5, html: '<script>alert(1)</script>' }, { key: 'job:1', meta: { tags: ['x<y'] } });
+    await until('one event', async () => await page.locator('.event').count() === 1);
+    await page.locator('.event').first().click();
+    await shows('#event', /"<script>alert\(1\)<\/script>"/);
+    await page.click('#event >> text=only tag');
+    await until('a fourth chip', async () => /x<y/.test(await text('#chips')));
+    await shows('#tail-info', /live · 0/);
+    await page.locator('#chips .chip', { hasText: 'x<y' }).click();
+    await shows('#tail-info', /live · 0/);
+    await page.click('#publish-open');
     await page.fill('#publish [name=key]', 'job:9');
     await page.fill('#publish [name=data]', '{"from": "console"}');
     await page.click('#publish button');
-    await until('mine', async () => (await page.locator('.ev').first().innerText()).includes('{"from":"console"}'));
+    await until('mine', async () => (await text('.event')).includes('{"from":"console"}'));
+    const revision = Number(/revision (\d+)/.exec(await text('#published'))[1]);
+    const stored = JSON.parse(await (await fetch(`${url}/v1/events?since=${revision - 1}`, { headers: { Accept: 'application/json' } })).text());
+    assert.deepEqual(stored.events[0].data, { from: 'console' });
     await page.fill('#publish [name=data]', '{oops');
     await page.click('#publish button');
-    await until('a complaint', async () => /Data is not JSON/.test(await text('#publish-info')));
+    await shows('#published', /Data is not JSON/);
     await page.fill('#publish [name=data]', '1');
     await page.check('#publish [name=ephemeral]');
     await page.click('#publish button');
-    await until('an ephemeral one', async () => await page.locator('.ev').count() === 3);
+    await until('an ephemeral one', async () => await page.locator('.event').count() === 2);
+    await page.click('#publish-open');
     await page.click('#curl');
-    assert.equal(await text('#curl-text'), `curl -N '${url}/v1/events?prefix=job%3A&types=progress%2Cstate_updated'`);
+    await until('the clipboard', async () => /^curl -N 'http:.*prefix=job%3A.*'$/.test(await clipboard()));
+    assert.match(await clipboard(), /types=progress%2Cstate_updated/);
   },
 
   async 'events: a pause loses nothing'() {
     await page.goto(`${url}/#events?types=tick`);
-    await until('live', async () => /live · 0/.test(await text('#tail-info')));
+    await shows('#tail-info', /live · 0/);
     await page.click('#pause');
     for (let i = 0; i < 5; i++) await publish('tick', i);
-    await until('5 wait', async () => /paused · 5 waiting/.test(await text('#tail-info')));
-    assert.equal(await page.locator('.ev').count(), 0);
+    await shows('#tail-info', /paused · 5 waiting/);
+    assert.equal(await page.locator('.event').count(), 0);
     await page.click('#pause');
-    await until('5 shown', async () => await page.locator('.ev').count() === 5);
+    await until('5 shown', async () => await page.locator('.event').count() === 5);
     // More than is held in memory: the stream lets go and resumes from the log.
     await page.click('#pause');
     for (let n = 0; n < 5; n++) await api('POST', '/v1/batch', { ops: Array.from({ length: 900 }, (_, i) => ({ op: 'event', type: 'tick', data: n * 900 + i })) });
-    await until('full', async () => /2,000 waiting, the rest stays/.test(await text('#tail-info')));
+    await shows('#tail-info', /2,000 waiting, the rest stays/);
     await page.click('#pause');
-    await until('all 4505', async () => /live · 4,505 events/.test(await text('#tail-info')));
-    assert.match(await page.locator('.ev').first().innerText(), /4499/);
-    assert.equal(await page.locator('.ev').count(), 300);
+    await shows('#tail-info', /live · 4,505 events/);
+    assert.match(await text('.event'), /4499/);
+    assert(await page.locator('.event').count() < 60, 'only what is in sight');
     // A hidden tab lets go of its connections.
     const hide = (hidden) => page.evaluate((h) => {
       Object.defineProperty(document, 'hidden', { configurable: true, get: () => h });
@@ -267,181 +407,358 @@ const tests = {
     await until('no streams', async () => /kiss_streams 0/.test(await api('GET', '/v1/metrics')));
     await publish('tick', 'while hidden');
     await hide(false);
-    await until('what was missed', async () => (await page.locator('.ev').first().innerText()).includes('while hidden'));
-    // Another view and back.
+    await until('what was missed', async () => (await text('.event')).includes('while hidden'));
     await view('Overview');
     await publish('tick', 'while away');
     await view('Events');
-    await until('what was missed', async () => (await page.locator('.ev').first().innerText()).includes('while away'));
+    await until('what was missed', async () => (await text('.event')).includes('while away'));
   },
 
   async 'events: snapshot, history, reset, refusal'() {
-    await page.goto(`${url}/#events?prefix=page:00&snapshot=true`);
-    await until('the snapshot', async () => (await page.locator('.ev').first().innerText()).includes('10 entries'));
-    assert.equal(await page.locator('.ev').count(), 11);
+    await page.goto(`${url}/#events?prefix=user:00000&snapshot=true`);
+    await until('the snapshot', async () => (await text('.event')).includes('10 entries'));
+    await shows('#tail-info', /11 events/);
     await page.goto(`${url}/#events?since=0&key=job:1`);
-    await until('history', async () => await page.locator('.ev').count() > 5);
+    await until('history', async () => await page.locator('.event').count() > 5);
     await page.goto(`${url}/#events?since=99999999`);
-    await until('a reset', async () => /reset\s*future/.test(await text('.ev')));
+    await until('a reset', async () => /reset/.test(await text('.event')) && /future/.test(await text('.event')));
     forgiven = /400/;
     await page.goto(`${url}/#events?since=yesterday`);
     await until('a refusal', async () => (await text('#tail-error')).length > 10);
     forgiven = /(?!)/;
-    await page.fill('#filter [name=since]', '');
-    await page.click('text=Follow');
-    await until('live', async () => /live · 0/.test(await text('#tail-info')));
-    assert.equal(await text('#tail-error'), '');
+    await page.fill('[name=since]', '');
+    await page.keyboard.press('Enter');
+    await shows('#tail-info', /live · 0/);
+    assert.equal(await page.locator('#tail-error').innerText(), '');
   },
 
-  async 'vectors: collections and search'() {
+  async 'vectors: create, add, search, delete'() {
     await view('Vectors');
-    await until('none yet', async () => page.locator('#no-collections').isVisible());
-    await api('POST', '/v1/vector/docs', { dim: 3, metric: 'cosine' });
+    await page.click('#new-collection');
+    await page.fill('#create [name=name]', 'docs');
+    await page.fill('#create [name=dim]', '3');
+    await page.click('#create button');
+    await shows('#collection-facts', /^0 vectors · 3 numbers each · cosine/);
+    assert.equal((await json('GET', '/v1/vector/docs')).dim, 3);
+    await page.click('#add summary');
+    await page.fill('#add [name=id]', 'a/1');
+    await page.fill('#add [name=vector]', '1 0 0');
+    await page.fill('#add [name=meta]', '{"lang": "es", "title": "<b>uno</b>", "year": 2020}');
+    await page.click('#add button.main');
+    await shows('#added', /added at revision \d/);
+    assert.deepEqual((await json('GET', '/v1/vector/docs/get?id=a/1')).vector, [1, 0, 0]);
     await api('POST', '/v1/vector/docs/upsert', { items: [
-      { id: 'a/1', vector: [1, 0, 0], meta: { lang: 'es', title: '<b>uno</b>', year: 2020 } },
       { id: 'b', vector: [0.9, 0.1, 0], meta: { lang: 'en', title: 'two', year: 2023 } },
       { id: 'c', vector: [0, 1, 0], meta: { lang: 'es', title: 'tres', year: 2024 } },
       { id: 'd', vector: [-1, 0, 0.2] }] });
-    await until('the collection', async () => /docs\s*cosine\s*3\s*4/.test(await text('#collections')));
-    await until('the ids', async () => await page.locator('#hits tr').count() === 4);
-    await page.locator('#hits button').first().click();
-    await until('hits', async () => /4 hits at revision \d/.test(await text('#hits-info')) && /a\/1\s*1\.0000.*"<b>uno<\/b>"/s.test(await text('#hits')));
-    assert.match(await page.locator('#hits tr').last().innerText(), /d\s*-0\.98/);
+    await shows('#collection-facts', /^4 vectors/);
+    await until('all on the map', async () => /^Map of 4 vectors/.test(await page.getAttribute('.map canvas', 'aria-label')));
+    await page.fill('#search [name=what]', 'a/1');
+    await page.keyboard.press('Enter');
+    await until('hits on both sides', async () => await page.locator('.hit').count() === 8);
+    await shows('#recall', /^1\.00\s*recall · 4 of 4/);
+    assert.match(await text('.hit'), /a\/1\s*1\.0000\s*<b>uno<\/b>/);
+    const { hits } = await json('POST', '/v1/vector/docs/search', { id: 'a/1', k: 10 });
+    assert.deepEqual(await page.locator('.column:nth-child(2) .hit').evaluateAll((all) => all.map((h) => h.dataset.id)), hits.map((h) => h.id));
+    await until('lit', async () => await page.getAttribute('.map canvas', 'data-hits') === '4');
     await page.selectOption('#search [name=by]', 'vector');
-    await page.fill('#search [name=what]', '0 1 0.1');
+    await page.fill('#search [name=what]', '[0, 1, 0.1]');
     await page.fill('#search [name=filters]', '{"year": {"$gte": 2023}}');
     await page.fill('#search [name=k]', '1');
-    await page.keyboard.press('Enter');
-    await until('the filtered hit', async () => /^c\s/.test(await text('#hits')) && await page.locator('#hits tr').count() === 1);
+    await page.selectOption('#search [name=mode]', 'exact');
+    await page.keyboard.press('Escape');
+    await page.click('#search button');
+    await until('the filtered hit', async () => await page.locator('.hit').count() === 1 && await page.locator('.hit').getAttribute('data-id') === 'c');
     forgiven = /400/;
     await page.fill('#search [name=what]', '[1, 2]');
     await page.keyboard.press('Enter');
-    await until('a refusal', async () => /dim|length|numbers/.test(await text('#search-error')));
+    await shows('#search-error', /dim|length|numbers/);
     forgiven = /(?!)/;
     assert.match(page.url(), /collection=docs/);
+    await page.locator('.hit summary').click();
+    await page.click('.hit >> text=delete');
+    await page.click('.hit >> text=really?');
+    await shows('#collection-facts', /^3 vectors/);
+    await until('off the map', async () => /^Map of 3 vectors/.test(await page.getAttribute('.map canvas', 'aria-label')));
+  },
+
+  async 'vectors: the approximate answer beside the exact one'() {
+    const vector = (i) => Array.from({ length: 16 }, (_, d) => Math.round(Math.sin(i * 12.9898 + d * 78.233 + (i % 5) * d) * 1e4) / 1e4);
+    await api('POST', '/v1/vector/many', { dim: 16, metric: 'l2' });
+    for (let from = 0; from < 4000; from += 1000) await api('POST', '/v1/vector/many/upsert', { items: Array.from({ length: 1000 }, (_, i) => ({ id: `v${from + i}`, vector: vector(from + i), meta: { group: `g${(from + i) % 5}` } })) });
+    await page.click('[data-collection=many]');
+    await shows('#collection-facts', /^4,000 vectors.*graph, 4,000 linked/s, 20000);
+    await until('a sample', async () => /the first 1,500 of 4,000/.test(await text('#map-info')));
+    assert(await inked('.map canvas') > 1500, 'points');
+    assert.match(await text('.map-card'), /g0.*g4/s);
+    await page.fill('#search [name=what]', 'v3999');
+    await page.fill('#search [name=ef]', '10');
+    await page.click('#search button');
+    await until('20 hits', async () => await page.locator('.hit').count() === 20);
+    const [fast, full] = [await json('POST', '/v1/vector/many/search', { id: 'v3999', ef: 10 }), await json('POST', '/v1/vector/many/search', { id: 'v3999', exact: true })];
+    const right = fast.hits.filter((h) => full.hits.some((e) => e.id === h.id)).length;
+    await shows('#recall', new RegExp(`recall · ${right} of 10`));
+    assert.match(await text('.column-head'), /Approximate.*(µs|ms).*ef 10 · scored/s);
+    await until('hits that were not in the sample are on the map', async () => await page.evaluate(() => Number(/Map of (\d+)/.exec(document.querySelector('.map canvas').getAttribute('aria-label'))[1])) > 1500);
+    await page.click('#drop');
+    await page.click('text=Really, all of it?');
+    await until('gone', async () => await page.locator('[data-collection=many]').count() === 0);
+    await assert.rejects(api('GET', '/v1/vector/many'), /404/);
+  },
+
+  async 'jobs: status, progress, log and time, live'() {
+    await put('job:7', { title: '<b>Render</b>', status: 'running', progress: 10 }, { meta: { job_id: '7', tags: ['render'] } });
+    await view('Jobs');
+    const job = page.locator('[data-job="7"]');
+    await job.waitFor();
+    assert.match(await job.innerText(), /running\s*<b>Render<\/b>\s*#7\s*10%/);
+    assert.equal(await job.locator('.progress').getAttribute('aria-valuenow'), '10');
+    await api('PATCH', '/v1/state/job:7', { progress: 42, message: 'frame 42' }, 'application/merge-patch+json');
+    await until('progress', async () => /42%/.test(await job.innerText()) && /frame 42/.test(await job.innerText()));
+    await publish('progress', { percent: 55 }, { key: 'job:7', meta: { job_id: '7' } });
+    await until('progress by an event', async () => await job.locator('.progress').getAttribute('aria-valuenow') === '55');
+    await publish('log', { level: 'warn', message: 'slow <i>disk</i>' }, { key: 'job:7', meta: { job_id: '7' } });
+    await job.click();
+    await shows('#job .log', /slow <i>disk<\/i>/);
+    const spent = await page.locator('#job .job-state .soft').innerText();
+    assert.match(spent, /^\d+s/);
+    await until('time passes', async () => await page.locator('#job .job-state .soft').innerText() !== spent);
+    await publish('log', 'and a plain line', { meta: { job_id: '7' } });
+    await shows('#job .log', /slow.*and a plain line/s);
+    await api('PATCH', '/v1/state/job:7', { progress: 100, status: 'done' }, 'application/merge-patch+json');
+    await until('done', async () => /done/.test(await job.innerText()) && /100%/.test(await job.innerText()));
+    await page.locator('.chip.failed').click();
+    await until('none failed', async () => await page.locator('.job').count() === 0);
+    await put('job:8', { status: 'failed', error: 'no space' }, { meta: { job_id: '8' } });
+    await until('one', async () => /failed.*no space/s.test(await text('[data-job="8"]')));
+    await page.locator('.chip.all').click();
+    // A page that comes later learns start, lines and state from the log.
+    await page.reload();
+    await shows('#job .log', /running.*slow <i>disk<\/i>.*and a plain line.*done/s);
+    await until('its time', async () => /^\d+s/.test(await page.locator('#job .job-state .soft').innerText()));
+    await page.keyboard.press('Escape');
+    // The page's own.
+    await page.click('#sample');
+    await shows('#job', /Index the handbook/);
+    await until('it is done', async () => await page.locator('#job .status').innerText() === 'done' && /published/.test(await text('#job .log')), 20000);
+    const id = /job=([^&]+)/.exec(page.url())[1];
+    assert.equal((await json('GET', `/v1/state/job:${id}`)).value.progress, 100);
+    await api('DELETE', `/v1/state/job:${id}`);
+    await until('without a key it is still done', async () => /No key is left/.test(await text('#job')) && await page.locator('#job .status').innerText() === 'done');
+    await page.keyboard.press('Escape');
   },
 
   async 'a restart of the server'() {
     forgiven = /Failed to load resource|ERR_/;
+    await put('job:9', { status: 'running', progress: 1 }, { meta: { job_id: '9' } });
+    await until('the job', async () => await page.locator('[data-job="9"]').count() === 1);
+    await server.stop('SIGKILL');
+    await link('reconnecting');
+    await shows('#banner', /does not answer\. What you see is from \d\d:\d\d:\d\d/);
+    assert.equal(await page.getAttribute('body', 'data-link'), 'reconnecting');
+    assert(await page.evaluate(() => Number(getComputedStyle(document.querySelector('main')).opacity) < 1), 'greyed');
+    server = await serve(['--port', port, '--data-dir', data]);
+    await api('PATCH', '/v1/state/job:9', { progress: 77 }, 'application/merge-patch+json');
+    await link('live');
+    await until('what was missed', async () => /77%/.test(await text('[data-job="9"]')));
+    assert(await page.locator('#banner').isHidden());
+    // In each view.
     await view('State');
-    await page.fill('#prefix-form [name=prefix]', 'again');
+    await prefix('again');
     await put('again', 'before');
     await until('the key', async () => (await row('again').innerText()).includes('before'));
-    await server.stop('SIGKILL');
-    await state('reconnecting');
+    await server.stop();
+    await link('reconnecting');
     server = await serve(['--port', port, '--data-dir', data]);
     await put('again', 'after');
-    await state('connected');
+    await page.click('#hurry').catch(() => {}); // It may be back by itself.
+    await link('live');
     await until('what was missed', async () => (await row('again').innerText()).includes('after'));
     await view('Events');
-    await until('live', async () => /live/.test(await text('#tail-info')));
+    await shows('#tail-info', /live/);
     await server.stop();
-    await until('reconnecting', async () => /reconnecting/.test(await text('#tail-info')));
+    await shows('#tail-info', /reconnecting/);
     server = await serve(['--port', port, '--data-dir', data]);
     await publish('back', 1);
-    await until('resumed', async () => (await page.locator('.ev').first().innerText()).includes('back'), 15000);
+    await until('resumed', async () => (await text('.event')).includes('back'), 15000);
+    await view('Vectors');
+    await shows('#collection-facts', /^3 vectors/);
+    await page.reload();
+    await shows('#collection-facts', /^3 vectors/);
     // Another, empty database at the same address: nothing of the old one stays on the page.
     await view('State');
+    await prefix('again');
     await until('the key', async () => await row('again').count() === 1);
     await server.stop();
     const other = await serve(['--port', port, '--ephemeral']);
-    await state('connected');
-    await until('an empty list', async () => await page.locator('#keys tr').count() === 0, 15000);
-    await view('Overview');
+    await link('live');
+    await until('an empty list', async () => await page.locator('#tree .node').count() === 0, 15000);
     await until('revision 0', async () => await text('#head') === '0');
+    await view('Overview');
+    await shows('#durability', /in memory/);
+    await view('Jobs');
+    await until('no jobs', async () => await page.locator('.job').count() === 0);
     await other.stop();
     server = await serve(['--port', port, '--data-dir', data]);
-    await state('connected');
+    await link('live');
+    await until('the jobs are back', async () => await page.locator('[data-job="9"]').count() === 1, 15000);
     forgiven = /(?!)/;
-    await page.click('#pill');
-    await state('stopped');
-    const shown = await text('#head');
-    await put('unseen', 1);
-    await new Promise((done) => setTimeout(done, 1500));
-    assert.equal(await text('#head'), shown, 'stopped means stopped');
-    await page.click('#pill');
-    await state('connected');
   },
 
   async 'keyboard'() {
     await page.locator('body').press('2');
-    assert.equal(await text('[aria-current]'), 'State');
+    await shows('[aria-current]', /^State$/);
     await page.keyboard.press('/');
     assert.equal(await page.evaluate(() => document.activeElement.name), 'prefix');
-    await page.keyboard.type('page:');
-    await until('keys', async () => /page 1 · 100/.test(await text('#page-info')));
-    await page.locator('#keys button').first().focus();
+    await page.keyboard.press('Control+a');
+    await page.keyboard.type('user:00001');
+    await until('keys', async () => await row('user:000010').count() === 1 && await row('user:000000').count() === 0);
     await page.keyboard.press('ArrowDown');
+    await page.keyboard.press('j');
     await page.keyboard.press('Enter');
-    assert.equal(await text('#detail-title'), 'page:001');
+    await shows('#detail h2', /^user:000011$/);
+    assert(await page.evaluate(() => document.activeElement.matches(':focus-visible')), 'the focus can be seen');
     await page.keyboard.press('Escape');
-    assert.equal(await page.evaluate(() => document.activeElement.textContent), 'page:001');
+    assert.equal(await page.evaluate(() => document.activeElement.id), 'tree');
+    assert(await page.locator('#detail').isHidden());
+    // Into a branch and out of it.
+    await prefix('video/');
+    await until('branches', async () => await branch('0/').count() === 1);
+    await page.locator('#tree').focus();
+    await page.keyboard.press('Home');
+    await page.keyboard.press('ArrowRight');
+    await until('open', async () => await branch('0/').getAttribute('aria-expanded') === 'true' && await row('video/0/90000').count() === 1);
+    await page.keyboard.press('ArrowRight');
+    await page.keyboard.press('ArrowLeft');
+    await page.keyboard.press('ArrowLeft');
+    await until('closed', async () => await branch('0/').getAttribute('aria-expanded') === 'false');
+    // A key from the first to the last keystroke.
+    await page.keyboard.press('n');
+    await page.keyboard.press('Control+a');
+    await page.keyboard.type('typed');
+    await page.keyboard.press('Tab');
+    await page.keyboard.press('Control+a');
+    await page.keyboard.type('{"by": "hand"}');
+    await page.keyboard.press('Control+Enter');
+    await until('written', async () => (await json('GET', '/v1/state/typed')).value.by === 'hand');
+    await page.keyboard.press('Escape');
+    await page.locator('#tree').focus();
+    await page.keyboard.press('3');
+    await shows('[aria-current]', /^Events$/);
+    await page.keyboard.press('p');
+    await shows('#tail-info', /paused/);
+    await page.keyboard.press('p');
+    await page.keyboard.press('?');
+    assert(await page.locator('#shortcuts').isVisible());
+    await page.keyboard.press('Escape');
+    assert(await page.locator('#shortcuts').isHidden());
+    await page.keyboard.press('5');
+    await shows('[aria-current]', /^Jobs$/);
+    // Colours: as the system, light, dark; kept over a reload.
+    const ground = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+    const light = await ground();
+    await page.keyboard.press('t');
+    await page.keyboard.press('t');
+    assert.notEqual(await ground(), light);
+    await page.reload();
+    assert.notEqual(await ground(), light);
+    await page.locator('body').press('t');
+    assert.equal(await ground(), light);
   },
 
   async 'a key'() {
     const locked = await serve(['--port', '0', '--ephemeral'], { API_KEY: 'open sesame' });
     forgiven = /401/;
-    // What lets the page through stands for a proxy; the calls of the page itself have no key yet.
-    const other = await open(context, locked.url + '/', { authorization: 'Bearer open sesame' });
+    const other = await open(context, `${locked.url}/#events`); // The page itself needs none.
+    await other.locator('#auth').waitFor();
     await other.fill('#auth [name=key]', 'wrong');
     await other.click('#auth button');
-    await until('asked again', async () => other.locator('#auth').isVisible());
+    await until('asked again', async () => /not accepted/.test(await other.locator('#auth-error').innerText()));
     forgiven = /(?!)/;
     await other.fill('#auth [name=key]', 'open sesame');
-    await other.click('#auth button');
-    await until('connected', async () => await other.locator('#pill-text').innerText() === 'connected');
-    await until('tiles', async () => /health\s*ok/.test(await other.locator('#tiles').innerText()));
+    await other.keyboard.press('Enter');
+    await until('live', async () => await other.locator('#pill-text').innerText() === 'live');
     assert(await other.locator('#auth').isHidden());
+    const sent = await fetch(`${locked.url}/v1/state/k`, { method: 'PUT', headers: { 'Content-Type': 'application/json', Authorization: 'Bearer open sesame' }, body: '{"value": 1}' });
+    assert.equal(sent.status, 201);
+    await until('the stream has the key too', async () => (await other.locator('.event').first().innerText()).includes('state_updated'));
+    assert.equal(await other.evaluate(() => JSON.stringify([...Object.values(localStorage), document.cookie, location.href].filter((v) => v.includes('sesame')))), '[]', 'in sessionStorage only');
     await other.close();
     await locked.stop();
   },
 
   async 'fits every width'() {
-    for (const width of [375, 700, 1200]) {
+    for (const width of [375, 700, 1280]) {
       await page.setViewportSize({ width, height: 800 });
-      for (const name of ['Overview', 'State', 'Events', 'Vectors']) {
+      for (const name of ['Overview', 'State', 'Events', 'Vectors', 'Jobs']) {
         await view(name);
-        if (name === 'State') await page.locator('#keys button').first().click();
-        await until('no sideways scroll', () => page.evaluate(() => document.documentElement.scrollWidth <= innerWidth));
-        if (name === 'State') await page.keyboard.press('Escape');
+        if (name === 'State') { await prefix('user:00001'); await keyName('user:000010').click(); await page.click('#tab-edit'); }
+        if (name === 'Events') { await page.click('#publish-open'); await publish('wide', { text: 'x'.repeat(300) }, { key: 'k'.repeat(300) }); await until('it', async () => (await text('.event')).includes('wide')); await page.locator('.event').first().click(); }
+        if (name === 'Vectors') { await page.fill('#search [name=what]', 'b'); await page.selectOption('#search [name=by]', 'id'); await page.fill('#search [name=filters]', ''); await page.selectOption('#search [name=mode]', 'both'); await page.fill('#search [name=k]', '10'); await page.click('#search button'); await until('hits', async () => await page.locator('.hit').count() === 6); }
+        if (name === 'Jobs') await page.locator('.job').first().click();
+        await until(`no sideways scroll in ${name} at ${width}`, () => page.evaluate(() => document.documentElement.scrollWidth <= innerWidth && document.body.scrollWidth <= innerWidth), 3000);
+        const wide = await page.evaluate(() => [...document.querySelectorAll('main *')].filter((n) => { const b = n.getBoundingClientRect(); return b.width && b.right > innerWidth + 1 && !n.closest('.tree, .tail, pre, .value, .log'); }).map((n) => n.className || n.tagName).slice(0, 5));
+        assert.deepEqual(wide, [], `${name} at ${width}: cut off on the right`);
+        await page.keyboard.press('Escape');
+        if (name === 'Events') await page.keyboard.press('Escape');
       }
     }
   },
 };
 
-/** Pictures for the documentation, with something to see in them. */
+/** Pictures for the documentation, of a server that does something. */
 async function shots(into) {
   const demo = await serve(['--port', '0', '--data-dir', join(dir, 'shots')]);
-  const write = (method, path, body) => fetch(demo.url + path, { method, headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body) });
-  const names = ['ada', 'grace', 'linus', 'margaret', 'ken'];
-  for (let i = 0; i < 18; i++) await write('PUT', `/v1/state/job:${100 + i}`, { value: { state: i % 3 ? 'running' : 'done', progress: (i * 17) % 100, owner: names[i % 5] }, ...(i % 4 ? {} : { ttl_ms: 900000 + i * 61000 }), meta: { job_id: String(100 + i), tags: ['render'] } });
-  await write('POST', '/v1/vector/docs', { dim: 8, metric: 'cosine' });
-  await write('POST', '/v1/vector/docs/upsert', { items: Array.from({ length: 400 }, (_, i) => ({ id: `doc-${i}`, vector: Array.from({ length: 8 }, (_, j) => Math.sin(i * 0.7 + j * j)), meta: { lang: ['es', 'en', 'de'][i % 3], year: 2018 + i % 8 } })) });
+  const write = async (method, path, body) => { const res = await fetch(demo.url + path, { method, headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body) }); assert(res.ok, `${method} ${path} ${res.status}`); return res.json(); };
+  // Real sentences, with the embeddings that the demo carries.
+  const root = process.env.ROOT ?? '.', lines = readFileSync(join(root, 'demo/corpus.ndjson'), 'utf8').trim().split('\n').map((l) => JSON.parse(l));
+  const file = readFileSync(join(root, 'demo/corpus.f16.npy')), from = 10 + file.readUInt16LE(8);
+  const half = (at) => { const h = file.readUInt16LE(at), e = (h >> 10) & 31, f = h & 1023, v = e ? 2 ** (e - 15) * (1 + f / 1024) : 2 ** -14 * (f / 1024); return h >> 15 ? -v : v; };
+  await write('POST', '/v1/vector/sentences', { dim: 384, metric: 'cosine' });
+  await write('POST', '/v1/vector/sentences/upsert', { items: lines.map(({ id, topic, text: words }, i) => ({ id, vector: Array.from({ length: 384 }, (_, d) => half(from + 2 * (i * 384 + d))), meta: { topic, text: words } })) });
+  let seed = 7;
+  const random = () => (seed = seed * 16807 % 2147483647) / 2147483647, normal = () => Math.sqrt(-2 * Math.log(random())) * Math.cos(6.283 * random());
+  const albums = ['alps', 'forest', 'home', 'kyoto', 'lisbon', 'sea'].map((name) => [name, Array.from({ length: 48 }, () => normal() * 0.9)]);
+  await write('POST', '/v1/vector/photos', { dim: 48, metric: 'l2' });
+  for (let b = 0; b < 12; b++) await write('POST', '/v1/vector/photos/upsert', { items: Array.from({ length: 1000 }, (_, i) => { const [album, center] = albums[Math.floor(random() * 6)]; return { id: `IMG_${b * 1000 + i + 10000}`, vector: center.map((x) => x + normal() * 0.8), meta: { album, year: 2018 + i % 8 } }; }) });
+  for (let b = 0; b < 20; b++) await write('POST', '/v1/batch', { ops: Array.from({ length: 1000 }, (_, i) => ({ op: 'put', key: `user:${String(b * 1000 + i).padStart(5, '0')}`, value: { name: ['Ada', 'Grace', 'Linus', 'Margaret', 'Ken'][i % 5], plan: i % 3 ? 'free' : 'pro' } })) });
+  for (const [name, ms] of [['ada', 1800e3], ['grace', 96e3], ['ken', 640e3]]) await write('PUT', `/v1/state/session:${name}`, { value: { user: name, cart: [{ sku: 'A-17', n: 2 }, { sku: 'C-4', n: 1 }], since: '2026-03-01T09:30:00Z' }, ttl_ms: ms });
+  await write('PUT', '/v1/state/config%2Ftheme', { value: { accent: 'teal', radius: 10 } });
+  await write('PUT', '/v1/state/config%2Fflags', { value: { search: true, beta: ['maps', 'jobs'] } });
+  const work = [['Index the handbook', 'running', 31, 'embedding, batch 4 of 13'], ['Transcode keynote.mp4', 'running', 62, 'pass 2 of 2'], ['Nightly backup', 'done', 100, '2.1 GiB written'], ['Render chapter 7', 'running', 88, 'frame 2,112 of 2,400'], ['Import orders.csv', 'failed', 47, 'row 18,201: the date is missing'], ['Send the newsletter', 'queued', 0, 'waits for the import'], ['Train the ranker', 'running', 12, 'epoch 3 of 25'], ['Resize 4,000 photos', 'done', 100, 'all done']];
+  for (const [i, [title, , , ]] of work.entries()) await write('PUT', `/v1/state/job:${1041 + i}`, { value: { title, status: 'queued', progress: 0 }, meta: { job_id: String(1041 + i), tags: ['demo'] } });
+  const log = (i, message, level = 'info') => write('POST', '/v1/events', { type: 'log', key: `job:${1041 + i}`, data: { level, message }, meta: { job_id: String(1041 + i) } });
   let on = true;
-  const load = (async () => { for (let i = 0; on; i++) { await write('PATCH', `/v1/state/job:${100 + i % 18}`, { progress: i % 100 }); await new Promise((done) => setTimeout(done, 6 + 5 * Math.sin(i / 150))); } })();
-  const size = { width: 1200, height: 800 };
-  for (const [name, scheme, viewport, views] of [['light', 'light', size, ['overview', 'state', 'events', 'vectors']], ['dark', 'dark', size, ['state', 'overview', 'events', 'vectors']], ['narrow', 'light', { width: 375, height: 800 }, ['events', 'overview', 'state', 'vectors']]]) {
-    const ctx = await browser.newContext({ viewport, colorScheme: scheme });
-    const p = await open(ctx, demo.url + '/');
-    await p.waitForTimeout(name === 'light' ? 40000 : 4000);
-    for (const [i, v] of views.entries()) {
-      await p.goto(`${demo.url}/#${v}${v === 'state' ? '?prefix=job:' : ''}`);
-      await p.waitForTimeout(1500);
-      if (v === 'state' && name !== 'narrow') await p.locator('#keys button').nth(3).click();
-      if (v === 'vectors') await p.locator('#hits button').nth(2).click();
-      await p.waitForTimeout(800);
-      await p.screenshot({ path: i === 0 ? join(into, `console-${name}.png`) : join(dir, '..', `console-${name}-${v}.png`) });
-    }
+  const progress = work.map(() => 0), steady = (f) => (async () => { for (let n = 0; on; n++) await f(n); })(), rest = (ms) => new Promise((done) => setTimeout(done, ms));
+  const load = [
+    steady(async (n) => { const [, status, to, message] = work[n % 8]; const i = n % 8; await rest(120); if (status === 'queued' || progress[i] >= to) return; progress[i] = Math.min(to, progress[i] + to / 40 + 0.5); const isEnd = progress[i] >= to; await write('PATCH', `/v1/state/job:${1041 + i}`, { progress: Math.round(progress[i] * 10) / 10, status: isEnd ? status : 'running', message }); await log(i, isEnd && status === 'failed' ? message : ['read 24 documents', 'split into 310 passages', 'embedded 32 passages in 41 ms', 'wrote 32 vectors', 'checked recall: 0.98'][n / 8 % 5 | 0], isEnd && status === 'failed' ? 'error' : 'info'); }),
+    steady(async (n) => { await rest(9 + 7 * Math.sin(Date.now() / 7000)); await write('PATCH', `/v1/state/user:${String(n * 37 % 20000).padStart(5, '0')}`, { seen: n }); }),
+    steady(async (n) => { await rest(7 + 6 * Math.sin(Date.now() / 11000 + 1)); await (await fetch(`${demo.url}/v1/state/user:${String(n * 91 % 20000).padStart(5, '0')}`)).text(); }),
+    steady(async (n) => { await rest(26 + 20 * Math.sin(Date.now() / 5000)); await write('POST', '/v1/vector/photos/search', { id: `IMG_${10000 + n * 53 % 12000}` }); }),
+  ];
+  const size = { width: 1280, height: 860 };
+  const save = async (p, name) => writeFileSync(join(into, `console-${name}.png`), await p.screenshot());
+  const visit = { async overview(p) { await rest(1500); }, async state(p) { await p.locator('#tree .node[aria-expanded]', { hasText: 'job:' }).click(); await p.locator('#tree .node[aria-expanded]', { hasText: 'session:' }).click(); await p.locator('#tree .name[title="session:grace"]').click(); await rest(1200); }, async events(p) { await rest(1500); await p.click('#pause'); await p.locator('.event', { hasText: 'log' }).first().click(); await rest(600); }, async vectors(p) { await p.locator('.map canvas').waitFor(); await rest(2500); await p.fill('#search [name=what]', 'space-12'); await p.click('#search button'); await rest(1500); }, async jobs(p) { await rest(1200); } };
+  const at = { overview: 'overview', state: 'state', events: 'events', vectors: 'vectors?collection=sentences', jobs: 'jobs?job=1041' };
+  for (const [scheme, views] of [['light', ['jobs', 'state', 'events', 'vectors', 'overview']], ['dark', ['overview', 'vectors', 'jobs']]]) {
+    const ctx = await browser.newContext({ viewport: size, colorScheme: scheme }), p = await open(ctx, `${demo.url}/`);
+    if (scheme === 'light') await rest(Number(process.env.SHOTS_WAIT_MS ?? 45000)); else await rest(Number(process.env.SHOTS_WAIT_MS ?? 30000));
+    for (const v of views) { await p.goto(`${demo.url}/#${at[v]}`); await visit[v](p); await save(p, `${v}-${scheme}`); }
     await ctx.close();
   }
+  const ctx = await browser.newContext({ viewport: { width: 375, height: 780 }, colorScheme: 'dark' }), p = await open(ctx, `${demo.url}/`);
+  await p.goto(`${demo.url}/#jobs`);
+  await rest(1500);
+  await save(p, 'narrow');
+  await ctx.close();
   on = false;
-  await load;
+  await Promise.all(load);
   await demo.stop();
 }
 
 let failed = 0;
 try {
-  for (const [name, test] of Object.entries(tests)) {
+  for (const [name, test] of Object.entries(process.env.SHOTS_ONLY ? {} : tests)) {
     const start = Date.now();
     try {
       await test();

@@ -2,8 +2,10 @@
 //! is fetched from anywhere else.
 
 use super::error::{ApiError, ApiResult};
-use super::extract::Params;
-use axum::http::{HeaderValue, Uri, header};
+use super::extract::{Head, Params};
+use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use std::fmt::Write;
 use std::sync::OnceLock;
@@ -14,26 +16,71 @@ pub const OPENAPI: &str = include_str!("../../openapi.yaml");
 const CONSOLE: &str = include_str!("../../console/index.html");
 const STYLE: &str = include_str!("../../console/docs.css");
 
-fn page(html: &'static str, scripts: &'static str) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], html).into_response();
-    let headers = response.headers_mut();
-    // Inline only, this server only: nothing a stored value contains can load or run anything else.
-    let policy = match scripts {
-        "" => "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
-        _ => {
-            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        }
+/// What the console is made of besides its page, served below `/console/`.
+pub const ASSETS: &[(&str, &str)] = &[
+    ("app.css", include_str!("../../console/app.css")),
+    ("app.js", include_str!("../../console/app.js")),
+    ("chart.js", include_str!("../../console/chart.js")),
+    ("events.js", include_str!("../../console/events.js")),
+    ("jobs.js", include_str!("../../console/jobs.js")),
+    ("lib.js", include_str!("../../console/lib.js")),
+    ("list.js", include_str!("../../console/list.js")),
+    ("map.js", include_str!("../../console/map.js")),
+    ("overview.js", include_str!("../../console/overview.js")),
+    ("server.js", include_str!("../../console/server.js")),
+    ("state.js", include_str!("../../console/state.js")),
+    ("theme.js", include_str!("../../console/theme.js")),
+    ("vectors.js", include_str!("../../console/vectors.js")),
+];
+
+/// The console may run and load what this server embeds, nothing that stands inline and nothing from elsewhere: a stored
+/// value that got into the page as markup would still be dead.
+const CONSOLE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// The contract's page brings its style inline and has no script.
+const DOCS_POLICY: &str =
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
+
+/// An embedded file. Browsers ask again each time and are told 304 while the program is the same, so that a new release
+/// is never half old.
+fn file(headers: &HeaderMap, content_type: &'static str, content: &'static str) -> Response {
+    let tag = format!("\"{:08x}\"", crc32c::crc32c(content.as_bytes()));
+    let asked = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let is_known = asked.split(',').any(|t| t.trim().trim_start_matches("W/") == tag);
+    let mut response = if is_known {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        ([(header::CONTENT_TYPE, content_type)], content).into_response()
     };
-    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    let headers = response.headers_mut();
+    if let Ok(tag) = HeaderValue::try_from(tag) {
+        headers.insert(header::ETAG, tag);
+    }
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     response
 }
 
+fn page(headers: &HeaderMap, html: &'static str, policy: &'static str) -> Response {
+    let mut response = file(headers, "text/html; charset=utf-8", html);
+    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    response
+}
+
 /// `GET /`
-pub async fn console(uri: Uri) -> ApiResult {
+pub async fn console(Head { uri, headers, .. }: Head) -> ApiResult {
     Params::parse(&uri, &[])?;
-    Ok(page(CONSOLE, "inline"))
+    Ok(page(&headers, CONSOLE, CONSOLE_POLICY))
+}
+
+/// `GET /console/{file}`
+pub async fn asset(name: Result<Path<String>, PathRejection>, Head { uri, headers, .. }: Head) -> ApiResult {
+    Params::parse(&uri, &[])?;
+    let Path(name) = name.map_err(|_| ApiError::RouteNotFound)?;
+    let (name, content) = ASSETS.iter().find(|(known, _)| *known == name).ok_or(ApiError::RouteNotFound)?;
+    let content_type =
+        if name.ends_with(".css") { "text/css; charset=utf-8" } else { "text/javascript; charset=utf-8" };
+    Ok(file(&headers, content_type, content))
 }
 
 /// `GET /openapi.yaml`
@@ -43,11 +90,11 @@ pub async fn openapi(uri: Uri) -> ApiResult {
 }
 
 /// `GET /docs`
-pub async fn docs(uri: Uri) -> ApiResult {
+pub async fn docs(Head { uri, headers, .. }: Head) -> ApiResult {
     Params::parse(&uri, &[])?;
     static HTML: OnceLock<Option<String>> = OnceLock::new();
     let html = HTML.get_or_init(|| render(OPENAPI)).as_deref().ok_or(ApiError::Internal)?;
-    Ok(page(html, ""))
+    Ok(page(&headers, html, DOCS_POLICY))
 }
 
 fn escape(text: &str) -> String {
@@ -182,6 +229,19 @@ fn render_responses(out: &mut String, root: &Yaml, operation: &Yaml) -> Option<(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_console_names_only_files_that_are_embedded() {
+        let html = CONSOLE.split("/console/").skip(1).map(|rest| rest.split('"').next().unwrap_or_default());
+        let scripts = ASSETS.iter().flat_map(|(_, text)| text.split("from './").skip(1));
+        let imports = scripts.map(|rest| rest.split('\'').next().unwrap_or_default());
+        let mut named = 0;
+        for name in html.chain(imports) {
+            assert!(ASSETS.iter().any(|(known, _)| *known == name), "{name} is not in ASSETS");
+            named += 1;
+        }
+        assert!(named > 10, "the page links its files");
+    }
 
     #[test]
     fn the_page_shows_every_operation_of_the_contract() {

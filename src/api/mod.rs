@@ -189,6 +189,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/admin/snapshot"),
     ("GET", "/v1/admin/backup"),
     ("GET", "/"),
+    ("GET", "/console/{file}"),
     ("GET", "/docs"),
     ("GET", "/openapi.yaml"),
 ];
@@ -197,6 +198,7 @@ pub const ROUTES: &[(&str, &str)] = &[
 pub fn service(app: App, config: &Config) -> Service {
     let router = Router::new()
         .route("/", get(docs::console))
+        .route("/console/{file}", get(docs::asset))
         .route("/docs", get(docs::docs))
         .route("/openapi.yaml", get(docs::openapi))
         .route("/v1/health", get(admin::health))

@@ -1,0 +1,156 @@
+// The server as the views see it: calls, the key, and event streams that come back by themselves.
+
+import { exact, query } from './lib.js';
+
+const KEY = 'kiss-vdb-key';
+let key = sessionStorage.getItem(KEY) ?? ''; // This tab only; it goes when the tab goes.
+let skew = 0; // The server's clock minus ours, in ms, when they differ noticeably.
+
+export const serverNow = () => Date.now() + skew;
+export const hasKey = () => key !== '';
+export function setKey(text) {
+  key = text;
+  sessionStorage.setItem(KEY, key);
+}
+const auth = () => key ? { Authorization: `Bearer ${key}` } : {};
+/** What is called when the server asks for a key. */
+export const onKeyNeeded = { call: () => {} };
+
+async function problem(res) {
+  let body = {};
+  try { body = JSON.parse(await res.text()); } catch { /* not from this server: the status has to do */ }
+  if (res.status === 401) onKeyNeeded.call(hasKey());
+  const text = (body.detail ?? `${res.status} ${res.statusText}`).replace(/^operation 0: /, '');
+  return Object.assign(new Error(text), { status: res.status, code: body.code, body });
+}
+async function call(method, path, body, accept) {
+  const headers = { ...auth(), ...(body === undefined ? {} : { 'Content-Type': 'application/json' }), ...(accept ? { Accept: accept } : {}) };
+  let res;
+  try { res = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: 'no-store' }); }
+  catch { throw Object.assign(new Error('The server does not answer.'), { status: 0 }); }
+  const date = Date.parse(res.headers.get('date'));
+  if (date) skew = Math.abs(date - Date.now()) > 2000 ? date - Date.now() : 0;
+  if (!res.ok && path !== '/v1/health') throw await problem(res);
+  return res.text();
+}
+export const getText = (path) => call('GET', path);
+export const get = async (path) => exact(await call('GET', path));
+export const post = async (path, body) => exact(await call('POST', path, body));
+export const remove = async (path) => exact(await call('DELETE', path));
+/** A page of history. */
+export const history = async (params) => exact(await call('GET', `/v1/events?${query(params)}`, undefined, 'application/json'));
+/** One key, or undefined. By the list, whose query carries every key; a path cannot name "..". */
+export const read = async (k) => (await get(`/v1/state?${query({ prefix: k, limit: 1 })}`)).items.find((e) => e.key === k);
+/** One write. By a batch, for the same reason. */
+export const write = async (op) => (await post('/v1/batch', { ops: [op] })).results[0];
+/**
+ * The cursor that goes on after `name`. Clients must not look inside a cursor; this page is part of the server that makes
+ * them, and steps over whole branches of the tree with it. A test would notice if the two went apart.
+ */
+export function cursorAfter(name) {
+  let text = '';
+  for (const byte of new TextEncoder().encode(name)) text += String.fromCharCode(byte);
+  return btoa(text).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+}
+
+/**
+ * Server-sent events over fetch rather than EventSource: all types in one place, the key as a header, and the truth about
+ * why a connection failed. Resumes by Last-Event-ID, comes back by itself.
+ *
+ * `onFrame({id, type, data})`: type is empty for a heartbeat. `onOpen(isFresh)`: connected; fresh when there is no position
+ * yet, so that what a snapshot built before has to go. `onStatus(status, message)`: connecting, connected, reconnecting,
+ * stopped; a message says why it will not come back by itself.
+ */
+export class Stream {
+  constructor({ heartbeat = 5000, onFrame, onOpen = () => {}, onStatus = () => {} }) {
+    Object.assign(this, { heartbeat, onFrame, onOpen, onStatus, lastId: null, path: null, retryAt: 0, isOn: false, abort: null, wake: null });
+  }
+  /** Follows another path, from its start. */
+  open(path) {
+    this.stop();
+    this.path = path;
+    this.lastId = null;
+    if (this.isOn) this.start();
+  }
+  /** On, or off with the position kept. */
+  run(isOn) {
+    this.isOn = isOn;
+    isOn ? this.start() : this.stop();
+  }
+  /** Does not wait any longer for the next attempt. */
+  hurry() { this.wake?.(); }
+  stop() {
+    this.abort?.();
+    this.abort = null;
+    this.onStatus('stopped');
+  }
+  start() {
+    if (this.abort || !this.path) return;
+    this.onStatus('connecting');
+    const life = { isOver: false, attempt: null };
+    this.abort = () => { life.isOver = true; life.attempt?.abort(); this.wake?.(); };
+    this.loop(life);
+  }
+  async loop(life) {
+    let failures = 0;
+    this.retry = 1000;
+    while (!life.isOver) {
+      const attempt = life.attempt = new AbortController();
+      let timer = 0, wait = 0;
+      // Silence far beyond the heartbeat is a dead connection, whatever TCP thinks.
+      const alive = () => { clearTimeout(timer); timer = setTimeout(() => attempt.abort(), this.heartbeat * 3 + 4000); };
+      try {
+        alive();
+        const headers = { ...auth(), Accept: 'text/event-stream', ...(this.lastId === null ? {} : { 'Last-Event-ID': this.lastId }) };
+        const res = await fetch(`${this.path}${this.path.includes('?') ? '&' : '?'}heartbeat_ms=${this.heartbeat}`, { headers, signal: attempt.signal, cache: 'no-store' });
+        if (life.isOver) break;
+        if (!res.ok) {
+          const error = await problem(res);
+          if (life.isOver) break;
+          if (res.status < 500 && res.status !== 429) { this.abort = null; clearTimeout(timer); return this.onStatus('stopped', error.message); }
+          wait = 1000 * Number(res.headers.get('retry-after') ?? 0);
+          throw error;
+        }
+        this.onOpen(this.lastId === null);
+        this.onStatus('connected');
+        failures = 0;
+        await this.parse(res.body, alive, life);
+      } catch { failures++; } finally { clearTimeout(timer); attempt.abort(); }
+      if (life.isOver) break;
+      wait ||= Math.min(this.retry * 2 ** Math.max(0, failures - 1), 8000) * (0.8 + Math.random() * 0.4);
+      this.retryAt = Date.now() + wait;
+      this.onStatus('reconnecting');
+      await new Promise((done) => { this.wake = done; setTimeout(done, wait); });
+      this.wake = null;
+    }
+  }
+  async parse(body, alive, life) {
+    const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+    let parts = [], type = '', data = [], id = null;
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done || life.isOver) return;
+      alive();
+      // A value of many megabytes arrives in many chunks without an end of line: joined once, not each time.
+      if (!value.includes('\n')) { parts.push(value); continue; }
+      const lines = (parts.join('') + value).split('\n');
+      parts = [lines.pop()];
+      for (const raw of lines) {
+        const line = raw.endsWith('\r') ? raw.slice(0, -1) : raw;
+        if (line === '') {
+          if (id !== null) this.lastId = id;
+          if (data.length || id !== null) this.onFrame({ id: this.lastId, type: data.length ? type || 'message' : '', data: data.join('\n') });
+          if (life.isOver) return;
+          type = ''; data = []; id = null;
+          continue;
+        }
+        const colon = line.indexOf(':'), name = colon < 0 ? line : line.slice(0, colon);
+        const text = colon < 0 ? '' : line.slice(line[colon + 1] === ' ' ? colon + 2 : colon + 1);
+        if (name === 'data') data.push(text);
+        else if (name === 'event') type = text;
+        else if (name === 'id' && !text.includes('\0')) id = text;
+        else if (name === 'retry' && /^\d+$/.test(text)) this.retry = Number(text);
+      }
+    }
+  }
+}
