@@ -9,9 +9,13 @@ pub mod check;
 pub mod client;
 pub mod config;
 pub mod demo;
+pub mod disk;
 pub mod engine;
 pub mod error;
+pub mod faults;
 pub mod keys;
+#[cfg(test)]
+mod lab;
 pub mod revision;
 pub mod vector;
 pub mod wire;

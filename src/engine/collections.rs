@@ -19,7 +19,9 @@
 use super::codec::Event;
 use super::linker::{Background, TAIL_MAX};
 use super::search::{Search, SearchTicket};
+use crate::disk;
 use crate::error::{Error, Rejection};
+use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use crate::vector::collection::{Collection, Horizon, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
@@ -209,12 +211,12 @@ impl SharedCollection {
         if let (Some(dir), Some(vectors)) = (&dir, vectors)
             && !dir.exists()
         {
-            std::fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
-            std::fs::File::open(vectors).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", vectors))?;
+            disk::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
+            disk::sync_dir(vectors).map_err(Error::io("cannot sync", vectors))?;
         }
         let (collection, log) = Collection::open(dir.as_deref(), spec, created)?;
         if let Some(dir) = &dir {
-            std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
         let has_vectors = !collection.is_empty();
         let shared = Arc::new_cyclic(|me| Self {
@@ -746,7 +748,7 @@ impl SharedCollection {
             (inner.checkpoint().0, inner.revision(), inner.wants_rewrite(log.bytes()), inner.sync_handle()?)
         };
         let sync_rows = || match (&rows, &self.dir) {
-            (Some(rows), Some(dir)) => rows.sync_data().map_err(|e| {
+            (Some(rows), Some(dir)) if !faults::is_on(Bug::SkipRowsSync) => rows.sync().map_err(|e| {
                 // The kernel may have dropped the pages: never sync them again. The log keeps everything since the last
                 // checkpoint, and a restart replays it.
                 self.rows_failed.store(true, Ordering::Release);

@@ -23,6 +23,7 @@ use super::state::{Decider, Overlay};
 use super::wal::{AppendError, Wal};
 use crate::config::Fsync;
 use crate::error::Rejection;
+use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -227,16 +228,23 @@ impl Sequencer {
             return;
         }
         let (records, answers) = self.decide(commands, head, now_ms, is_full);
+        let is_early = faults::is_on(Bug::PublishBeforeDurable) && !records.is_empty();
+        if is_early {
+            self.make_visible(&records);
+        }
         let result = if records.is_empty() { Ok(()) } else { self.write(&records) };
         match result {
             Ok(()) => {
-                if !records.is_empty() {
+                if !records.is_empty() && !is_early {
                     self.make_visible(&records);
                 }
                 for (reply, answer) in answers {
                     tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
                     // A client that has hung up gets no answer; its commit stands.
                     reply.send(answer).ok();
+                }
+                if faults::is_on(Bug::AnswerBeforeSync) {
+                    self.wal.sync().ok();
                 }
             }
             Err(error) => self.refuse(error, head, answers),
@@ -307,7 +315,14 @@ impl Sequencer {
             bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
-        let mut stage = |wal: &mut Wal, first_revision, events, answer| {
+        let mut stage = |wal: &mut Wal, mut first_revision: Revision, mut events: Vec<_>, answer| {
+            while faults::is_on(Bug::SplitBatch) && events.len() > 1 {
+                let record = Record { first_revision, ts_ms, events: vec![events.remove(0)], answer: None };
+                let record = Arc::new(record);
+                wal.stage(&record);
+                records.push(record);
+                first_revision = first_revision.next();
+            }
             let record = Arc::new(Record { first_revision, ts_ms, events, answer });
             wal.stage(&record);
             records.push(Arc::clone(&record));
@@ -364,7 +379,7 @@ impl Sequencer {
         let started = Instant::now();
         self.wal.flush()?;
         tracing::trace!(target: EFFECTS, records = records.len(), "append");
-        if self.fsync == Fsync::Always {
+        if self.fsync == Fsync::Always && !faults::is_on(Bug::AnswerBeforeSync) {
             self.wal.sync()?;
             tracing::trace!(target: EFFECTS, "sync");
             self.inner.metrics.fsync_seconds.observe(started.elapsed().as_secs_f64());

@@ -13,14 +13,13 @@
 use super::distance::prefetch;
 use super::nodes::populate;
 use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
+use crate::disk::{self, File};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};
 use memmap2::{MmapMut, MmapOptions};
-use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Rows start at multiples of this: a cache line, and the widest vector register.
@@ -58,9 +57,7 @@ impl RowStore {
         let file = match path {
             None => None,
             Some(path) => {
-                let mut options = OpenOptions::new();
-                let file = options.read(true).write(true).create(true).truncate(false).open(&path);
-                let file = file.map_err(Error::io("cannot open", &path))?;
+                let file = File::open_or_create(&path).map_err(Error::io("cannot open", &path))?;
                 Some((path, file))
             }
         };
@@ -114,7 +111,7 @@ impl RowStore {
                     preallocate(file, offset, bytes).map_err(Error::io("cannot grow", path))?;
                     // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data
                     // directory's lock keeps other servers away from it.
-                    unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file) }
+                    unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file.as_system()) }
                         .map_err(Error::io("cannot map", path))?
                 }
             };
@@ -127,7 +124,7 @@ impl RowStore {
     /// Whether the file is long enough to hold this many rows. In memory there is nothing to miss.
     pub fn check_length(&self, rows: usize) -> Result<(), Error> {
         let Some((path, file)) = &self.file else { return Ok(()) };
-        let length = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let length = file.length().map_err(Error::io("cannot stat", path))?;
         let needed = (rows * self.stride) as u64;
         if length < needed {
             return Err(Error::corrupt(path, length, format!("the file ends here, its rows need {needed} bytes")));
@@ -184,16 +181,13 @@ impl RowStore {
 
 /// Allocates a range of the file on disk, so that a write to its mapping cannot run out of space.
 fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, bytes as u64) {
-        // Some file systems cannot preallocate; they get their blocks by writing zeros where nothing is yet.
-        Err(rustix::io::Errno::OPNOTSUPP) => {
-            let length = file.metadata()?.len();
-            let missing = (offset + bytes as u64).saturating_sub(length.max(offset));
-            let zeros = vec![0; usize::try_from(missing).unwrap_or(bytes)];
-            file.write_all_at(&zeros, length.max(offset))
-        }
-        other => other.map_err(Into::into),
+    if file.allocate(offset, bytes as u64)? {
+        return Ok(());
     }
+    // Some file systems cannot preallocate; they get their blocks by writing zeros where nothing is yet.
+    let from = file.length()?.max(offset);
+    let missing = (offset + bytes as u64).saturating_sub(from);
+    file.write_all_at(&vec![0; usize::try_from(missing).unwrap_or(bytes)], from)
 }
 
 /// First bytes of a `slots.log`.
@@ -261,22 +255,16 @@ impl SlotLog {
     /// Opens the file, or creates it with a header. What follows the last whole frame does not count, and is cut off by
     /// the next append; whether something is missing, the caller knows from its snapshot.
     pub fn open(path: PathBuf, spec: CollectionSpec, created: Revision) -> Result<Opened, Error> {
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
+        let mut file = File::open_or_create(&path)
             .map_err(Error::io("cannot open", &path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(Error::io("cannot read", &path))?;
         let expected = header(MAGIC, VERSION, spec, created);
         if bytes.len() < HEADER_BYTES {
             // Creation was cut short: nothing can have been checkpointed.
-            file.set_len(0)
+            file.set_length(0)
                 .and_then(|()| file.write_all_at(&expected, 0))
-                .and_then(|()| file.sync_all())
+                .and_then(|()| file.sync())
                 .map_err(Error::io("cannot write", &path))?;
             let log = Self { path, file, bytes: HEADER_BYTES as u64 };
             return Ok(Opened { log, checkpoint: Revision::ZERO, newest: Revision::ZERO, entries: Vec::new() });
@@ -305,11 +293,11 @@ impl SlotLog {
     /// next open, cuts off; the caller must not count on the checkpoint.
     pub fn append(&mut self, frames: &[u8]) -> Result<(), Error> {
         let write = || -> std::io::Result<()> {
-            if self.file.metadata()?.len() != self.bytes {
-                self.file.set_len(self.bytes)?;
+            if self.file.length()? != self.bytes {
+                self.file.set_length(self.bytes)?;
             }
             self.file.write_all_at(frames, self.bytes)?;
-            self.file.sync_data()
+            self.file.sync()
         };
         write().map_err(Error::io("cannot append to", &self.path))?;
         self.bytes += frames.len() as u64;
@@ -328,13 +316,13 @@ impl SlotLog {
     pub fn replace(&mut self, rewrite: Rewrite) -> Result<(), Error> {
         let Rewrite { path: beside, file } = rewrite;
         let file = file.into_inner().map_err(|e| Error::io("cannot write", &beside)(e.into_error()))?;
-        let bytes = file.metadata().map_err(Error::io("cannot stat", &beside))?.len();
-        file.sync_all().map_err(Error::io("cannot sync", &beside))?;
-        std::fs::rename(&beside, &self.path).map_err(Error::io("cannot rename", &beside))?;
+        let bytes = file.length().map_err(Error::io("cannot stat", &beside))?;
+        file.sync().map_err(Error::io("cannot sync", &beside))?;
+        disk::rename(&beside, &self.path).map_err(Error::io("cannot rename", &beside))?;
         // From here on the new file is the one, even if the directory cannot be synced.
         (self.file, self.bytes) = (file, bytes);
         if let Some(dir) = self.path.parent() {
-            File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
         Ok(())
     }
