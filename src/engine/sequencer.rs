@@ -143,6 +143,8 @@ impl Sequencer {
             && let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.release()
         {
             tracing::error!(%error, "the log could not be closed in order");
+            // No snapshot either: its sync of the log would be a second one, and report success for what the first one lost.
+            self.inner.poisoned.store(true, Ordering::Release);
         }
         self.wal.publish();
         self.ended = true;

@@ -26,10 +26,12 @@ use crate::disk::Op;
 use crate::faults::Bug;
 use parking_lot::Mutex;
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use volume::{Image, Volume};
 
 /// What the threads of one lab share.
@@ -60,8 +62,23 @@ pub fn chosen_bug() -> Option<Bug> {
 pub fn inherited(run: impl FnOnce() + Send + 'static) -> impl FnOnce() + Send + 'static {
     let context = context();
     move || {
+        let recorder = context.as_ref().and_then(|context| context.recorder.clone());
         CONTEXT.set(context);
+        let _told = TellPanic(recorder);
         run();
+    }
+}
+
+/// Notes that a thread of the engine ended in a panic: the engine itself only says so in its log.
+struct TellPanic(Option<Arc<Recorder>>);
+
+impl Drop for TellPanic {
+    fn drop(&mut self) {
+        if let Some(recorder) = &self.0
+            && std::thread::panicking()
+        {
+            recorder.recording.lock().has_panicked = true;
+        }
     }
 }
 
@@ -82,8 +99,11 @@ pub fn tell(op: Op<'_>) -> io::Result<()> {
 /// What a file that was just opened tells from now on.
 pub fn watch(path: &Path) -> Option<Watched> {
     let recorder = recorder()?;
-    let inode = recorder.recording.lock().volume.find(recorder.below(path)?)?;
-    Some(Watched { recorder, inode })
+    let recording = recorder.recording.lock();
+    let inode = recording.volume.find(recorder.below(path)?)?;
+    let seen = Arc::new(AtomicUsize::new(recording.errors_of(inode)));
+    drop(recording);
+    Some(Watched { recorder, inode, seen })
 }
 
 /// A file's side of the lab.
@@ -91,6 +111,8 @@ pub fn watch(path: &Path) -> Option<Watched> {
 pub struct Watched {
     recorder: Arc<Recorder>,
     inode: usize,
+    /// Failed syncs of the file that this open file was told of: Linux tells each one once, whoever asked.
+    seen: Arc<AtomicUsize>,
 }
 
 impl Watched {
@@ -101,8 +123,13 @@ impl Watched {
             self.recorder.look_at_rows();
         }
         let mut recording = self.recorder.recording.lock();
-        let failure = recording.failure(op);
         let inode = self.inode;
+        let mut failure = recording.failure(op);
+        if let Op::Sync = op
+            && self.seen.swap(recording.errors_of(inode), Ordering::Relaxed) < recording.errors_of(inode)
+        {
+            failure.get_or_insert(Failure::Device);
+        }
         match op {
             Op::Write { at, bytes } => {
                 if let Some(Failure::Short) = failure {
@@ -121,7 +148,11 @@ impl Watched {
             }
             Op::Sync if failure.is_none() => recording.push(Step::Sync(inode)),
             // After a sync that failed the system may have forgotten that these pages were never written.
-            Op::Sync => recording.push(Step::Forget(inode)),
+            Op::Sync => {
+                recording.push(Step::Forget(inode));
+                *recording.sync_errors.entry(inode).or_default() += 1;
+                self.seen.store(recording.errors_of(inode), Ordering::Relaxed);
+            }
             _ => {}
         }
         failure.map_or(Ok(()), |failure| Err(failure.error()))
@@ -214,9 +245,16 @@ struct Recording {
     plan: Option<Plan>,
     /// What failed.
     failed: Vec<String>,
+    has_panicked: bool,
+    /// Failed syncs, by file.
+    sync_errors: HashMap<usize, usize>,
 }
 
 impl Recording {
+    fn errors_of(&self, inode: usize) -> usize {
+        self.sync_errors.get(&inode).copied().unwrap_or(0)
+    }
+
     fn push(&mut self, step: Step) {
         self.volume.apply(&step);
         self.steps.push(step);
@@ -247,7 +285,7 @@ impl Recorder {
     /// For a directory that holds what `image` says.
     fn new(root: &Path, image: &Image, plan: Option<Plan>) -> Arc<Self> {
         let volume = Volume::holding(image);
-        let recording = Recording { steps: Vec::new(), volume, ways: Vec::new(), plan, failed: Vec::new() };
+        let recording = Recording { steps: Vec::new(), volume, ways: Vec::new(), plan, failed: Vec::new(), has_panicked: false, sync_errors: HashMap::new() };
         Arc::new(Self { root: root.to_owned(), recording: Mutex::new(recording) })
     }
 
