@@ -225,8 +225,9 @@ impl Sequencer {
         let now_ms = self.inner.clock.now_ms();
         self.last_ts_ms = self.last_ts_ms.max(now_ms);
         let is_full = self.is_full();
-        if !self.reserve(head) {
-            commands.drain(..).for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
+        if let Err(error) = self.reserve(head) {
+            let answers = commands.drain(..).map(|(_, reply)| (reply, Err(Rejection::Poisoned))).collect();
+            self.refuse(error, head, answers);
             return;
         }
         let (records, answers) = self.decide(commands, head, now_ms, is_full);
@@ -253,20 +254,13 @@ impl Sequencer {
         }
     }
 
-    /// In the relaxed modes, revisions are reserved on disk before they are handed out. False when that failed.
-    fn reserve(&mut self, head: Revision) -> bool {
+    /// In the relaxed modes, revisions are reserved on disk before they are handed out. Without room for that none are.
+    fn reserve(&mut self, head: Revision) -> Result<(), AppendError> {
         if self.fsync == Fsync::Always {
-            return true;
+            return Ok(());
         }
         // An upper bound of what one batch can hand out.
-        let result = self.wal.reserve(head.plus(super::wal::RESERVED_REVISIONS / 2));
-        match result {
-            Ok(()) | Err(AppendError::Full(_)) => true,
-            Err(AppendError::Failed(error)) => {
-                self.poison(&error);
-                false
-            }
-        }
+        self.wal.reserve(head.plus(super::wal::RESERVED_REVISIONS / 2))
     }
 
     fn is_full(&mut self) -> bool {

@@ -617,7 +617,7 @@ impl Log {
 /// What went wrong with an append.
 #[derive(Debug)]
 pub enum AppendError {
-    /// No room for another segment. Nothing was written; try again when there is.
+    /// No room for another segment, or for the batch in this one. Nothing of it is there; try again when there is.
     Full(Error),
     /// The disk failed. What was written may or may not be there: stop writing.
     Failed(Error),
@@ -856,9 +856,11 @@ impl Wal {
             return Ok(());
         }
         self.frames.push(Kind::Mark, self.appended.next(), 0, self.durable, |_| ());
-        self.flush()?;
+        let result = self.flush();
+        // Where there was no room for it, it must not be left before the next batch.
+        self.frames.clear();
         self.publish();
-        Ok(())
+        result
     }
 
     /// Writes the staged batch, into a new segment when it does not fit. Nothing is durable until [`Wal::sync`].
@@ -871,10 +873,11 @@ impl Wal {
         if let Some(zeros) = &mut self.zeros {
             zeros.claim(self.at + length);
         }
-        self.active
-            .file
-            .write_all_at(&self.frames.bytes, self.at)
-            .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
+        if let Err(cause) = self.active.file.write_all_at(&self.frames.bytes, self.at) {
+            let error = Error::io("cannot write to", self.active.name())(cause);
+            let is_undone = error.is_storage_full() && self.take_back(length).is_ok();
+            return Err(if is_undone { AppendError::Full(error) } else { AppendError::Failed(error) });
+        }
         self.at += length;
         if let Some(zeros) = &mut self.zeros {
             zeros.advance(self.at, self.active.size);
@@ -882,6 +885,14 @@ impl Wal {
         self.vouched = self.durable;
         self.frames.clear();
         Ok(())
+    }
+
+    /// Undoes a write that the disk had no room for, which file systems that copy on write, or cannot preallocate, tell as late
+    /// as that: part of it may be there. Once zeros are durable in its place, the log is what it was before, the batch can be
+    /// refused, and its revisions can be handed out again. If that fails too, there is no way back.
+    fn take_back(&self, length: u64) -> io::Result<()> {
+        write_zeros(&self.active.file, self.at, self.at + length)?;
+        self.active.file.sync()
     }
 
     /// Syncs what was written.

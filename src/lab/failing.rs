@@ -55,7 +55,7 @@ fn each(plans: Vec<Plan>, run: impl Fn(Plan) -> Result<(), String> + Sync) -> Re
 /// Every way in which every operation can fail.
 fn all_plans(ways: &[usize]) -> Vec<Plan> {
     let ways = ways.iter().enumerate();
-    ways.flat_map(|(after, &ways)| (0..ways).map(move |way| Plan { after, way, full_for: 1 })).collect()
+    ways.flat_map(|(after, &ways)| (0..ways).map(move |way| Plan::One { after, way })).collect()
 }
 
 /// The start was refused by an error that names a file.
@@ -116,6 +116,11 @@ fn run(settings: Settings, plan: Plan, bug: Option<Bug>, counts: &Counts) -> Res
             oracle = told;
             let is = |which: fn(&Rejection) -> bool| oracle.rejections.iter().any(which);
             if is(|r| *r == Rejection::Poisoned) {
+                // A write without room is undone and refused. Not so a sync, a seal, nor what undoes.
+                let is_write = failed.contains("Write of") && !failed.contains("Write of 32 ");
+                if matches!(plan, Plan::Full { .. }) || is_write && !failed.contains("Device") {
+                    return Err(format!("{failed}: poisoned for want of space"));
+                }
                 one_more(&counts.poisoned);
             } else if is(|r| matches!(r, Rejection::StorageFull(_))) {
                 one_more(&counts.full);
@@ -158,5 +163,71 @@ fn every_operation_may_fail_once() {
                 assert!(count.load(Ordering::Relaxed) > 0, "{counts:?}");
             }
         }
+    }
+}
+
+/// Everything that needs space fails from some operation on, until there is some again.
+#[test]
+fn a_disk_may_be_full_for_a_while() {
+    for seed in seeds() {
+        let settings = Settings { seed, fsync: "always", waits: false };
+        let counts = Counts::default();
+        let ways = ways(settings);
+        let plans = (0..ways.len()).step_by(7).map(|after| Plan::Full { after, times: 6 }).collect();
+        each(plans, |plan| run(settings, plan, None, &counts)).unwrap_or_else(|e| panic!("{settings:?}, {e}"));
+        println!("{settings:?}: {counts:?}");
+        assert!(counts.full.load(Ordering::Relaxed) > 0, "{counts:?}");
+    }
+}
+
+/// A start on what a server left that was killed: refused, naming the file, or complete; and complete the next time.
+#[test]
+fn a_start_may_fail_anywhere_and_succeeds_later() {
+    for (seed, fsync) in seeds().flat_map(|seed| [(seed, "always"), (seed, "never")]) {
+        let settings = Settings { seed, fsync, waits: false };
+        let dir = scratch();
+        let recorder = Recorder::new(dir.path(), &Image::default(), None);
+        let oracle = within(Some(&recorder), None, || workload::run(dir.path(), settings, &recorder)).unwrap();
+        // Before its orderly stop, so that there is something to replay.
+        let steps = recorder.steps();
+        let killed = steps.iter().rposition(|step| matches!(step, Step::Replied)).unwrap();
+        let mut volume = Volume::holding(&Image::default());
+        steps[..=killed].iter().for_each(|step| volume.apply(step));
+        let image = volume.cut(Cut::Everything);
+        let start = |dir: &Path, plan| {
+            image.lay_down(dir);
+            let recorder = Recorder::new(dir, &image, plan);
+            let result = within(Some(&recorder), None, || workload::recovered(dir).map(drop));
+            (result, recorder)
+        };
+        let second = scratch();
+        let data = second.path().join("data");
+        let ways = start(&data, None).1.recording.lock().ways.clone();
+        let refused = AtomicUsize::new(0);
+        let plans = all_plans(&ways);
+        let count = plans.len();
+        each(plans, |plan| {
+            let dir = scratch();
+            let data = dir.path().join("data");
+            let (result, recorder) = start(&data, Some(plan));
+            let recording = recorder.recording.lock();
+            let failed = recording.failed.join("; ");
+            if let Err(error) = result {
+                names_a_file(&error).map_err(|e| format!("{failed}: {e}"))?;
+                one_more(&refused);
+            }
+            check_after(settings, &recording, &image, &oracle, &data).map_err(|e| format!("{failed}: {e}"))
+        })
+        .unwrap_or_else(|e| panic!("{settings:?}, {e}"));
+        println!("{settings:?}: {count} failing starts, {refused:?} refused");
+    }
+}
+
+#[test]
+fn the_checks_of_failing_disks_catch_seeded_bugs() {
+    for name in ["ignore_failed_sync"] {
+        let settings = Settings { seed: 1, fsync: "always", waits: false };
+        let how = fail_everywhere(settings, Bug::named(name)).expect_err(name);
+        println!("{name}: {}", how.lines().next().unwrap_or_default());
     }
 }

@@ -195,15 +195,18 @@ impl Failure {
     }
 }
 
-/// Which operation fails.
+/// Not writes: where they fail, blocks were promised.
+fn asks_for_blocks(op: Op<'_>) -> bool {
+    matches!(op, Op::Allocate { .. } | Op::Create(_) | Op::OpenOrCreate(_) | Op::CreateDir(_))
+}
+
+/// What fails.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
-    /// Operations before it.
-    after: usize,
-    /// Which of the ways it can fail in.
-    way: usize,
-    /// Everything that needs space fails from there on, so many times, rather than this operation alone.
-    full_for: usize,
+enum Plan {
+    /// One operation: how many are before it, and in which of its ways.
+    One { after: usize, way: usize },
+    /// Whatever asks for blocks after so many operations, so many times.
+    Full { after: usize, times: usize },
 }
 
 /// Something that was done.
@@ -264,13 +267,12 @@ impl Recording {
         let ways = Failure::of(op);
         let number = self.ways.len();
         self.ways.push(ways.len());
-        let plan = self.plan?;
-        let failure = if number == plan.after {
-            *ways.get(plan.way)?
-        } else if number > plan.after && self.failed.len() < plan.full_for && ways.contains(&Failure::Full) {
-            Failure::Full
-        } else {
-            return None;
+        let failure = match self.plan? {
+            Plan::One { after, way } if number == after => *ways.get(way)?,
+            Plan::Full { after, times } if number >= after && self.failed.len() < times && asks_for_blocks(op) => {
+                Failure::Full
+            }
+            _ => return None,
         };
         let what = match op {
             Op::Write { at, bytes } => format!("Write of {} at {at}", bytes.len()),
