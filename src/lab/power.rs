@@ -19,9 +19,9 @@ pub(super) struct Found {
     /// The newest revision, given up ones included.
     head: u64,
     /// The newest one that is there.
-    last: u64,
-    model: Model,
-    records: Vec<(u64, String)>,
+    pub last: u64,
+    pub model: Model,
+    pub records: Vec<(u64, String)>,
     /// Whether all from `last` to `head` are known to be lost.
     is_gap_known: bool,
     /// Whether nothing is left behind the end of the log.
