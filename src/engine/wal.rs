@@ -130,7 +130,8 @@ fn frame_at(bytes: &[u8], salt: u32) -> Option<Found<'_>> {
     let header = FrameHeader::parse(bytes)?;
     let payload = bytes.get(FRAME_HEADER_BYTES..FRAME_HEADER_BYTES.checked_add(header.length as usize)?)?;
     let crc = crc32c::crc32c_append(salt, &bytes[8..FRAME_HEADER_BYTES]);
-    (crc32c::crc32c_append(crc, payload) == header.crc || faults::is_on(Bug::SkipChecksum)).then_some(Found { header, payload })
+    (crc32c::crc32c_append(crc, payload) == header.crc || faults::is_on(Bug::SkipChecksum))
+        .then_some(Found { header, payload })
 }
 
 /// Builds frames for one segment's salt into a buffer that is kept from batch to batch.
@@ -367,7 +368,9 @@ impl Segment {
         while let Some(data) = self.file.data_from(at, self.size) {
             // Both ends are at most `size`, which is a usize.
             let (start, end) = (data.start as usize, data.end as usize);
-            self.file.read_exact_at(&mut bytes[start..end], data.start).map_err(Error::io("cannot read", self.name()))?;
+            self.file
+                .read_exact_at(&mut bytes[start..end], data.start)
+                .map_err(Error::io("cannot read", self.name()))?;
             data_end = end;
             at = data.end.max(data.start + 1);
         }

@@ -214,12 +214,22 @@ enum Plan {
 enum Step {
     Create(PathBuf),
     CreateDir(PathBuf),
-    Rename { from: PathBuf, to: PathBuf },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
     Remove(PathBuf),
     RemoveDir(PathBuf),
     SyncDir(PathBuf),
-    Write { inode: usize, at: u64, bytes: Arc<[u8]> },
-    SetLength { inode: usize, bytes: u64 },
+    Write {
+        inode: usize,
+        at: u64,
+        bytes: Arc<[u8]>,
+    },
+    SetLength {
+        inode: usize,
+        bytes: u64,
+    },
     Sync(usize),
     /// A sync that failed: what was not durable never will be.
     Forget(usize),
@@ -287,7 +297,15 @@ impl Recorder {
     /// For a directory that holds what `image` says.
     fn new(root: &Path, image: &Image, plan: Option<Plan>) -> Arc<Self> {
         let volume = Volume::holding(image);
-        let recording = Recording { steps: Vec::new(), volume, ways: Vec::new(), plan, failed: Vec::new(), has_panicked: false, sync_errors: HashMap::new() };
+        let recording = Recording {
+            steps: Vec::new(),
+            volume,
+            ways: Vec::new(),
+            plan,
+            failed: Vec::new(),
+            has_panicked: false,
+            sync_errors: HashMap::new(),
+        };
         Arc::new(Self { root: root.to_owned(), recording: Mutex::new(recording) })
     }
 

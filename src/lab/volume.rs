@@ -118,9 +118,17 @@ type Names = BTreeMap<PathBuf, usize>;
 
 #[derive(Clone, Debug)]
 enum Node {
-    File { durable: Arc<Vec<u8>>, live: Vec<u8>, pending: Vec<Change> },
+    File {
+        durable: Arc<Vec<u8>>,
+        live: Vec<u8>,
+        pending: Vec<Change>,
+    },
     /// `pending`: the names after each change that is not durable yet.
-    Dir { durable: Names, live: Names, pending: Vec<Names> },
+    Dir {
+        durable: Names,
+        live: Names,
+        pending: Vec<Names>,
+    },
 }
 
 /// See the module.
@@ -134,7 +142,10 @@ pub struct Volume {
 impl Volume {
     /// Everything in it durable.
     pub fn holding(image: &Image) -> Self {
-        let mut volume = Self { nodes: vec![Node::Dir { durable: Names::new(), live: Names::new(), pending: Vec::new() }], last_written: ROOT };
+        let mut volume = Self {
+            nodes: vec![Node::Dir { durable: Names::new(), live: Names::new(), pending: Vec::new() }],
+            last_written: ROOT,
+        };
         for (path, content) in &image.0 {
             match content {
                 None => volume.make_dir(path),

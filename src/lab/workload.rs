@@ -58,6 +58,12 @@ impl Model {
         Self { keys: keys.collect(), collections: collections.collect() }
     }
 
+    /// The bytes of every vector.
+    pub fn rows(&self) -> Vec<Vec<u8>> {
+        let vectors = self.collections.values().flat_map(BTreeMap::values);
+        vectors.map(|(bits, ..)| bits.iter().flat_map(|b| b.to_le_bytes()).collect()).collect()
+    }
+
     fn change(&mut self, change: &Change, revision: u64) {
         match change {
             Change::Put { key, value, .. } => drop(self.keys.insert(key.clone(), (value.clone(), revision))),

@@ -2,8 +2,8 @@
 //!
 //! `rows.f32` is memory-mapped in chunks that are preallocated, so a write to a mapped row cannot run out of disk, and
 //! that never move. It has no header: what a row means is in `slots.log`, and a row that no entry there names is
-//! garbage. `slots.log` is appended at each checkpoint: ids that changed since the last one, each with its slot or its
-//! end. Its last frame's checkpoint is the revision up to which both files are complete; the log replays the rest.
+//! garbage. `slots.log` is appended at each checkpoint: ids that changed since the last one, each with its slot and the checksum of its row, or
+//! its end. Its last frame's checkpoint is the revision up to which both files are complete; the log replays the rest.
 //!
 //! Order within a checkpoint, and why: entries are encoded first, then rows are synced, then the frame is appended and
 //! synced. A frame therefore never names a row that is not on disk.
@@ -145,6 +145,13 @@ impl RowStore {
         bytemuck::cast_slice(&self.chunks[chunk][start..start + self.dim * size_of::<f32>()])
     }
 
+    /// The checksum of the numbers in a slot. `slots.log` keeps it beside who lives there; a start does not read all rows to
+    /// compare, `kiss-vdb check` does.
+    #[must_use]
+    pub fn row_crc(&self, slot: Slot) -> u32 {
+        crc32c::crc32c(bytemuck::cast_slice(self.row(slot)))
+    }
+
     /// Asks the processor to fetch a row: worth it where rows come in no order.
     pub fn prefetch(&self, slot: Slot) {
         let row = self.row(slot);
@@ -193,7 +200,7 @@ fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
 /// First bytes of a `slots.log`.
 const MAGIC: &[u8; 8] = b"KISSSLOT";
 /// Format version of `slots.log`.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Magic, version, dim, metric, created revision, CRC32C: also that of a graph file.
 pub const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
 /// Length, CRC32C.
@@ -204,7 +211,7 @@ const FRAME_HEADER_BYTES: usize = 8;
 #[expect(missing_docs, reason = "the fields are those of a slot")]
 pub enum SlotEntry {
     /// It lives here.
-    Live { id: VectorId, slot: Slot, born: Revision, revision: Revision, norm: f32, meta: VectorMeta },
+    Live { id: VectorId, slot: Slot, born: Revision, revision: Revision, norm: f32, row_crc: u32, meta: VectorMeta },
     /// It is gone.
     Gone { id: VectorId },
 }
@@ -214,7 +221,8 @@ pub enum SlotEntry {
 pub struct SlotLog {
     path: PathBuf,
     file: File,
-    /// Bytes up to the end of the last whole frame.
+    header: Vec<u8>,
+    /// Bytes up to the end of the last whole frame; zero while there is not even a header.
     bytes: u64,
 }
 
@@ -252,21 +260,17 @@ pub fn header(magic: &[u8; 8], version: u32, spec: CollectionSpec, created: Revi
 }
 
 impl SlotLog {
-    /// Opens the file, or creates it with a header. What follows the last whole frame does not count, and is cut off by
+    /// Opens the file, or creates it empty. What follows the last whole frame does not count, and is cut off by
     /// the next append; whether something is missing, the caller knows from its snapshot.
     pub fn open(path: PathBuf, spec: CollectionSpec, created: Revision) -> Result<Opened, Error> {
-        let mut file = File::open_or_create(&path)
-            .map_err(Error::io("cannot open", &path))?;
+        let mut file = File::open_or_create(&path).map_err(Error::io("cannot open", &path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(Error::io("cannot read", &path))?;
         let expected = header(MAGIC, VERSION, spec, created);
         if bytes.len() < HEADER_BYTES {
-            // Creation was cut short: nothing can have been checkpointed.
-            file.set_length(0)
-                .and_then(|()| file.write_all_at(&expected, 0))
-                .and_then(|()| file.sync())
-                .map_err(Error::io("cannot write", &path))?;
-            let log = Self { path, file, bytes: HEADER_BYTES as u64 };
+            // New, or its creation was cut short, or it lost all but that: which of them, the caller knows. The header is
+            // written with the first frame, so that a refused start changes nothing.
+            let log = Self { path, file, header: expected, bytes: 0 };
             return Ok(Opened { log, checkpoint: Revision::ZERO, newest: Revision::ZERO, entries: Vec::new() });
         }
         if bytes[..HEADER_BYTES] != expected[..] {
@@ -280,7 +284,8 @@ impl SlotLog {
                 decode_frame(frame, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
             at += FRAME_HEADER_BYTES + frame.len();
         }
-        Ok(Opened { log: Self { path, file, bytes: at as u64 }, checkpoint, newest, entries })
+        let log = Self { path, file, header: expected, bytes: at as u64 };
+        Ok(Opened { log, checkpoint, newest, entries })
     }
 
     /// Bytes in the file.
@@ -292,15 +297,19 @@ impl SlotLog {
     /// Appends frames and syncs them. After an error the file may end in a torn frame, which the next append, or the
     /// next open, cuts off; the caller must not count on the checkpoint.
     pub fn append(&mut self, frames: &[u8]) -> Result<(), Error> {
+        let start = self.bytes.max(HEADER_BYTES as u64);
         let write = || -> std::io::Result<()> {
             if self.file.length()? != self.bytes {
                 self.file.set_length(self.bytes)?;
             }
-            self.file.write_all_at(frames, self.bytes)?;
+            if self.bytes == 0 {
+                self.file.write_all_at(&self.header, 0)?;
+            }
+            self.file.write_all_at(frames, start)?;
             self.file.sync()
         };
         write().map_err(Error::io("cannot append to", &self.path))?;
-        self.bytes += frames.len() as u64;
+        self.bytes = start + frames.len() as u64;
         Ok(())
     }
 
@@ -352,13 +361,14 @@ pub fn encode_frame(checkpoint: Revision, newest: Revision, entries: &[SlotEntry
     frame.put_u32(u32::try_from(entries.len()).expect("slots are counted in u32"));
     for entry in entries {
         match entry {
-            SlotEntry::Live { id, slot, born, revision, norm, meta } => {
+            SlotEntry::Live { id, slot, born, revision, norm, row_crc, meta } => {
                 frame.put_byte(1);
                 frame.put_text(id.as_str());
                 frame.put_u32(slot.0);
                 frame.put_revision(*born);
                 frame.put_revision(*revision);
                 frame.put_u32(norm.to_bits());
+                frame.put_u32(*row_crc);
                 frame.put_text(meta.text());
             }
             SlotEntry::Gone { id } => {
@@ -398,6 +408,7 @@ fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, 
                 born: reader.revision("born")?,
                 revision: reader.revision("revision")?,
                 norm: f32::from_bits(reader.u32("norm")?),
+                row_crc: reader.u32("row checksum")?,
                 meta: VectorMeta::new(reader.text("meta")?).map_err(|e| Malformed(e.to_string()))?,
             },
             2 => SlotEntry::Gone { id },
@@ -450,10 +461,11 @@ mod tests {
             born: Revision(1),
             revision: Revision(u64::from(n)),
             norm: 1.0,
+            row_crc: 0,
             meta: VectorMeta::empty(),
         };
         let mut log = SlotLog::open(path.clone(), spec, Revision(1)).unwrap().log;
-        let mut ends = vec![(log.bytes(), 0, 0)];
+        let mut ends = vec![(HEADER_BYTES as u64, 0, 0)];
         for n in 1..4u32 {
             log.append(&encode_frame(
                 Revision(u64::from(n) * 10),
