@@ -82,3 +82,17 @@ pub fn is_on(bug: Bug) -> bool {
     };
     *CHOSEN.get_or_init(by_environment) == Some(bug)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bug_is_named_where_it_is_said_who_catches_it() {
+        let page = include_str!("../docs/reliability.md");
+        for (bug, name) in Bug::ALL {
+            assert!(page.contains(&format!("`{name}`")), "{bug:?}: docs/reliability.md does not name {name}");
+            assert_eq!(Bug::named(name), Some(bug));
+        }
+    }
+}

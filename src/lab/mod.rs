@@ -141,10 +141,8 @@ impl Watched {
                 }
             }
             Op::SetLength(bytes) if failure.is_none() => recording.push(Step::SetLength { inode, bytes }),
-            Op::Allocate { at, bytes } if failure.is_none() => {
-                if at + bytes > recording.volume.length(inode) {
-                    recording.push(Step::SetLength { inode, bytes: at + bytes });
-                }
+            Op::Allocate { at, bytes } if failure.is_none() && at + bytes > recording.volume.length(inode) => {
+                recording.push(Step::SetLength { inode, bytes: at + bytes });
             }
             Op::Sync if failure.is_none() => recording.push(Step::Sync(inode)),
             // After a sync that failed the system may have forgotten that these pages were never written.

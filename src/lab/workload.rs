@@ -29,8 +29,11 @@ const DEADLINE: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Model {
     keys: BTreeMap<String, (serde_json::Value, u64)>,
-    collections: BTreeMap<String, BTreeMap<String, (Vec<u32>, String, u64)>>,
+    collections: BTreeMap<String, Vectors>,
 }
+
+/// By id: the bits of the numbers, metadata, revision.
+type Vectors = BTreeMap<String, (Vec<u32>, String, u64)>;
 
 impl Model {
     /// What a state shows.
