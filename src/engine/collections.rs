@@ -694,7 +694,7 @@ impl SharedCollection {
         let inner = self.inner.read();
         let mut damaged = BTreeSet::new();
         for entry in entries {
-            if let SlotEntry::Live { id, born, row_crc, .. } = entry
+            if let SlotEntry::Live { id, born, row_crc: Some(row_crc), .. } = entry
                 && inner.row_crc_of(&id, born).is_some_and(|crc| crc != row_crc)
             {
                 damaged.insert(id);
@@ -763,7 +763,12 @@ impl SharedCollection {
     ) -> Result<(), Error> {
         let (previous, newest, rewrite, rows) = {
             let inner = self.inner.read();
-            (inner.checkpoint().0, inner.revision(), inner.wants_rewrite(log.bytes()), inner.sync_handle()?)
+            (
+                inner.checkpoint().0,
+                inner.revision(),
+                log.is_old() || inner.wants_rewrite(log.bytes()),
+                inner.sync_handle()?,
+            )
         };
         let sync_rows = || match (&rows, &self.dir) {
             (Some(rows), Some(dir)) if !faults::is_on(Bug::SkipRowsSync) => rows.sync().map_err(|e| {

@@ -923,7 +923,7 @@ impl Collection {
                     born: state.born,
                     revision: state.revision,
                     norm: state.norm,
-                    row_crc: self.rows.row_crc(slot),
+                    row_crc: Some(self.rows.row_crc(slot)),
                     meta,
                 }
             }

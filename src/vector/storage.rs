@@ -201,6 +201,8 @@ fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
 const MAGIC: &[u8; 8] = b"KISSSLOT";
 /// Format version of `slots.log`.
 const VERSION: u32 = 3;
+/// One without checksums of rows. It is read; the next checkpoint writes the file anew.
+const VERSION_WITHOUT_ROW_CRC: u32 = 2;
 /// Magic, version, dim, metric, created revision, CRC32C: also that of a graph file.
 pub const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
 /// Length, CRC32C.
@@ -211,7 +213,15 @@ const FRAME_HEADER_BYTES: usize = 8;
 #[expect(missing_docs, reason = "the fields are those of a slot")]
 pub enum SlotEntry {
     /// It lives here.
-    Live { id: VectorId, slot: Slot, born: Revision, revision: Revision, norm: f32, row_crc: u32, meta: VectorMeta },
+    Live {
+        id: VectorId,
+        slot: Slot,
+        born: Revision,
+        revision: Revision,
+        norm: f32,
+        row_crc: Option<u32>,
+        meta: VectorMeta,
+    },
     /// It is gone.
     Gone { id: VectorId },
 }
@@ -222,6 +232,7 @@ pub struct SlotLog {
     path: PathBuf,
     file: File,
     header: Vec<u8>,
+    version: u32,
     /// Bytes up to the end of the last whole frame; zero while there is not even a header.
     bytes: u64,
 }
@@ -270,10 +281,12 @@ impl SlotLog {
         if bytes.len() < HEADER_BYTES {
             // New, or its creation was cut short, or it lost all but that: which of them, the caller knows. The header is
             // written with the first frame, so that a refused start changes nothing.
-            let log = Self { path, file, header: expected, bytes: 0 };
+            let log = Self { path, file, header: expected, version: VERSION, bytes: 0 };
             return Ok(Opened { log, checkpoint: Revision::ZERO, newest: Revision::ZERO, entries: Vec::new() });
         }
-        if bytes[..HEADER_BYTES] != expected[..] {
+        let old = header(MAGIC, VERSION_WITHOUT_ROW_CRC, spec, created);
+        let version = if bytes[..HEADER_BYTES] == old[..] { VERSION_WITHOUT_ROW_CRC } else { VERSION };
+        if version == VERSION && bytes[..HEADER_BYTES] != expected[..] {
             return Err(Error::corrupt(&path, 0, "the header is damaged or belongs to another collection or version"));
         }
         let mut at = HEADER_BYTES;
@@ -281,10 +294,10 @@ impl SlotLog {
         let mut entries = Vec::new();
         while let Some(frame) = whole_frame(&bytes[at..]) {
             (checkpoint, newest) =
-                decode_frame(frame, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
+                decode_frame(frame, version, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
             at += FRAME_HEADER_BYTES + frame.len();
         }
-        let log = Self { path, file, header: expected, bytes: at as u64 };
+        let log = Self { path, file, header: expected, version, bytes: at as u64 };
         Ok(Opened { log, checkpoint, newest, entries })
     }
 
@@ -292,6 +305,12 @@ impl SlotLog {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Whether it is of an older version: then it can only be written anew.
+    #[must_use]
+    pub fn is_old(&self) -> bool {
+        self.version != VERSION
     }
 
     /// Appends frames and syncs them. After an error the file may end in a torn frame, which the next append, or the
@@ -329,7 +348,7 @@ impl SlotLog {
         file.sync().map_err(Error::io("cannot sync", &beside))?;
         disk::rename(&beside, &self.path).map_err(Error::io("cannot rename", &beside))?;
         // From here on the new file is the one, even if the directory cannot be synced.
-        (self.file, self.bytes) = (file, bytes);
+        (self.file, self.bytes, self.version) = (file, bytes, VERSION);
         if let Some(dir) = self.path.parent() {
             disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
@@ -368,7 +387,7 @@ pub fn encode_frame(checkpoint: Revision, newest: Revision, entries: &[SlotEntry
                 frame.put_revision(*born);
                 frame.put_revision(*revision);
                 frame.put_u32(norm.to_bits());
-                frame.put_u32(*row_crc);
+                frame.put_u32(row_crc.expect("only entries of old files have none, and those are not written"));
                 frame.put_text(meta.text());
             }
             SlotEntry::Gone { id } => {
@@ -394,7 +413,7 @@ fn whole_frame(bytes: &[u8]) -> Option<&[u8]> {
     (crc32c::crc32c(body) == crc).then_some(body)
 }
 
-fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, Revision), Malformed> {
+fn decode_frame(body: &[u8], version: u32, entries: &mut Vec<SlotEntry>) -> Result<(Revision, Revision), Malformed> {
     let mut reader = Reader(body);
     let checkpoint = reader.revision("checkpoint")?;
     let newest = reader.revision("newest")?;
@@ -408,7 +427,7 @@ fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, 
                 born: reader.revision("born")?,
                 revision: reader.revision("revision")?,
                 norm: f32::from_bits(reader.u32("norm")?),
-                row_crc: reader.u32("row checksum")?,
+                row_crc: (version == VERSION).then(|| reader.u32("row checksum")).transpose()?,
                 meta: VectorMeta::new(reader.text("meta")?).map_err(|e| Malformed(e.to_string()))?,
             },
             2 => SlotEntry::Gone { id },
@@ -461,7 +480,7 @@ mod tests {
             born: Revision(1),
             revision: Revision(u64::from(n)),
             norm: 1.0,
-            row_crc: 0,
+            row_crc: Some(0),
             meta: VectorMeta::empty(),
         };
         let mut log = SlotLog::open(path.clone(), spec, Revision(1)).unwrap().log;
@@ -484,5 +503,35 @@ mod tests {
         }
         std::fs::write(&path, &whole).unwrap();
         assert!(SlotLog::open(path.clone(), spec, Revision(2)).is_err(), "another collection's file must be refused");
+    }
+
+    #[test]
+    fn a_slot_log_of_the_version_before_is_read_and_written_anew() {
+        let spec = CollectionSpec::new(3, Metric::Dot).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slots.log");
+        let mut body = Vec::new();
+        body.put_revision(Revision(10));
+        body.put_revision(Revision(9));
+        body.put_u32(1);
+        body.put_byte(1);
+        body.put_text("v");
+        body.put_u32(4);
+        body.put_revision(Revision(8));
+        body.put_revision(Revision(9));
+        body.put_u32(1f32.to_bits());
+        body.put_text("{}");
+        let mut bytes = header(MAGIC, VERSION_WITHOUT_ROW_CRC, spec, Revision(1));
+        bytes.put_u32(u32::try_from(body.len()).unwrap());
+        bytes.put_u32(crc32c::crc32c(&body));
+        bytes.extend_from_slice(&body);
+        std::fs::write(&path, &bytes).unwrap();
+        let mut opened = SlotLog::open(path.clone(), spec, Revision(1)).unwrap();
+        assert!(opened.log.is_old() && opened.checkpoint == Revision(10));
+        let SlotEntry::Live { slot, row_crc: None, .. } = &opened.entries[0] else { panic!("{:?}", opened.entries) };
+        assert_eq!(*slot, Slot(4));
+        let rewrite = opened.log.rewrite(spec, Revision(1)).unwrap();
+        opened.log.replace(rewrite).unwrap();
+        assert!(!opened.log.is_old() && !SlotLog::open(path, spec, Revision(1)).unwrap().log.is_old());
     }
 }
