@@ -263,19 +263,23 @@ fn a_cut_in_never_mode_leaves_a_prefix_and_no_revision_comes_back() {
 /// The same workload and the same checks, on a program with a bug: they must fail.
 #[test]
 fn the_checks_of_power_cuts_catch_seeded_bugs() {
-    for (name, fsync) in [
-        ("skip_fsync", "always"),
-        ("skip_dir_sync", "always"),
-        ("answer_before_sync", "always"),
-        ("publish_before_durable", "always"),
-        ("reuse_revision", "never"),
-        ("short_replay", "always"),
-        ("split_batch", "always"),
-        ("keep_torn_tail", "always"),
-        ("skip_rows_sync", "always"),
+    for (name, fsync, complaint) in [
+        ("skip_fsync", "always", "inside its header"),
+        ("skip_dir_sync", "always", "missing"),
+        ("answer_before_sync", "always", "was promised"),
+        ("publish_before_durable", "always", "was promised"),
+        ("reuse_revision", "never", "are given out"),
+        ("short_replay", "always", "it shows"),
+        ("split_batch", "always", "in the middle of a record"),
+        ("keep_torn_tail", "always", "behind the end of the log"),
+        // Rows that are missing, or others than were written.
+        ("skip_rows_sync", "always", ""),
     ] {
         let bug = Bug::named(name).unwrap();
         let how = cut(Settings { seed: 1, fsync, waits: true }, Some(bug));
-        println!("{name}: {}", how.expect_err(name).lines().next().unwrap_or_default());
+        let how = how.expect_err(name);
+        let how = how.lines().next().unwrap_or_default();
+        assert!(how.contains(complaint), "{name} is caught by something else: {how}");
+        println!("{name}: {how}");
     }
 }

@@ -322,7 +322,9 @@ impl SlotLog {
                 self.file.set_length(self.bytes)?;
             }
             if self.bytes == 0 {
+                // Synced by itself: frames behind a header that was lost would be damage.
                 self.file.write_all_at(&self.header, 0)?;
+                self.file.sync()?;
             }
             self.file.write_all_at(frames, start)?;
             self.file.sync()
