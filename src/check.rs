@@ -1,7 +1,8 @@
 //! `kiss-vdb check`: is a data directory whole, and what is in it?
 //!
 //! It opens the directory as a start would, so what a start refuses, this refuses, with file and offset; a torn tail of the
-//! log is cut off as by a start. Then every graph is finished and looked through: see [`crate::vector::validate`].
+//! log is cut off as by a start. Then every row is held against its checksum, which a start does not do, and every graph is
+//! finished and looked through: see [`crate::vector::validate`].
 
 use crate::engine::Paths;
 use crate::engine::linker::Background;
@@ -35,6 +36,18 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<()> {
     )?;
     let mut faults = Vec::new();
     for (name, collection) in state.collections() {
+        let damaged = collection.damaged_rows()?;
+        if !damaged.is_empty() {
+            let ids: Vec<_> = damaged.iter().take(5).map(|id| id.as_str()).collect();
+            faults.push(format!(
+                "{}: rows.f32 in {} is damaged: the numbers of {} vectors do not match their checksums ({}{}); write them again, or restore a copy",
+                name.as_str(),
+                collection.dir().map_or_else(String::new, |dir| dir.display().to_string()),
+                damaged.len(),
+                ids.join(", "),
+                if damaged.len() > ids.len() { ", …" } else { "" }
+            ));
+        }
         collection.settle();
         let (count, spec) = (collection.read(|c| c.len()), collection.spec());
         write!(out, "{} · {count} vectors of {} · {}", name.as_str(), spec.dim, spec.metric.as_str())?;

@@ -10,9 +10,13 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod demo;
+pub mod disk;
 pub mod engine;
 pub mod error;
+pub mod faults;
 pub mod keys;
+#[cfg(test)]
+mod lab;
 pub mod npy;
 pub mod revision;
 pub mod vector;

@@ -19,12 +19,14 @@
 use super::codec::Event;
 use super::linker::{Background, TAIL_MAX};
 use super::search::{Search, SearchTicket};
+use crate::disk;
 use crate::error::{Error, Rejection};
+use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use crate::vector::collection::{Collection, Horizon, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
-use crate::vector::storage::{NewChunk, SlotLog, encode_frame};
+use crate::vector::storage::{NewChunk, SlotEntry, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeSet;
@@ -32,8 +34,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
-/// Ids encoded under one hold of the lock during a checkpoint.
+/// Ids encoded under one hold of the lock during a checkpoint, and bytes of rows read there for their checksums.
 const CHECKPOINT_IDS: usize = 1000;
+const CHECKPOINT_BYTES: usize = 256 << 10;
 /// Changes applied under one hold of the lock: tens of microseconds.
 const APPLIED_CHANGES: usize = 16;
 /// Slots linked as one piece of work: a few milliseconds.
@@ -209,12 +212,12 @@ impl SharedCollection {
         if let (Some(dir), Some(vectors)) = (&dir, vectors)
             && !dir.exists()
         {
-            std::fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
-            std::fs::File::open(vectors).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", vectors))?;
+            disk::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
+            disk::sync_dir(vectors).map_err(Error::io("cannot sync", vectors))?;
         }
         let (collection, log) = Collection::open(dir.as_deref(), spec, created)?;
         if let Some(dir) = &dir {
-            std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
         let has_vectors = !collection.is_empty();
         let shared = Arc::new_cyclic(|me| Self {
@@ -683,6 +686,23 @@ impl SharedCollection {
         }
     }
 
+    /// Ids whose numbers are not what they were at the last checkpoint, though nobody changed them: `rows.f32` is damaged.
+    /// Reads all rows.
+    pub fn damaged_rows(&self) -> Result<Vec<VectorId>, Error> {
+        let Some(dir) = &self.dir else { return Ok(Vec::new()) };
+        let entries = SlotLog::open(dir.join("slots.log"), self.spec, self.created)?.entries;
+        let inner = self.inner.read();
+        let mut damaged = BTreeSet::new();
+        for entry in entries {
+            if let SlotEntry::Live { id, born, row_crc: Some(row_crc), .. } = entry
+                && inner.row_crc_of(&id, born).is_some_and(|crc| crc != row_crc)
+            {
+                damaged.insert(id);
+            }
+        }
+        Ok(damaged.into_iter().collect())
+    }
+
     /// Looks for faults in the graph, while nothing else happens to the collection.
     #[must_use]
     pub fn validate(&self) -> Option<crate::vector::validate::Report> {
@@ -743,10 +763,15 @@ impl SharedCollection {
     ) -> Result<(), Error> {
         let (previous, newest, rewrite, rows) = {
             let inner = self.inner.read();
-            (inner.checkpoint().0, inner.revision(), inner.wants_rewrite(log.bytes()), inner.sync_handle()?)
+            (
+                inner.checkpoint().0,
+                inner.revision(),
+                log.is_old() || inner.wants_rewrite(log.bytes()),
+                inner.sync_handle()?,
+            )
         };
         let sync_rows = || match (&rows, &self.dir) {
-            (Some(rows), Some(dir)) => rows.sync_data().map_err(|e| {
+            (Some(rows), Some(dir)) if !faults::is_on(Bug::SkipRowsSync) => rows.sync().map_err(|e| {
                 // The kernel may have dropped the pages: never sync them again. The log keeps everything since the last
                 // checkpoint, and a restart replays it.
                 self.rows_failed.store(true, Ordering::Release);
@@ -754,18 +779,19 @@ impl SharedCollection {
             }),
             _ => Ok(()),
         };
+        let ids_at_a_time = (CHECKPOINT_BYTES / (self.spec.dim * size_of::<f32>())).clamp(1, CHECKPOINT_IDS);
         if rewrite {
             let mut successor = log.rewrite(self.spec, self.created)?;
             let mut after: Option<VectorId> = None;
             loop {
                 let entries = {
                     let inner = self.inner.read();
-                    let page = inner.list(after.as_ref().map(VectorId::as_str), CHECKPOINT_IDS, false);
+                    let page = inner.list(after.as_ref().map(VectorId::as_str), ids_at_a_time, false);
                     let ids: Vec<VectorId> = page.into_iter().map(|item| item.id).collect();
                     after = ids.last().cloned();
                     inner.slot_entries(&ids)
                 };
-                let is_last = entries.len() < CHECKPOINT_IDS;
+                let is_last = entries.len() < ids_at_a_time;
                 successor.write(&encode_frame(if is_last { revision } else { previous }, newest, &entries))?;
                 if is_last {
                     break;
@@ -776,7 +802,7 @@ impl SharedCollection {
             return log.replace(successor);
         }
         let mut frames = Vec::new();
-        let pages: Vec<_> = changes.chunks(CHECKPOINT_IDS).collect();
+        let pages: Vec<_> = changes.chunks(ids_at_a_time).collect();
         for (at, page) in pages.iter().enumerate() {
             let entries = self.inner.read().slot_entries(page);
             let is_last = at + 1 == pages.len();

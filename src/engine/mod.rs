@@ -451,6 +451,12 @@ impl Engine {
         result
     }
 
+    /// What the threads share, for the lab.
+    #[cfg(test)]
+    pub(crate) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
     /// Counters and histograms.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
@@ -505,6 +511,8 @@ impl Threads {
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    #[cfg(test)]
+    let run = crate::lab::inherited(run);
     std::thread::Builder::new().name(name.into()).spawn(run).expect("the system can start a thread")
 }
 

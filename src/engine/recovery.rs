@@ -10,6 +10,7 @@ use super::linker::Background;
 use super::snapshot::{self, Snapshot};
 use super::state::State;
 use super::wal::{OpenedWal, Wal};
+use crate::disk;
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::CollectionName;
@@ -49,11 +50,11 @@ impl Paths {
 
     pub(super) fn create(&self) -> Result<(), Error> {
         for dir in [&self.dir, &self.log, &self.snapshots, &self.vectors] {
-            std::fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
+            disk::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
         }
         let parent = self.dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         for dir in [self.dir.as_path(), parent] {
-            File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
         Ok(())
     }
@@ -201,17 +202,19 @@ fn load(snapshot: Snapshot, vectors: &Path, background: &Arc<Background>) -> Res
 /// Directories of collections that are gone, or whose creation never became durable.
 fn remove_orphans(state: &State, vectors: &Path) -> Result<(), Error> {
     let live: Vec<&Path> = state.collections().values().filter_map(|c| c.dir()).collect();
-    for entry in std::fs::read_dir(vectors).map_err(Error::io("cannot list", vectors))? {
-        let path = entry.map_err(Error::io("cannot list", vectors))?.path();
+    for path in disk::list(vectors).map_err(Error::io("cannot list", vectors))? {
         if path.is_dir() && !live.contains(&path.as_path()) {
-            std::fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
+            // What is called so was named anew by a removal that was cut short.
+            let is_gone = path.extension().is_some_and(|e| e == "gone");
+            let removed = if is_gone { disk::remove_dir_all(&path) } else { snapshot::remove_collection(&path) };
+            removed.map_err(Error::io("cannot remove", &path))?;
         }
     }
     Ok(())
 }
 
 fn is_empty(dir: &Path) -> Result<bool, Error> {
-    Ok(std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))?.next().is_none())
+    Ok(disk::list(dir).map_err(Error::io("cannot list", dir))?.is_empty())
 }
 
 struct Progress {

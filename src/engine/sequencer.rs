@@ -23,6 +23,7 @@ use super::state::{Decider, Overlay};
 use super::wal::{AppendError, Wal};
 use crate::config::Fsync;
 use crate::error::Rejection;
+use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -142,6 +143,8 @@ impl Sequencer {
             && let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.release()
         {
             tracing::error!(%error, "the log could not be closed in order");
+            // No snapshot either: its sync of the log would be a second one, and report success for what the first one lost.
+            self.inner.poisoned.store(true, Ordering::Release);
         }
         self.wal.publish();
         self.ended = true;
@@ -222,15 +225,20 @@ impl Sequencer {
         let now_ms = self.inner.clock.now_ms();
         self.last_ts_ms = self.last_ts_ms.max(now_ms);
         let is_full = self.is_full();
-        if !self.reserve(head) {
-            commands.drain(..).for_each(|(_, reply)| drop(reply.send(Err(Rejection::Poisoned))));
+        if let Err(error) = self.reserve(head) {
+            let answers = commands.drain(..).map(|(_, reply)| (reply, Err(Rejection::Poisoned))).collect();
+            self.refuse(error, head, answers);
             return;
         }
         let (records, answers) = self.decide(commands, head, now_ms, is_full);
+        let is_early = faults::is_on(Bug::PublishBeforeDurable) && !records.is_empty();
+        if is_early {
+            self.make_visible(&records);
+        }
         let result = if records.is_empty() { Ok(()) } else { self.write(&records) };
         match result {
             Ok(()) => {
-                if !records.is_empty() {
+                if !records.is_empty() && !is_early {
                     self.make_visible(&records);
                 }
                 for (reply, answer) in answers {
@@ -238,25 +246,21 @@ impl Sequencer {
                     // A client that has hung up gets no answer; its commit stands.
                     reply.send(answer).ok();
                 }
+                if faults::is_on(Bug::AnswerBeforeSync) {
+                    self.wal.sync().ok();
+                }
             }
             Err(error) => self.refuse(error, head, answers),
         }
     }
 
-    /// In the relaxed modes, revisions are reserved on disk before they are handed out. False when that failed.
-    fn reserve(&mut self, head: Revision) -> bool {
+    /// In the relaxed modes, revisions are reserved on disk before they are handed out. Without room for that none are.
+    fn reserve(&mut self, head: Revision) -> Result<(), AppendError> {
         if self.fsync == Fsync::Always {
-            return true;
+            return Ok(());
         }
         // An upper bound of what one batch can hand out.
-        let result = self.wal.reserve(head.plus(super::wal::RESERVED_REVISIONS / 2));
-        match result {
-            Ok(()) | Err(AppendError::Full(_)) => true,
-            Err(AppendError::Failed(error)) => {
-                self.poison(&error);
-                false
-            }
-        }
+        self.wal.reserve(head.plus(super::wal::RESERVED_REVISIONS / 2))
     }
 
     fn is_full(&mut self) -> bool {
@@ -307,7 +311,14 @@ impl Sequencer {
             bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
-        let mut stage = |wal: &mut Wal, first_revision, events, answer| {
+        let mut stage = |wal: &mut Wal, mut first_revision: Revision, mut events: Vec<_>, answer| {
+            while faults::is_on(Bug::SplitBatch) && events.len() > 1 {
+                let record = Record { first_revision, ts_ms, events: vec![events.remove(0)], answer: None };
+                let record = Arc::new(record);
+                wal.stage(&record);
+                records.push(record);
+                first_revision = first_revision.next();
+            }
             let record = Arc::new(Record { first_revision, ts_ms, events, answer });
             wal.stage(&record);
             records.push(Arc::clone(&record));
@@ -364,7 +375,7 @@ impl Sequencer {
         let started = Instant::now();
         self.wal.flush()?;
         tracing::trace!(target: EFFECTS, records = records.len(), "append");
-        if self.fsync == Fsync::Always {
+        if self.fsync == Fsync::Always && !faults::is_on(Bug::AnswerBeforeSync) {
             self.wal.sync()?;
             tracing::trace!(target: EFFECTS, "sync");
             self.inner.metrics.fsync_seconds.observe(started.elapsed().as_secs_f64());

@@ -13,11 +13,11 @@ use super::command::{Committed, Key};
 use super::state::State;
 use super::view::View;
 use super::wal::Gap;
+use crate::disk::{self, File};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec};
 use crate::wire::{Malformed, Put, Reader};
-use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
@@ -132,7 +132,7 @@ pub(super) fn take(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
 
 /// Removes the files of deleted collections and, in memory, the oldest history. A kept snapshot may still list such a
 /// collection; recovery knows that its files may be missing when the log deletes it later.
-pub(super) fn tidy(inner: &Inner) {
+pub(crate) fn tidy(inner: &Inner) {
     let dropped = inner.state.read().take_dropped();
     if !dropped.is_empty() && inner.sync_log().is_err() {
         // A crash could still undo the deletion: the files stay, the next start removes them.
@@ -153,11 +153,18 @@ pub(super) fn tidy(inner: &Inner) {
     }
 }
 
-/// Renames first, so that a removal cut short leaves nothing that could be taken for a collection.
+/// Renames first and makes that durable, so that a removal cut short leaves nothing that could be taken for a collection.
 pub(super) fn remove_collection(dir: &Path) -> std::io::Result<()> {
     let gone = dir.with_extension("gone");
-    std::fs::rename(dir, &gone)?;
-    std::fs::remove_dir_all(gone)
+    if gone.exists() {
+        // An earlier removal was cut short, and replay made the collection anew before it came to its end again.
+        disk::remove_dir_all(&gone)?;
+    }
+    disk::rename(dir, &gone)?;
+    if let Some(parent) = dir.parent() {
+        disk::sync_dir(parent)?;
+    }
+    disk::remove_dir_all(&gone)
 }
 
 fn millis(since: Instant) -> u64 {
@@ -286,7 +293,7 @@ impl Draft {
 
     fn sync(&mut self) -> std::io::Result<()> {
         self.file.flush()?;
-        self.file.get_ref().sync_data()
+        self.file.get_ref().sync()
     }
 
     /// Ends the file, syncs it and gives it its name. Returns its size.
@@ -298,10 +305,10 @@ impl Draft {
         put_block(&mut self.file, &[])?;
         put_block(&mut self.file, &self.count.to_le_bytes())?;
         let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        let bytes = file.metadata()?.len();
-        std::fs::rename(beside, path)?;
-        File::open(dir)?.sync_all()?;
+        file.sync()?;
+        let bytes = file.length()?;
+        disk::rename(beside, path)?;
+        disk::sync_dir(dir)?;
         Ok(bytes)
     }
 }
@@ -326,7 +333,7 @@ fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8], pac
     };
     fill().map_err(|e| {
         // What is left of it would only take space that may be missing.
-        std::fs::remove_file(&beside).ok();
+        disk::remove_file(&beside).ok();
         Error::io("cannot write the snapshot", path)(e)
     })
 }
@@ -358,7 +365,7 @@ fn keep_newest(inner: &Inner, dir: &Path, revision: Revision, replay_after: Revi
     let paths = list(dir)?;
     let (gone, kept) = paths.split_at(paths.len().saturating_sub(KEPT));
     for path in gone {
-        std::fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+        disk::remove_file(path).map_err(Error::io("cannot remove", path))?;
     }
     let kept: Vec<Revision> = kept.iter().filter_map(|p| revision_of(p)).collect();
     needed.retain(|(r, _)| kept.contains(r));
@@ -380,15 +387,13 @@ fn revision_of(path: &Path) -> Option<Revision> {
 /// Snapshot files, oldest first. Removes what an interrupted snapshot left behind.
 pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))? {
-        let path = entry.map_err(Error::io("cannot list", dir))?.path();
+    for path in disk::list(dir).map_err(Error::io("cannot list", dir))? {
         match path.extension().and_then(|e| e.to_str()) {
             Some("snap") => paths.push(path),
-            Some("tmp") => std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?,
+            Some("tmp") => disk::remove_file(&path).map_err(Error::io("cannot remove", &path))?,
             _ => {}
         }
     }
-    paths.sort();
     Ok(paths)
 }
 
@@ -437,7 +442,7 @@ impl<'a> Blocks<'a> {
     /// Checks magic and version.
     fn open(path: &'a Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(Error::io("cannot open", path))?;
-        let left = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let left = file.length().map_err(Error::io("cannot stat", path))?;
         let mut blocks =
             Self { path, file: BufReader::with_capacity(READ_BYTES, file), at: 0, next: 0, left, version: 0 };
         if blocks.take(MAGIC.len(), "magic")? != MAGIC {

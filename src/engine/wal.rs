@@ -19,14 +19,13 @@
 
 use super::codec::{Record, decode_record, encode_record};
 use super::zeros::{ZeroAhead, write_zeros};
+use crate::disk::{self, File};
 use crate::error::Error;
+use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use crate::wire::{Put, Reader};
 use parking_lot::{Mutex, RwLock};
-use rustix::fs::SeekFrom;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,14 +43,14 @@ pub const FRAME_HEADER_BYTES: usize = 32;
 const FRAME_ALIGN: usize = 8;
 /// Zeros a new segment begins with.
 const FIRST_ZEROS_BYTES: u64 = 256 << 10;
-/// Space in the last segment that only deletes may use once the disk is full.
+/// Space in the last segment that only deletes may use once the disk is full: a quarter of the smallest segment.
 const RESERVE_BYTES: u64 = 256 << 10;
 /// Capacity the frame buffer keeps from batch to batch.
 const BUFFER_BYTES_KEPT: usize = 4 << 20;
 /// Distance between entries of the sparse index.
 const INDEX_STEP_BYTES: u64 = 64 << 10;
-/// Smallest and largest segment.
-const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
+/// Smallest and largest segment. The lab wants many segments and little to copy.
+const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = if cfg!(test) { 8 << 10 } else { 1 << 20 }..=64 << 20;
 /// Segments that `MAX_LOG_MB` is divided into, so that dropping one drops little history.
 const SEGMENTS_WANTED: u64 = 8;
 /// Revisions reserved at a time in the relaxed modes.
@@ -131,7 +130,8 @@ fn frame_at(bytes: &[u8], salt: u32) -> Option<Found<'_>> {
     let header = FrameHeader::parse(bytes)?;
     let payload = bytes.get(FRAME_HEADER_BYTES..FRAME_HEADER_BYTES.checked_add(header.length as usize)?)?;
     let crc = crc32c::crc32c_append(salt, &bytes[8..FRAME_HEADER_BYTES]);
-    (crc32c::crc32c_append(crc, payload) == header.crc).then_some(Found { header, payload })
+    (crc32c::crc32c_append(crc, payload) == header.crc || faults::is_on(Bug::SkipChecksum))
+        .then_some(Found { header, payload })
 }
 
 /// Builds frames for one segment's salt into a buffer that is kept from batch to batch.
@@ -217,6 +217,11 @@ fn segment_header(version: u32, first_revision: Revision, salt: u32, size: u64) 
     header
 }
 
+/// [`RESERVE_BYTES`] of a segment of this size.
+fn reserve_of(segment_bytes: u64) -> u64 {
+    RESERVE_BYTES.min(segment_bytes / 4)
+}
+
 fn segment_path(dir: &Path, first_revision: Revision) -> PathBuf {
     dir.join(format!("{:020}.log", first_revision.0))
 }
@@ -226,18 +231,6 @@ fn new_salt() -> u32 {
     use std::hash::{BuildHasher, Hasher};
     // The cast: any 32 of the 64 random bits do.
     std::hash::RandomState::new().build_hasher().finish() as u32
-}
-
-fn allocate(file: &File, bytes: u64) -> io::Result<()> {
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
-        // Some file systems cannot preallocate; the log then grows into a hole and finds a full disk when it writes.
-        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes),
-        other => other.map_err(Into::into),
-    }
-}
-
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 impl Segment {
@@ -253,18 +246,19 @@ impl Segment {
         let header = segment_header(VERSION, first_revision, salt, size);
         let end = (header.len() + frames.bytes.len()) as u64;
         let fill = |file: &File| -> io::Result<()> {
-            allocate(file, size)?;
+            if !file.allocate(0, size)? {
+                // Some file systems cannot preallocate; the log then grows into a hole and finds a full disk when it writes.
+                file.set_length(size)?;
+            }
             file.write_all_at(&header, 0)?;
             file.write_all_at(&frames.bytes, header.len() as u64)?;
             write_zeros(file, end, (end + FIRST_ZEROS_BYTES).min(size))?;
-            file.sync_all()
+            file.sync()
         };
         let (path, file) = match dir {
             None => {
                 let path = Path::new("in-memory log");
-                let file = rustix::fs::memfd_create("kiss-vdb-log", rustix::fs::MemfdFlags::CLOEXEC)
-                    .map_err(|e| Error::io("cannot get memory for", path)(e.into()))?;
-                let file = File::from(file);
+                let file = File::in_memory().map_err(Error::io("cannot get memory for", path))?;
                 fill(&file).map_err(Error::io("cannot get memory for", path))?;
                 (None, file)
             }
@@ -272,15 +266,15 @@ impl Segment {
                 let path = segment_path(dir, first_revision);
                 let beside = path.with_extension("tmp");
                 let create = || -> io::Result<File> {
-                    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&beside)?;
+                    let file = File::create(&beside)?;
                     fill(&file)?;
-                    std::fs::rename(&beside, &path)?;
-                    sync_dir(dir)?;
+                    disk::rename(&beside, &path)?;
+                    disk::sync_dir(dir)?;
                     Ok(file)
                 };
                 let file = create().map_err(|e| {
                     // What is left of it would only take the space that is missing.
-                    std::fs::remove_file(&beside).ok();
+                    disk::remove_file(&beside).ok();
                     Error::io("cannot create", &path)(e)
                 })?;
                 (Some(path), file)
@@ -299,8 +293,8 @@ impl Segment {
     }
 
     fn open(path: &Path) -> Result<Self, Error> {
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(Error::io("cannot open", path))?;
-        let length = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let file = File::open_to_write(path).map_err(Error::io("cannot open", path))?;
+        let length = file.length().map_err(Error::io("cannot stat", path))?;
         let mut bytes = [0; SEGMENT_HEADER_BYTES];
         if length < bytes.len() as u64 {
             return Err(Error::corrupt(path, length, "the file ends inside its header"));
@@ -352,7 +346,7 @@ impl Segment {
         let mut seal = FrameBuffer { bytes: Vec::new() };
         seal.push(Kind::Seal, next, 0, next.prev(), |_| ());
         seal.seal(self.salt);
-        let written = self.file.write_all_at(&seal.bytes, at).and_then(|()| self.file.sync_data());
+        let written = self.file.write_all_at(&seal.bytes, at).and_then(|()| self.file.sync());
         written.map_err(Error::io("cannot seal", self.name()))?;
         self.end.store(at + seal.bytes.len() as u64, Ordering::Release);
         Ok(())
@@ -371,19 +365,14 @@ impl Segment {
         let mut bytes = vec![0; size];
         let mut at = 0;
         let mut data_end = 0;
-        while at < self.size {
-            let from = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
-                Ok(from) => from,
-                Err(rustix::io::Errno::NXIO) => break,
-                // No holes to be known here: then all of it is data.
-                Err(_) => at,
-            };
-            let to = rustix::fs::seek(&self.file, SeekFrom::Hole(from)).unwrap_or(self.size).min(self.size);
-            // Both are at most `size`, which is a usize.
-            let (start, end) = (from as usize, (to as usize).max(from as usize));
-            self.file.read_exact_at(&mut bytes[start..end], from).map_err(Error::io("cannot read", self.name()))?;
+        while let Some(data) = self.file.data_from(at, self.size) {
+            // Both ends are at most `size`, which is a usize.
+            let (start, end) = (data.start as usize, data.end as usize);
+            self.file
+                .read_exact_at(&mut bytes[start..end], data.start)
+                .map_err(Error::io("cannot read", self.name()))?;
             data_end = end;
-            at = to.max(from + 1);
+            at = data.end.max(data.start + 1);
         }
         Ok((bytes, data_end))
     }
@@ -523,7 +512,7 @@ impl Log {
     /// writer left them.
     pub fn sync(&self) -> Result<(), Error> {
         let active = self.segments.read().last().cloned();
-        active.map_or(Ok(()), |s| s.file.sync_data().map_err(Error::io("cannot sync", s.name())))
+        active.map_or(Ok(()), |s| s.file.sync().map_err(Error::io("cannot sync", s.name())))
     }
 
     /// Adds lost ranges known from a snapshot: their frames may have gone with old segments.
@@ -633,16 +622,17 @@ impl Log {
         while self.bytes() > bytes_max {
             let gone = {
                 let segments = self.segments.read();
-                if segments.len() < 2 || segments[1].first_revision > covered.next() {
+                let Some(next) = segments.get(1) else { break };
+                if next.first_revision > covered.next() && !faults::is_on(Bug::DropUncovered) {
                     break;
                 }
                 Arc::clone(&segments[0])
             };
             // One by one and synced, so that no older segment can outlive a newer one.
             if let Some(path) = &gone.path {
-                std::fs::remove_file(path).map_err(Error::io("cannot remove", path))?;
+                disk::remove_file(path).map_err(Error::io("cannot remove", path))?;
                 if let Some(dir) = path.parent() {
-                    sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+                    disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
                 }
             }
             self.segments.write().remove(0);
@@ -655,7 +645,7 @@ impl Log {
 /// What went wrong with an append.
 #[derive(Debug)]
 pub enum AppendError {
-    /// No room for another segment. Nothing was written; try again when there is.
+    /// No room for another segment, or for the batch in this one. Nothing of it is there; try again when there is.
     Full(Error),
     /// The disk failed. What was written may or may not be there: stop writing.
     Failed(Error),
@@ -770,7 +760,7 @@ impl Wal {
         if let Some(last) = segments.last() {
             // What is replayed may so far be in the page cache only, written by a process that was killed before its
             // sync. It is about to be shown, so it must be durable first.
-            last.file.sync_data().map_err(Error::io("cannot sync", last.name()))?;
+            last.file.sync().map_err(Error::io("cannot sync", last.name()))?;
         }
         if scan.sealed {
             let last = segments.last().map_or(Path::new("log"), Segment::name);
@@ -854,7 +844,7 @@ impl Wal {
 
     /// Makes sure revisions up to `until` may be handed out without being durable (relaxed modes). Syncs.
     pub fn reserve(&mut self, until: Revision) -> Result<(), AppendError> {
-        if until <= self.reserved {
+        if until <= self.reserved || faults::is_on(Bug::ReuseRevision) {
             return Ok(());
         }
         assert!(self.frames.bytes.is_empty(), "reserve before staging");
@@ -894,9 +884,11 @@ impl Wal {
             return Ok(());
         }
         self.frames.push(Kind::Mark, self.appended.next(), 0, self.durable, |_| ());
-        self.flush()?;
+        let result = self.flush();
+        // Where there was no room for it, it must not be left before the next batch.
+        self.frames.clear();
         self.publish();
-        Ok(())
+        result
     }
 
     /// Writes the staged batch, into a new segment when it does not fit. Nothing is durable until [`Wal::sync`].
@@ -909,10 +901,11 @@ impl Wal {
         if let Some(zeros) = &mut self.zeros {
             zeros.claim(self.at + length);
         }
-        self.active
-            .file
-            .write_all_at(&self.frames.bytes, self.at)
-            .map_err(|e| AppendError::Failed(Error::io("cannot write to", self.active.name())(e)))?;
+        if let Err(cause) = self.active.file.write_all_at(&self.frames.bytes, self.at) {
+            let error = Error::io("cannot write to", self.active.name())(cause);
+            let is_undone = error.is_storage_full() && self.take_back(length).is_ok();
+            return Err(if is_undone { AppendError::Full(error) } else { AppendError::Failed(error) });
+        }
         self.at += length;
         if let Some(zeros) = &mut self.zeros {
             zeros.advance(self.at, self.active.size);
@@ -922,14 +915,29 @@ impl Wal {
         Ok(())
     }
 
+    /// Undoes a write that the disk had no room for, which file systems that copy on write, or cannot preallocate, tell as late
+    /// as that: part of it may be there. Once zeros are durable in its place, the log is what it was before, the batch can be
+    /// refused, and its revisions can be handed out again. If that fails too, there is no way back.
+    fn take_back(&self, length: u64) -> io::Result<()> {
+        write_zeros(&self.active.file, self.at, self.at + length)?;
+        self.active.file.sync()
+    }
+
     /// Syncs what was written.
     pub fn sync(&mut self) -> Result<(), AppendError> {
-        self.active
-            .file
-            .sync_data()
-            .map_err(|e| AppendError::Failed(Error::io("cannot sync", self.active.name())(e)))?;
+        let synced = self.active.file.sync().map_err(Error::io("cannot sync", self.active.name()));
+        if !faults::is_on(Bug::IgnoreFailedSync) {
+            synced.map_err(AppendError::Failed)?;
+        }
         self.durable = self.appended;
         Ok(())
+    }
+
+    /// Whether there is nothing but zeros behind the last frame; for the lab. What is there could come back to life.
+    #[cfg(test)]
+    pub(crate) fn is_clean(&self) -> Result<bool, Error> {
+        let at = usize::try_from(self.at).expect("a segment fits memory");
+        Ok(self.active.read_data()?.0[at..].iter().all(|&b| b == 0))
     }
 
     /// Lets readers see what was written.
@@ -939,7 +947,7 @@ impl Wal {
 
     /// Whether the log is down to its reserve and cannot get another segment. Tries to get one.
     pub fn is_full(&mut self) -> Result<bool, Error> {
-        if self.at + RESERVE_BYTES <= self.active.size {
+        if self.at + reserve_of(self.active.size) <= self.active.size {
             return Ok(false);
         }
         match self.rotate(0) {
@@ -952,7 +960,7 @@ impl Wal {
     /// Starts a new segment with room for `length` bytes, then seals the old one.
     fn rotate(&mut self, length: u64) -> Result<(), AppendError> {
         // Everything before a segment boundary is on disk, whatever the mode: recovery relies on it.
-        let synced = self.active.file.sync_data().map_err(Error::io("cannot sync", self.active.name()));
+        let synced = self.active.file.sync().map_err(Error::io("cannot sync", self.active.name()));
         synced.map_err(AppendError::Failed)?;
         let staged_from = self.staged_from();
         let mut carried = FrameBuffer { bytes: Vec::new() };
@@ -965,7 +973,7 @@ impl Wal {
             carried.push(Kind::Reserve, staged_from, 0, staged_from.prev(), |out| out.put_revision(reserved));
         }
         let needed = (SEGMENT_HEADER_BYTES + carried.bytes.len() + 2 * FRAME_HEADER_BYTES) as u64 + length;
-        let size = self.segment_bytes.max((needed + RESERVE_BYTES).next_multiple_of(4096));
+        let size = self.segment_bytes.max((needed + reserve_of(self.segment_bytes)).next_multiple_of(4096));
         let replaces_empty = staged_from == self.active.first_revision;
         let created = Segment::create(self.dir.as_deref(), staged_from, size, carried);
         let (segment, at) =
@@ -1023,16 +1031,14 @@ pub fn create_behind(dir: &Path, head: Revision) -> Result<Gap, Error> {
 
 fn list_segments(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))? {
-        let path = entry.map_err(Error::io("cannot list", dir))?.path();
+    for path in disk::list(dir).map_err(Error::io("cannot list", dir))? {
         match path.extension().and_then(|e| e.to_str()) {
             Some("log") => paths.push(path),
             // A segment whose creation was cut short; it never counted.
-            Some("tmp") => std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?,
+            Some("tmp") => disk::remove_file(&path).map_err(Error::io("cannot remove", &path))?,
             _ => {}
         }
     }
-    paths.sort();
     Ok(paths)
 }
 
@@ -1094,8 +1100,11 @@ impl Scan {
             return Err(Error::corrupt(path, at as u64, detail));
         }
         // Nobody was ever told of what is here. Zeros, so that no frame behind can come back to life later.
+        if faults::is_on(Bug::KeepTornTail) {
+            return Ok((at as u64, 0));
+        }
         write_zeros(&segment.file, at as u64, used as u64)
-            .and_then(|()| segment.file.sync_all())
+            .and_then(|()| segment.file.sync())
             .map_err(Error::io("cannot cut the torn tail of", path))?;
         Ok((at as u64, (used - at) as u64))
     }
@@ -1132,7 +1141,10 @@ impl Scan {
                 let record = decode_record(header.first_revision, header.count, found.payload)
                     .map_err(|e| Error::corrupt(path, at, e.0))?;
                 self.next = record.last_revision().next();
-                if record.last_revision() > replay_after {
+                let is_left_out = faults::is_on(Bug::ShortReplay)
+                    && record.first_revision == replay_after.next()
+                    && replay_after > Revision::ZERO;
+                if record.last_revision() > replay_after && !is_left_out {
                     replay(record)?;
                 }
             }
@@ -1223,7 +1235,7 @@ mod tests {
 
     fn open(dir: &Path, after: u64) -> Result<(OpenedWal, Vec<u64>), Error> {
         let mut seen = Vec::new();
-        let opened = Wal::open(Some(dir), 2 << 20, Revision(after), |record| {
+        let opened = Wal::open(Some(dir), 8 << 20, Revision(after), |record| {
             seen.extend(record.iter().map(|(revision, _)| revision.0));
             Ok(())
         })?;

@@ -13,10 +13,9 @@
 //! The lock is never held over I/O. The writer takes it to say that it needs more; it waits only when it overtakes the zeros
 //! while a piece is being written there, for that piece.
 
+use crate::disk::File;
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -127,7 +126,7 @@ impl Shared {
         let mut state = self.state.lock();
         while !state.is_stopped {
             if let Some(path) = state.path.take() {
-                file = OpenOptions::new().write(true).open(path).ok();
+                file = File::open_to_write(&path).ok();
             }
             let Some(file) = file.as_ref().filter(|_| state.zeroed < state.wanted && failed_in != Some(state.segment))
             else {
@@ -146,7 +145,7 @@ impl Shared {
                 state.zeroed = to;
             }
             self.written.notify_one();
-            if let Err(error) = written.and_then(|()| file.sync_data()) {
+            if let Err(error) = written.and_then(|()| file.sync()) {
                 tracing::warn!(%error, "no more zeros ahead in this segment of the log");
                 failed_in = Some(segment);
             }
@@ -179,8 +178,8 @@ mod tests {
         for name in ["a", "b"] {
             let path = dir.path().join(name);
             let size = 3 * AHEAD_BYTES + 4097;
-            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
-            file.set_len(size).unwrap();
+            let file = File::create(&path).unwrap();
+            file.set_length(size).unwrap();
             let mut at = 100;
             zeros.begin(path.clone(), at, at, size);
             // Steps small and larger than what is zeroed ahead, so that the writer is now behind, now in front.

@@ -17,12 +17,12 @@ use super::meta_index::MetaIndex;
 use super::storage::{NewChunk, RowStore, SlotEntry, SlotLog};
 use super::topk::TopK;
 use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
+use crate::disk::File;
 use crate::error::Error;
 use crate::revision::Revision;
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -293,7 +293,7 @@ impl Collection {
             if let Some(old) = places.remove(id) {
                 self.slots[old.index()] = SlotState::free(nobody.clone());
             }
-            let SlotEntry::Live { id, slot, born, revision, norm, meta } = entry else { continue };
+            let SlotEntry::Live { id, slot, born, revision, norm, meta, .. } = entry else { continue };
             while self.slots.len() <= slot.index() {
                 self.slots.push(SlotState::free(nobody.clone()));
             }
@@ -923,12 +923,20 @@ impl Collection {
                     born: state.born,
                     revision: state.revision,
                     norm: state.norm,
+                    row_crc: Some(self.rows.row_crc(slot)),
                     meta,
                 }
             }
             None => SlotEntry::Gone { id: id.clone() },
         };
         ids.iter().map(entry).collect()
+    }
+
+    /// The checksum of the numbers that `id` has had since `born`, if it still has them; for `kiss-vdb check`.
+    #[must_use]
+    pub fn row_crc_of(&self, id: &VectorId, born: Revision) -> Option<u32> {
+        let slot = *self.ids.get(id)?;
+        (self.slots[slot.index()].born == born).then(|| self.rows.row_crc(slot))
     }
 
     /// Whether a slot log of this size is mostly history and should be written anew.

@@ -13,11 +13,11 @@ use super::CollectionSpec;
 use super::graph::{Graph, Pass, Scratch};
 use super::nodes::LINKS_MAX;
 use super::storage::{HEADER_BYTES, header};
+use crate::disk::{self, File};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"KISSGRPH";
@@ -79,9 +79,9 @@ pub fn write(
         last.put_u64(count);
         put_frame(&mut file, &last)?;
         let file = file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        std::fs::rename(&beside, &path)?;
-        File::open(dir)?.sync_all()
+        file.sync()?;
+        disk::rename(&beside, &path)?;
+        disk::sync_dir(dir)
     };
     write().map_err(Error::io("cannot write", &path))
 }
@@ -90,11 +90,12 @@ impl GraphFile {
     /// Reads the file of a collection; `None` when there is none.
     pub fn read(dir: &Path, spec: CollectionSpec, created: Revision) -> Result<Option<Self>, Error> {
         let path = path_in(dir);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
+        let mut bytes = Vec::new();
+        match File::open(&path).and_then(|mut file| file.read_to_end(&mut bytes)) {
+            Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io("cannot read", &path)(error)),
-        };
+        }
         Self::decode(&bytes, &header(MAGIC, VERSION, spec, created))
             .map(Some)
             .map_err(|(at, malformed)| Error::corrupt(&path, at as u64, malformed.0))

@@ -2,8 +2,8 @@
 //!
 //! `rows.f32` is memory-mapped in chunks that are preallocated, so a write to a mapped row cannot run out of disk, and
 //! that never move. It has no header: what a row means is in `slots.log`, and a row that no entry there names is
-//! garbage. `slots.log` is appended at each checkpoint: ids that changed since the last one, each with its slot or its
-//! end. Its last frame's checkpoint is the revision up to which both files are complete; the log replays the rest.
+//! garbage. `slots.log` is appended at each checkpoint: ids that changed since the last one, each with its slot and the checksum of its row, or
+//! its end. Its last frame's checkpoint is the revision up to which both files are complete; the log replays the rest.
 //!
 //! Order within a checkpoint, and why: entries are encoded first, then rows are synced, then the frame is appended and
 //! synced. A frame therefore never names a row that is not on disk.
@@ -13,14 +13,13 @@
 use super::distance::prefetch;
 use super::nodes::populate;
 use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
+use crate::disk::{self, File};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};
 use memmap2::{MmapMut, MmapOptions};
-use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Rows start at multiples of this: a cache line, and the widest vector register.
@@ -58,9 +57,7 @@ impl RowStore {
         let file = match path {
             None => None,
             Some(path) => {
-                let mut options = OpenOptions::new();
-                let file = options.read(true).write(true).create(true).truncate(false).open(&path);
-                let file = file.map_err(Error::io("cannot open", &path))?;
+                let file = File::open_or_create(&path).map_err(Error::io("cannot open", &path))?;
                 Some((path, file))
             }
         };
@@ -114,7 +111,7 @@ impl RowStore {
                     preallocate(file, offset, bytes).map_err(Error::io("cannot grow", path))?;
                     // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data
                     // directory's lock keeps other servers away from it.
-                    unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file) }
+                    unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file.as_system()) }
                         .map_err(Error::io("cannot map", path))?
                 }
             };
@@ -127,7 +124,7 @@ impl RowStore {
     /// Whether the file is long enough to hold this many rows. In memory there is nothing to miss.
     pub fn check_length(&self, rows: usize) -> Result<(), Error> {
         let Some((path, file)) = &self.file else { return Ok(()) };
-        let length = file.metadata().map_err(Error::io("cannot stat", path))?.len();
+        let length = file.length().map_err(Error::io("cannot stat", path))?;
         let needed = (rows * self.stride) as u64;
         if length < needed {
             return Err(Error::corrupt(path, length, format!("the file ends here, its rows need {needed} bytes")));
@@ -146,6 +143,13 @@ impl RowStore {
         let (chunk, row) = self.locate(slot.index());
         let start = row * self.stride;
         bytemuck::cast_slice(&self.chunks[chunk][start..start + self.dim * size_of::<f32>()])
+    }
+
+    /// The checksum of the numbers in a slot. `slots.log` keeps it beside who lives there; a start does not read all rows to
+    /// compare, `kiss-vdb check` does.
+    #[must_use]
+    pub fn row_crc(&self, slot: Slot) -> u32 {
+        crc32c::crc32c(bytemuck::cast_slice(self.row(slot)))
     }
 
     /// Asks the processor to fetch a row: worth it where rows come in no order.
@@ -184,22 +188,21 @@ impl RowStore {
 
 /// Allocates a range of the file on disk, so that a write to its mapping cannot run out of space.
 fn preallocate(file: &File, offset: u64, bytes: usize) -> std::io::Result<()> {
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, bytes as u64) {
-        // Some file systems cannot preallocate; they get their blocks by writing zeros where nothing is yet.
-        Err(rustix::io::Errno::OPNOTSUPP) => {
-            let length = file.metadata()?.len();
-            let missing = (offset + bytes as u64).saturating_sub(length.max(offset));
-            let zeros = vec![0; usize::try_from(missing).unwrap_or(bytes)];
-            file.write_all_at(&zeros, length.max(offset))
-        }
-        other => other.map_err(Into::into),
+    if file.allocate(offset, bytes as u64)? {
+        return Ok(());
     }
+    // Some file systems cannot preallocate; they get their blocks by writing zeros where nothing is yet.
+    let from = file.length()?.max(offset);
+    let missing = (offset + bytes as u64).saturating_sub(from);
+    file.write_all_at(&vec![0; usize::try_from(missing).unwrap_or(bytes)], from)
 }
 
 /// First bytes of a `slots.log`.
 const MAGIC: &[u8; 8] = b"KISSSLOT";
 /// Format version of `slots.log`.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// One without checksums of rows. It is read; the next checkpoint writes the file anew.
+const VERSION_WITHOUT_ROW_CRC: u32 = 2;
 /// Magic, version, dim, metric, created revision, CRC32C: also that of a graph file.
 pub const HEADER_BYTES: usize = 8 + 4 + 4 + 4 + 8 + 4;
 /// Length, CRC32C.
@@ -210,7 +213,15 @@ const FRAME_HEADER_BYTES: usize = 8;
 #[expect(missing_docs, reason = "the fields are those of a slot")]
 pub enum SlotEntry {
     /// It lives here.
-    Live { id: VectorId, slot: Slot, born: Revision, revision: Revision, norm: f32, meta: VectorMeta },
+    Live {
+        id: VectorId,
+        slot: Slot,
+        born: Revision,
+        revision: Revision,
+        norm: f32,
+        row_crc: Option<u32>,
+        meta: VectorMeta,
+    },
     /// It is gone.
     Gone { id: VectorId },
 }
@@ -220,7 +231,9 @@ pub enum SlotEntry {
 pub struct SlotLog {
     path: PathBuf,
     file: File,
-    /// Bytes up to the end of the last whole frame.
+    header: Vec<u8>,
+    version: u32,
+    /// Bytes up to the end of the last whole frame; zero while there is not even a header.
     bytes: u64,
 }
 
@@ -258,30 +271,22 @@ pub fn header(magic: &[u8; 8], version: u32, spec: CollectionSpec, created: Revi
 }
 
 impl SlotLog {
-    /// Opens the file, or creates it with a header. What follows the last whole frame does not count, and is cut off by
+    /// Opens the file, or creates it empty. What follows the last whole frame does not count, and is cut off by
     /// the next append; whether something is missing, the caller knows from its snapshot.
     pub fn open(path: PathBuf, spec: CollectionSpec, created: Revision) -> Result<Opened, Error> {
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(Error::io("cannot open", &path))?;
+        let mut file = File::open_or_create(&path).map_err(Error::io("cannot open", &path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(Error::io("cannot read", &path))?;
         let expected = header(MAGIC, VERSION, spec, created);
         if bytes.len() < HEADER_BYTES {
-            // Creation was cut short: nothing can have been checkpointed.
-            file.set_len(0)
-                .and_then(|()| file.write_all_at(&expected, 0))
-                .and_then(|()| file.sync_all())
-                .map_err(Error::io("cannot write", &path))?;
-            let log = Self { path, file, bytes: HEADER_BYTES as u64 };
+            // New, or its creation was cut short, or it lost all but that: which of them, the caller knows. The header is
+            // written with the first frame, so that a refused start changes nothing.
+            let log = Self { path, file, header: expected, version: VERSION, bytes: 0 };
             return Ok(Opened { log, checkpoint: Revision::ZERO, newest: Revision::ZERO, entries: Vec::new() });
         }
-        if bytes[..HEADER_BYTES] != expected[..] {
+        let old = header(MAGIC, VERSION_WITHOUT_ROW_CRC, spec, created);
+        let version = if bytes[..HEADER_BYTES] == old[..] { VERSION_WITHOUT_ROW_CRC } else { VERSION };
+        if version == VERSION && bytes[..HEADER_BYTES] != expected[..] {
             return Err(Error::corrupt(&path, 0, "the header is damaged or belongs to another collection or version"));
         }
         let mut at = HEADER_BYTES;
@@ -289,10 +294,11 @@ impl SlotLog {
         let mut entries = Vec::new();
         while let Some(frame) = whole_frame(&bytes[at..]) {
             (checkpoint, newest) =
-                decode_frame(frame, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
+                decode_frame(frame, version, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
             at += FRAME_HEADER_BYTES + frame.len();
         }
-        Ok(Opened { log: Self { path, file, bytes: at as u64 }, checkpoint, newest, entries })
+        let log = Self { path, file, header: expected, version, bytes: at as u64 };
+        Ok(Opened { log, checkpoint, newest, entries })
     }
 
     /// Bytes in the file.
@@ -301,18 +307,30 @@ impl SlotLog {
         self.bytes
     }
 
+    /// Whether it is of an older version: then it can only be written anew.
+    #[must_use]
+    pub fn is_old(&self) -> bool {
+        self.version != VERSION
+    }
+
     /// Appends frames and syncs them. After an error the file may end in a torn frame, which the next append, or the
     /// next open, cuts off; the caller must not count on the checkpoint.
     pub fn append(&mut self, frames: &[u8]) -> Result<(), Error> {
+        let start = self.bytes.max(HEADER_BYTES as u64);
         let write = || -> std::io::Result<()> {
-            if self.file.metadata()?.len() != self.bytes {
-                self.file.set_len(self.bytes)?;
+            if self.file.length()? != self.bytes {
+                self.file.set_length(self.bytes)?;
             }
-            self.file.write_all_at(frames, self.bytes)?;
-            self.file.sync_data()
+            if self.bytes == 0 {
+                // Synced by itself: frames behind a header that was lost would be damage.
+                self.file.write_all_at(&self.header, 0)?;
+                self.file.sync()?;
+            }
+            self.file.write_all_at(frames, start)?;
+            self.file.sync()
         };
         write().map_err(Error::io("cannot append to", &self.path))?;
-        self.bytes += frames.len() as u64;
+        self.bytes = start + frames.len() as u64;
         Ok(())
     }
 
@@ -328,13 +346,13 @@ impl SlotLog {
     pub fn replace(&mut self, rewrite: Rewrite) -> Result<(), Error> {
         let Rewrite { path: beside, file } = rewrite;
         let file = file.into_inner().map_err(|e| Error::io("cannot write", &beside)(e.into_error()))?;
-        let bytes = file.metadata().map_err(Error::io("cannot stat", &beside))?.len();
-        file.sync_all().map_err(Error::io("cannot sync", &beside))?;
-        std::fs::rename(&beside, &self.path).map_err(Error::io("cannot rename", &beside))?;
+        let bytes = file.length().map_err(Error::io("cannot stat", &beside))?;
+        file.sync().map_err(Error::io("cannot sync", &beside))?;
+        disk::rename(&beside, &self.path).map_err(Error::io("cannot rename", &beside))?;
         // From here on the new file is the one, even if the directory cannot be synced.
-        (self.file, self.bytes) = (file, bytes);
+        (self.file, self.bytes, self.version) = (file, bytes, VERSION);
         if let Some(dir) = self.path.parent() {
-            File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("cannot sync", dir))?;
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
         Ok(())
     }
@@ -364,13 +382,14 @@ pub fn encode_frame(checkpoint: Revision, newest: Revision, entries: &[SlotEntry
     frame.put_u32(u32::try_from(entries.len()).expect("slots are counted in u32"));
     for entry in entries {
         match entry {
-            SlotEntry::Live { id, slot, born, revision, norm, meta } => {
+            SlotEntry::Live { id, slot, born, revision, norm, row_crc, meta } => {
                 frame.put_byte(1);
                 frame.put_text(id.as_str());
                 frame.put_u32(slot.0);
                 frame.put_revision(*born);
                 frame.put_revision(*revision);
                 frame.put_u32(norm.to_bits());
+                frame.put_u32(row_crc.expect("only entries of old files have none, and those are not written"));
                 frame.put_text(meta.text());
             }
             SlotEntry::Gone { id } => {
@@ -396,7 +415,7 @@ fn whole_frame(bytes: &[u8]) -> Option<&[u8]> {
     (crc32c::crc32c(body) == crc).then_some(body)
 }
 
-fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, Revision), Malformed> {
+fn decode_frame(body: &[u8], version: u32, entries: &mut Vec<SlotEntry>) -> Result<(Revision, Revision), Malformed> {
     let mut reader = Reader(body);
     let checkpoint = reader.revision("checkpoint")?;
     let newest = reader.revision("newest")?;
@@ -410,6 +429,7 @@ fn decode_frame(body: &[u8], entries: &mut Vec<SlotEntry>) -> Result<(Revision, 
                 born: reader.revision("born")?,
                 revision: reader.revision("revision")?,
                 norm: f32::from_bits(reader.u32("norm")?),
+                row_crc: (version == VERSION).then(|| reader.u32("row checksum")).transpose()?,
                 meta: VectorMeta::new(reader.text("meta")?).map_err(|e| Malformed(e.to_string()))?,
             },
             2 => SlotEntry::Gone { id },
@@ -462,10 +482,11 @@ mod tests {
             born: Revision(1),
             revision: Revision(u64::from(n)),
             norm: 1.0,
+            row_crc: Some(0),
             meta: VectorMeta::empty(),
         };
         let mut log = SlotLog::open(path.clone(), spec, Revision(1)).unwrap().log;
-        let mut ends = vec![(log.bytes(), 0, 0)];
+        let mut ends = vec![(HEADER_BYTES as u64, 0, 0)];
         for n in 1..4u32 {
             log.append(&encode_frame(
                 Revision(u64::from(n) * 10),
@@ -484,5 +505,35 @@ mod tests {
         }
         std::fs::write(&path, &whole).unwrap();
         assert!(SlotLog::open(path.clone(), spec, Revision(2)).is_err(), "another collection's file must be refused");
+    }
+
+    #[test]
+    fn a_slot_log_of_the_version_before_is_read_and_written_anew() {
+        let spec = CollectionSpec::new(3, Metric::Dot).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slots.log");
+        let mut body = Vec::new();
+        body.put_revision(Revision(10));
+        body.put_revision(Revision(9));
+        body.put_u32(1);
+        body.put_byte(1);
+        body.put_text("v");
+        body.put_u32(4);
+        body.put_revision(Revision(8));
+        body.put_revision(Revision(9));
+        body.put_u32(1f32.to_bits());
+        body.put_text("{}");
+        let mut bytes = header(MAGIC, VERSION_WITHOUT_ROW_CRC, spec, Revision(1));
+        bytes.put_u32(u32::try_from(body.len()).unwrap());
+        bytes.put_u32(crc32c::crc32c(&body));
+        bytes.extend_from_slice(&body);
+        std::fs::write(&path, &bytes).unwrap();
+        let mut opened = SlotLog::open(path.clone(), spec, Revision(1)).unwrap();
+        assert!(opened.log.is_old() && opened.checkpoint == Revision(10));
+        let SlotEntry::Live { slot, row_crc: None, .. } = &opened.entries[0] else { panic!("{:?}", opened.entries) };
+        assert_eq!(*slot, Slot(4));
+        let rewrite = opened.log.rewrite(spec, Revision(1)).unwrap();
+        opened.log.replace(rewrite).unwrap();
+        assert!(!opened.log.is_old() && !SlotLog::open(path, spec, Revision(1)).unwrap().log.is_old());
     }
 }

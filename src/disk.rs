@@ -1,0 +1,255 @@
+//! Files and directories, as the log, the snapshots and the collections use them: everything that a power cut or a failing
+//! disk can touch passes through here.
+//!
+//! Plain calls to the system, on real files. In tests each operation is first told to the lab, if the thread is in one
+//! (`src/lab/`): it writes down what was done and in which order, and may make the operation fail. Nothing of that is
+//! compiled into the program.
+//!
+//! Writes to the mapped rows of a collection pass by: the lab looks at that file itself.
+
+use crate::faults::{self, Bug};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
+use rustix::io::Errno;
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// What is about to be done; for the lab.
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "named after the calls")]
+pub enum Op<'a> {
+    Open(&'a Path),
+    /// Makes the file, or empties it where it exists.
+    Create(&'a Path),
+    OpenOrCreate(&'a Path),
+    Read,
+    Write {
+        at: u64,
+        bytes: &'a [u8],
+    },
+    /// Blocks for a range; the file grows to hold it.
+    Allocate {
+        at: u64,
+        bytes: u64,
+    },
+    SetLength(u64),
+    Sync,
+    Rename {
+        from: &'a Path,
+        to: &'a Path,
+    },
+    Remove(&'a Path),
+    List(&'a Path),
+    /// With all that is missing above it.
+    CreateDir(&'a Path),
+    /// With all that is in it.
+    RemoveDir(&'a Path),
+    SyncDir(&'a Path),
+}
+
+/// An open file.
+#[derive(Debug)]
+pub struct File {
+    file: std::fs::File,
+    #[cfg(test)]
+    lab: Option<crate::lab::Watched>,
+}
+
+/// Tells the lab of an operation on a name. It may refuse.
+#[inline]
+#[cfg_attr(not(test), expect(unused_variables, reason = "without a lab there is nobody to tell"))]
+fn tell(op: Op<'_>) -> io::Result<()> {
+    #[cfg(test)]
+    crate::lab::tell(op)?;
+    Ok(())
+}
+
+impl File {
+    fn open_with(op: Op<'_>, path: &Path, options: &std::fs::OpenOptions) -> io::Result<Self> {
+        tell(op)?;
+        Ok(Self {
+            file: options.open(path)?,
+            #[cfg(test)]
+            lab: crate::lab::watch(path),
+        })
+    }
+
+    /// For reading.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Self::open_with(Op::Open(path), path, std::fs::OpenOptions::new().read(true))
+    }
+
+    /// For reading and writing; it must exist.
+    pub fn open_to_write(path: &Path) -> io::Result<Self> {
+        Self::open_with(Op::Open(path), path, std::fs::OpenOptions::new().read(true).write(true))
+    }
+
+    /// For reading and writing; an empty file where there is none.
+    pub fn open_or_create(path: &Path) -> io::Result<Self> {
+        let mut options = std::fs::OpenOptions::new();
+        Self::open_with(Op::OpenOrCreate(path), path, options.read(true).write(true).create(true).truncate(false))
+    }
+
+    /// For reading and writing; empty, whatever was there.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let mut options = std::fs::OpenOptions::new();
+        Self::open_with(Op::Create(path), path, options.read(true).write(true).create(true).truncate(true))
+    }
+
+    /// A file in memory, without a name.
+    pub fn in_memory() -> io::Result<Self> {
+        let file = rustix::fs::memfd_create("kiss-vdb", MemfdFlags::CLOEXEC)?.into();
+        Ok(Self {
+            file,
+            #[cfg(test)]
+            lab: None,
+        })
+    }
+
+    /// A second handle to the same open file.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            file: self.file.try_clone()?,
+            #[cfg(test)]
+            lab: self.lab.clone(),
+        })
+    }
+
+    /// The system's file, to map it.
+    #[must_use]
+    pub fn as_system(&self) -> &std::fs::File {
+        &self.file
+    }
+
+    #[inline]
+    #[cfg_attr(not(test), expect(unused_variables, reason = "without a lab there is nobody to tell"))]
+    fn tell(&self, op: Op<'_>) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(lab) = &self.lab {
+            lab.tell(op, &self.file)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes in the file.
+    pub fn length(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    /// Reads the whole buffer's worth from an offset.
+    pub fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.tell(Op::Read)?;
+        self.file.read_exact_at(bytes, at)
+    }
+
+    /// Writes all of it at an offset.
+    pub fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.tell(Op::Write { at, bytes })?;
+        self.file.write_all_at(bytes, at)
+    }
+
+    /// Makes everything written durable, and the length. Times of access and change may be lost.
+    pub fn sync(&self) -> io::Result<()> {
+        if faults::is_on(Bug::SkipFsync) {
+            return Ok(());
+        }
+        self.tell(Op::Sync)?;
+        self.file.sync_data()
+    }
+
+    /// Cuts, or grows by a hole.
+    pub fn set_length(&self, bytes: u64) -> io::Result<()> {
+        self.tell(Op::SetLength(bytes))?;
+        self.file.set_len(bytes)
+    }
+
+    /// Gets blocks for a range, so that writing there cannot run out of space. False where the file system cannot do that.
+    pub fn allocate(&self, at: u64, bytes: u64) -> io::Result<bool> {
+        self.tell(Op::Allocate { at, bytes })?;
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), at, bytes) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The first range from `at` on, and below `end`, that is not a hole. Where holes cannot be known, all of it.
+    #[must_use]
+    pub fn data_from(&self, at: u64, end: u64) -> Option<Range<u64>> {
+        let from = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+            Ok(from) => from,
+            Err(Errno::NXIO) => return None,
+            Err(_) => at,
+        };
+        let to = rustix::fs::seek(&self.file, SeekFrom::Hole(from)).unwrap_or(end).min(end);
+        (from < end).then(|| from..to.max(from))
+    }
+}
+
+impl Read for File {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.tell(Op::Read)?;
+        self.file.read(bytes)
+    }
+}
+
+impl Write for File {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        {
+            let at = io::Seek::stream_position(&mut self.file)?;
+            self.tell(Op::Write { at, bytes })?;
+        }
+        // All of it: then what the lab was told is what was done.
+        self.file.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Gives a file or directory another name, in place of what has that name.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    tell(Op::Rename { from, to })?;
+    std::fs::rename(from, to)
+}
+
+/// Removes a file.
+pub fn remove_file(path: &Path) -> io::Result<()> {
+    tell(Op::Remove(path))?;
+    std::fs::remove_file(path)
+}
+
+/// Creates a directory and what is missing above it.
+pub fn create_dir_all(path: &Path) -> io::Result<()> {
+    if !path.is_dir() {
+        tell(Op::CreateDir(path))?;
+    }
+    std::fs::create_dir_all(path)
+}
+
+/// Removes a directory and all in it.
+pub fn remove_dir_all(path: &Path) -> io::Result<()> {
+    tell(Op::RemoveDir(path))?;
+    std::fs::remove_dir_all(path)
+}
+
+/// Makes the names in a directory durable: which files it holds, and under which name.
+pub fn sync_dir(path: &Path) -> io::Result<()> {
+    if faults::is_on(Bug::SkipDirSync) {
+        return Ok(());
+    }
+    tell(Op::SyncDir(path))?;
+    std::fs::File::open(path)?.sync_all()
+}
+
+/// What a directory holds, by name.
+pub fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
+    tell(Op::List(path))?;
+    let mut paths: Vec<_> = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    paths.sort();
+    Ok(paths)
+}
