@@ -26,7 +26,7 @@ deb: build
 # Everything, from a clean checkout on a bare Debian machine with Rust: unit, HTTP, streams, recovery, model and demo
 # tests, then the published contract against the server, the console in a browser, other people's clients, and deploy/.
 test: build
-	$(CARGO) test --locked --no-fail-fast
+	$(CARGO) test --locked --no-fail-fast --features lab
 	$(MAKE) contract console clients check-deploy
 
 # Longer runs of what is random: hundreds of kills, many more power cuts and failing disks, thousands of histories. Then

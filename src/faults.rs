@@ -33,11 +33,17 @@ pub enum Bug {
     SkipRowsSync,
     /// Frames of the log are taken without looking at their checksum.
     SkipChecksum,
+    /// A write is answered before it can be read.
+    StaleRead,
+    /// The second of two commands in a batch does not see the first: both win a compare-and-set.
+    LoseCas,
+    /// A stream resumes one event too late.
+    ResumeOffByOne,
 }
 
 impl Bug {
     /// All, with the names they are chosen by.
-    pub const ALL: [(Self, &str); 12] = [
+    pub const ALL: [(Self, &str); 15] = [
         (Self::SkipFsync, "skip_fsync"),
         (Self::SkipDirSync, "skip_dir_sync"),
         (Self::AnswerBeforeSync, "answer_before_sync"),
@@ -50,6 +56,9 @@ impl Bug {
         (Self::DropUncovered, "drop_uncovered"),
         (Self::SkipRowsSync, "skip_rows_sync"),
         (Self::SkipChecksum, "skip_checksum"),
+        (Self::StaleRead, "stale_read"),
+        (Self::LoseCas, "lose_cas"),
+        (Self::ResumeOffByOne, "resume_off_by_one"),
     ];
 
     /// By name.

@@ -706,3 +706,19 @@ fn the_judge_catches_histories_that_do_not_fit() {
         assert!(fault.contains(says), "{name}: {fault}");
     }
 }
+
+/// The program made wrong on purpose: what the judge says must name the property that is broken.
+#[cfg(feature = "lab")]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_judge_catches_seeded_bugs() {
+    let seed = environment("KISS_SEED", u64::from(std::process::id()));
+    println!("KISS_SEED={seed}");
+    for (bug, says) in
+        [("stale_read", "linearizable"), ("lose_cas", "previous value"), ("resume_off_by_one", "is missing between")]
+    {
+        let history = record(2, 400, seed, Some(bug)).await;
+        let fault = judge(&history).expect_err(bug);
+        println!("{bug}: {fault}");
+        assert!(fault.contains(says), "{bug} was taken for: {fault}");
+    }
+}

@@ -14,6 +14,7 @@ use crate::engine::json::compact;
 use crate::engine::state::is_live;
 use crate::engine::view::View;
 use crate::error::Rejection;
+use crate::faults::{self, Bug};
 use crate::keys::{Grant, Right};
 use crate::revision::Revision;
 use crate::vector::CollectionName;
@@ -217,6 +218,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
     let feed = app.engine.feed();
     let reset = resume.and_then(|resume| Some((resume.check(&app.engine)?, resume.after)));
     let after = match (resume, reset) {
+        (Some(resume), None) if faults::is_on(Bug::ResumeOffByOne) => resume.after.next(),
         (Some(resume), None) => resume.after,
         _ => feed.head(),
     };

@@ -235,16 +235,21 @@ impl Sequencer {
         if is_early {
             self.make_visible(&records);
         }
+        let is_late = faults::is_on(Bug::StaleRead);
         let result = if records.is_empty() { Ok(()) } else { self.write(&records) };
         match result {
             Ok(()) => {
-                if !records.is_empty() && !is_early {
+                if !records.is_empty() && !is_early && !is_late {
                     self.make_visible(&records);
                 }
                 for (reply, answer) in answers {
                     tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
                     // A client that has hung up gets no answer; its commit stands.
                     reply.send(answer).ok();
+                }
+                if is_late && !records.is_empty() {
+                    std::thread::sleep(Duration::from_millis(5));
+                    self.make_visible(&records);
                 }
                 if faults::is_on(Bug::AnswerBeforeSync) {
                     self.wal.sync().ok();

@@ -16,6 +16,7 @@ use super::command::{
 use super::json::merge_patch;
 use super::view::Views;
 use crate::error::Rejection;
+use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use parking_lot::Mutex;
@@ -402,6 +403,9 @@ impl Decider<'_> {
     }
 
     fn entry(&self, key: &Key) -> Option<Arc<Entry>> {
+        if faults::is_on(Bug::LoseCas) {
+            return self.state.keys.get(key).cloned();
+        }
         match self.overlay.keys.get(key) {
             Some(decided) => decided.clone(),
             None => self.state.keys.get(key).cloned(),
