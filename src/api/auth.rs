@@ -258,7 +258,7 @@ impl Auth {
 
     /// A place for one more connection from there: the address to give back when it is gone, `None` without a limit, an
     /// error when there is no place.
-    pub fn connection_place(&self, peer: IpAddr) -> Result<Option<IpAddr>, ()> {
+    pub fn connection_place(&self, peer: IpAddr) -> Result<Option<IpAddr>, NoPlace> {
         if self.connections_max == 0 {
             return Ok(None);
         }
@@ -266,7 +266,7 @@ impl Auth {
         let mut connections = self.connections.lock();
         let count = connections.entry(address).or_insert(0);
         if *count >= self.connections_max {
-            return Err(());
+            return Err(NoPlace);
         }
         *count += 1;
         Ok(Some(address))
@@ -317,6 +317,10 @@ impl Auth {
         serde_json::from_slice(&payload).ok()
     }
 }
+
+/// An address has as many connections as it may.
+#[derive(Debug)]
+pub struct NoPlace;
 
 /// One of the streams a client may have.
 #[derive(Debug)]

@@ -7,6 +7,7 @@
 //!
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
+use super::auth::NoPlace;
 use super::events::EventStream;
 use super::live::{Handoff, Pending, Socket, StreamThreads};
 use super::{App, Service};
@@ -134,7 +135,7 @@ pub async fn serve(
         let mut connected = Connected { app: app.clone(), address: None, _alive: alive.clone() };
         match address {
             Ok(address) => connected.address = address,
-            Err(()) => {
+            Err(NoPlace) => {
                 tokio::spawn(refuse(tcp, TOO_MANY_FROM_ADDRESS));
                 continue;
             }
