@@ -352,18 +352,14 @@ async fn the_audit_tells_who_and_what_and_no_secret() {
     let mut command = Command::new(BINARY);
     command.args(["serve", "--port", "0", "--data-dir"]).arg(dir.path().join("data")).env("API_KEY", "s3cret");
     command.env("RUST_LOG", "trace").stderr(std::fs::File::create(&log).unwrap());
-    let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
-    let mut banner = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut banner).unwrap();
-    let url = banner.split_whitespace().find(|w| w.starts_with("http://")).unwrap();
-    let open = &mut Client::new(&Target::new(url, Some("wr0ng".into())).unwrap());
+    let (server, url) = common::serving(command);
+    let open = &mut Client::new(&Target::new(&url, Some("wr0ng".into())).unwrap());
     assert_eq!(call(open, "GET /v1/state?prefix=qu3ry").await.status, 401);
     assert_eq!(call(open, "GET /v1/events?access_token=t0ken").await.status, 401);
-    let c = &mut Client::new(&Target::new(url, Some("s3cret".into())).unwrap());
+    let c = &mut Client::new(&Target::new(&url, Some("s3cret".into())).unwrap());
     ok(c, "POST /v1/admin/snapshot").await;
     ok(c, "GET /v1/state?prefix=qu3ry").await;
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(server);
     let text = std::fs::read_to_string(&log).unwrap();
     for hidden in ["s3cret", "wr0ng", "qu3ry", "t0ken"] {
         assert!(!text.contains(hidden), "{hidden} is in the log");

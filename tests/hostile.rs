@@ -10,7 +10,7 @@ mod common;
 use common::{BINARY, Duration, Server, call, ok, timeout};
 use kiss_vdb::client::{Client, Target};
 use serde_json::json;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -221,15 +221,11 @@ async fn collections_and_keys_without_end_meet_the_budget() {
 #[tokio::test]
 async fn more_connections_than_files_are_refused_and_nobody_else_notices() {
     let dir = tempfile::tempdir().unwrap();
-    let mut child = Command::new("sh")
-        .args(["-c", &format!("ulimit -n 256 && exec {BINARY} serve --port 0 --data-dir {}", dir.path().display())])
-        .env("RUST_LOG", "error")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut banner = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut banner).unwrap();
-    let target = Target::new(banner.split_whitespace().find(|w| w.starts_with("http://")).unwrap(), None).unwrap();
+    let mut command = Command::new("sh");
+    let serve = format!("ulimit -n 256 && exec {BINARY} serve --port 0 --data-dir {}", dir.path().display());
+    command.args(["-c", &serve]).env("RUST_LOG", "error");
+    let (_server, url) = common::serving(command);
+    let target = Target::new(&url, None).unwrap();
     let inside = &mut Client::new(&target);
     ok(inside, r#"PUT /v1/state/a {"value":1}"#).await;
     // Collections hold files open: they end before connections and the log have none.
@@ -258,13 +254,10 @@ async fn more_connections_than_files_are_refused_and_nobody_else_notices() {
     for _ in 0..100 {
         let answer = Client::new(&target).call("GET".parse().unwrap(), "/v1/health", "").await;
         if answer.is_ok_and(|answer| answer.status == 200) {
-            child.kill().unwrap();
-            child.wait().unwrap();
             return;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    child.kill().unwrap();
     panic!("new connections are refused though the others are gone");
 }
 

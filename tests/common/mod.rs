@@ -115,6 +115,26 @@ impl Drop for Server {
     }
 }
 
+/// A process of a test's own making; killed when dropped.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// Starts a command that serves, and waits until it does. Returns where.
+pub fn serving(mut command: Command) -> (Process, String) {
+    let mut child = Process(command.stdout(Stdio::piped()).spawn().unwrap());
+    let mut banner = String::new();
+    BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut banner).unwrap();
+    let url = banner.split_whitespace().find(|w| w.starts_with("http://")).expect("the banner names the URL");
+    (child, url.to_owned())
+}
+
 /// `GET /path`, `PUT /path body` and so on, as one line; JSON where there is a body.
 pub async fn call(client: &mut Client, line: &str) -> Answer {
     let mut parts = line.splitn(3, ' ');
