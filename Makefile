@@ -32,7 +32,8 @@ test: build
 # Longer runs of what is random: hundreds of kills, many more power cuts and failing disks, thousands of histories. Then
 # KISS_SOAK_MINUTES (30) of load that must not grow.
 test-long: build
-	KISS_KILL_ROUNDS=200 $(CARGO) test --locked --test recovery -- --nocapture
+	KISS_KILL_ROUNDS=200 $(CARGO) test --locked --test recovery --test histories -- --nocapture
+	KISS_LONG=1 $(CARGO) test --locked --test hostile -- --nocapture
 	KISS_LAB_SEEDS=20 $(CARGO) test --release --locked --lib -- lab:: --nocapture
 	KISS_MODEL_CASES=3000 $(CARGO) test --release --locked --test model -- --nocapture
 	python3 tests/soak.py $(BINARY)

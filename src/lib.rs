@@ -14,6 +14,8 @@ pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod faults;
+#[cfg(feature = "lab")]
+pub mod fuzz;
 pub mod keys;
 #[cfg(test)]
 mod lab;

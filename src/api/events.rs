@@ -48,7 +48,8 @@ const LAG_SAMPLED_OF: u64 = 64;
 /// Bytes in one page of JSON history.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
-const PARAMS: &[&str] = &[
+/// What the route takes in its query.
+pub const PARAMS: &[&str] = &[
     "key",
     "prefix",
     "collection",
@@ -65,7 +66,8 @@ const PARAMS: &[&str] = &[
     "access_token",
 ];
 
-fn filter(params: &Params) -> ApiResult<EventFilter> {
+/// What a query asks to watch.
+pub fn filter(params: &Params) -> ApiResult<EventFilter> {
     let mut filter = EventFilter::default();
     for key in params.all("key") {
         filter.keys.insert(Key::new(key)?);
