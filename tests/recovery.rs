@@ -460,6 +460,11 @@ async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
     assert_eq!(refused.status, 507, "{:?}", refused.body);
     assert_eq!(refused.json().unwrap()["code"], "storage_full");
     assert!(written > 50, "only {written} written");
+    let is_full = async |c: &mut Client| {
+        let metrics = call(c, "GET /v1/metrics").await;
+        String::from_utf8_lossy(&metrics.body).contains("kiss_storage_full 1.0")
+    };
+    assert!(is_full(c).await);
     assert_eq!(call(c, "GET /v1/state/k0").await.status, 200, "reads go on");
     ok(c, "DELETE /v1/state/k0").await;
     let mut stream = server.target.events("?key=k1", None).await.unwrap();
@@ -473,6 +478,7 @@ async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
         }
     };
     timeout(Duration::from_secs(5), healed).await.expect("writes resume by themselves");
+    assert!(!is_full(c).await);
     server.kill();
     let server = Server::start_in(&data, &["--max-log-mb", "32"]);
     let c = &mut server.client();

@@ -169,6 +169,8 @@ impl Collector for Gauges {
                 None,
                 f64::from(u8::from(engine.is_poisoned())),
             )?;
+            let is_full = f64::from(u8::from(engine.is_storage_full()));
+            gauge("kiss_storage_full", "1 while the disk has no room for writes", None, is_full)?;
             gauge("kiss_uptime_seconds", "Seconds since the start", None, self.0.started.elapsed().as_secs_f64())?;
             gauge("process_resident_memory", "Resident memory", bytes, resident_bytes() as f64)?;
         }

@@ -129,6 +129,8 @@ pub struct Inner {
     clock: Clock,
     /// A write or sync failed: no more writes.
     poisoned: AtomicBool,
+    /// The disk has no room for writes that need some.
+    storage_full: AtomicBool,
     /// Whoever takes a snapshot hurries.
     stopping: AtomicBool,
     metrics: Metrics,
@@ -213,6 +215,7 @@ impl Engine {
             log,
             clock: Clock::start(),
             poisoned: AtomicBool::new(false),
+            storage_full: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             metrics: Metrics::default(),
             fsync: config.fsync,
@@ -439,6 +442,12 @@ impl Engine {
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
         self.inner.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Whether the disk is full, so that writes that need space are refused.
+    #[must_use]
+    pub fn is_storage_full(&self) -> bool {
+        self.inner.storage_full.load(Ordering::Relaxed)
     }
 
     /// Takes a snapshot now. Blocking.

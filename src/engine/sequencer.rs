@@ -22,7 +22,7 @@ use super::recovery::Preparer;
 use super::state::{Decider, Overlay};
 use super::wal::{AppendError, Wal};
 use crate::config::Fsync;
-use crate::error::Rejection;
+use crate::error::{Error, Rejection};
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use std::collections::VecDeque;
@@ -275,14 +275,12 @@ impl Sequencer {
         }
         match self.wal.is_full() {
             Ok(true) => {
-                if self.full_since_check.is_none() {
-                    tracing::error!("the disk is full: writes that need space are refused until there is some");
-                }
-                self.full_since_check = Some(Instant::now());
+                self.note_full(None);
                 true
             }
             Ok(false) => {
                 if self.full_since_check.take().is_some() {
+                    self.inner.storage_full.store(false, Ordering::Relaxed);
                     tracing::info!("there is disk space again: writes go on");
                 }
                 false
@@ -292,6 +290,15 @@ impl Sequencer {
                 true
             }
         }
+    }
+
+    fn note_full(&mut self, error: Option<&Error>) {
+        if self.full_since_check.is_none() {
+            let error = error.map(tracing::field::display);
+            tracing::error!(error, "the disk is full: writes that need space are refused until there is some");
+        }
+        self.full_since_check = Some(Instant::now());
+        self.inner.storage_full.store(true, Ordering::Relaxed);
     }
 
     fn decide(
@@ -411,10 +418,7 @@ impl Sequencer {
         self.preparer.give_up();
         let rejection = match error {
             AppendError::Full(error) => {
-                if self.full_since_check.is_none() {
-                    tracing::error!(%error, "the disk is full: writes that need space are refused until there is some");
-                }
-                self.full_since_check = Some(Instant::now());
+                self.note_full(Some(&error));
                 Rejection::StorageFull("the disk is full; free space and try again".into())
             }
             AppendError::Failed(error) => {
