@@ -309,8 +309,9 @@ async fn pages(c: &mut Client, path: &str) -> (Vec<Value>, u64) {
 /// Lets everybody at a server that is killed `rounds` times, and collects what they saw.
 async fn record(rounds: usize, round_ms: u64, seed: u64, bug: Option<&str>) -> History {
     let dir = tempfile::tempdir().unwrap();
-    // The smallest segments there are, and a log that keeps them all: the judge needs the whole of it.
-    let arguments = ["--max-log-mb", "4096", "--snapshot-interval", "1"];
+    // Small segments, so that they follow each other, and a log that keeps them all: the judge needs the whole of it.
+    let max_log_mb = (2 * rounds).max(32).to_string();
+    let arguments = ["--max-log-mb", &max_log_mb, "--snapshot-interval", "1"];
     let start = || Server::start_with(dir.path(), &arguments, bug.map(|bug| ("KISS_LAB_BUG", bug)));
     let mut server = start();
     // Its answer shows the collection, which a seeded bug may not find yet.
