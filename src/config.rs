@@ -294,6 +294,9 @@ impl Resolved {
             },
             log_level: self.text("log_level").to_owned(),
         };
+        if config.api_key.as_ref().is_some_and(|key| !key.bytes().all(|byte| byte.is_ascii_graphic())) {
+            return Err(Error::Config("api_key takes printable ASCII without spaces: it travels in a header".into()));
+        }
         if config.max_connections == 0 {
             return Err(self.bad("max_connections", "at least 1"));
         }

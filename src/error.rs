@@ -160,6 +160,14 @@ impl Error {
         matches!(self, Self::Io { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
     }
 
+    /// Whether the process has as many files open as it may: that passes.
+    #[must_use]
+    pub fn is_out_of_files(&self) -> bool {
+        const ENFILE: i32 = 23;
+        const EMFILE: i32 = 24;
+        matches!(self, Self::Io { cause, .. } if matches!(cause.raw_os_error(), Some(ENFILE | EMFILE)))
+    }
+
     /// A damaged file.
     pub fn corrupt(path: &Path, offset: u64, detail: impl Into<String>) -> Self {
         Self::Corrupt { path: path.to_owned(), offset, detail: detail.into() }

@@ -35,6 +35,8 @@ pub const KEYS_MAX: usize = 10_000;
 pub const LIMITS_MAX: usize = 64;
 /// Longest name of a key, in bytes.
 const NAME_BYTES_MAX: usize = 64;
+/// What the key without a file is called: no key of a file may share its limits and retries.
+const SERVER_KEY: &str = "API_KEY";
 /// What every secret begins with, so that scanners of source code find one that was committed.
 const SECRET_PREFIX: &str = "kiss_";
 
@@ -188,7 +190,7 @@ impl Grant {
     #[must_use]
     pub fn everything() -> Self {
         Self {
-            name: "API_KEY".into(),
+            name: SERVER_KEY.into(),
             rights: vec![Right::Admin],
             within: None,
             expires_at_ms: None,
@@ -223,6 +225,7 @@ impl Row {
     fn parse(&self) -> anyhow::Result<(Digest, Grant)> {
         ensure!(!self.name.is_empty() && self.name.len() <= NAME_BYTES_MAX, "a name is 1 to {NAME_BYTES_MAX} bytes");
         ensure!(!self.name.chars().any(char::is_control), "a name has no control characters");
+        ensure!(self.name != SERVER_KEY, "{SERVER_KEY} is the name of the server's own key");
         ensure!(!self.rights.is_empty(), "rights names at least one of read, write, admin");
         let sha256 = decode_hex(&self.sha256).context("sha256 is 64 hexadecimal digits")?;
         let within = (self.prefixes.is_some() || self.collections.is_some()).then(|| Within {
@@ -370,6 +373,15 @@ fn read_file(path: &Path) -> anyhow::Result<File> {
     Ok(file)
 }
 
+/// One change at a time: two who read the same file would each write it without the other's. Held until dropped.
+fn lock(path: &Path) -> anyhow::Result<std::fs::File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let file = std::fs::File::create(&name).with_context(|| format!("cannot write {}", name.display()))?;
+    file.lock().with_context(|| format!("cannot lock {}", name.display()))?;
+    Ok(file)
+}
+
 /// Replaces the file as a whole, readable by its owner alone.
 fn write_file(path: &Path, file: &File) -> anyhow::Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -377,6 +389,13 @@ fn write_file(path: &Path, file: &File) -> anyhow::Result<()> {
     let mut new = tempfile::NamedTempFile::new_in(dir).with_context(|| format!("cannot write to {}", dir.display()))?;
     new.write_all(b"# Keys of a kiss-vdb server; see kiss-vdb keys --help. A running server takes changes over.\n")?;
     new.write_all(toml::to_string(file)?.as_bytes())?;
+    // Whoever could read the old one, the server above all, can read the new one.
+    if let Ok(old) = std::fs::metadata(path) {
+        use std::os::unix::fs::MetadataExt;
+        new.as_file().set_permissions(old.permissions())?;
+        std::os::unix::fs::fchown(new.as_file(), Some(old.uid()), Some(old.gid()))
+            .with_context(|| format!("cannot leave {} to its owner; run this as that user", path.display()))?;
+    }
     new.as_file().sync_all()?;
     new.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
     std::fs::File::open(dir)?.sync_all()?;
@@ -431,7 +450,7 @@ enum Verb {
 fn expiry(text: &str) -> anyhow::Result<String> {
     let span = |unit: char, hours: f64| {
         let number: f64 = text.strip_suffix(unit)?.parse().ok()?;
-        (number > 0.0).then(|| jiff::SignedDuration::from_secs_f64(number * hours * 3600.0))
+        jiff::SignedDuration::try_from_secs_f64(number * hours * 3600.0).ok().filter(|span| span.is_positive())
     };
     let time = match span('d', 24.0).or_else(|| span('h', 1.0)).or_else(|| span('m', 1.0 / 60.0)) {
         Some(span) => jiff::Timestamp::now().checked_add(span).context("that is too far away")?,
@@ -448,6 +467,7 @@ pub fn run(args: &KeysArgs) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match &args.verb {
         Verb::Create { name, rights, prefixes, collections, expires } => {
+            let _one_at_a_time = lock(&args.file)?;
             let mut file = if args.file.exists() { read_file(&args.file)? } else { File::default() };
             ensure!(
                 file.key.iter().all(|row| row.name != *name),
@@ -483,6 +503,7 @@ pub fn run(args: &KeysArgs) -> anyhow::Result<()> {
             }
         }
         Verb::Revoke { name } => {
+            let _one_at_a_time = lock(&args.file)?;
             let mut file = read_file(&args.file)?;
             let before = file.key.len();
             file.key.retain(|row| row.name != *name);

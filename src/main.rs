@@ -172,6 +172,8 @@ impl SettingFlags {
 }
 
 fn main() -> ExitCode {
+    // What the database holds, and copies of it, are for their owner alone.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let cli = Cli::parse();
     let result = match cli.command {
         None => cli.settings.resolve().map_err(Into::into).and_then(|r| run_server(&r)),

@@ -181,6 +181,44 @@ async fn a_changed_key_file_is_taken_over_and_revoked_streams_end() {
     ok(&mut with_key(&s.server, &late), "GET /v1/state/other").await;
 }
 
+/// A poll that waits must not be told what was written after its key was gone.
+#[tokio::test]
+async fn a_long_poll_ends_with_its_key() {
+    let s = setup(&[]).await;
+    let mut c = with_key(&s.server, &s.worker);
+    let poll = tokio::spawn(async move {
+        let json = [("accept", "application/json")];
+        c.send("GET".parse().unwrap(), "/v1/events?prefix=jobs/&wait_ms=30000", &json, "").await.unwrap()
+    });
+    let root = &mut with_key(&s.server, &s.root);
+    while !String::from_utf8_lossy(&call(root, "GET /v1/metrics").await.body).contains("kiss_streams 1.0") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    keys(&s.file, &["revoke", "worker"]);
+    let answer = timeout(Duration::from_secs(10), poll).await.expect("it ends at once").unwrap();
+    assert_eq!(answer.status, 401, "{}", String::from_utf8_lossy(&answer.body));
+}
+
+/// Two who change the file at once must not undo each other.
+#[test]
+fn keys_made_at_once_are_all_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("keys.toml");
+    std::thread::scope(|scope| {
+        for n in 0..8 {
+            let file = &file;
+            scope.spawn(move || keys(file, &["create", &format!("k{n}")]));
+        }
+    });
+    assert_eq!(keys(&file, &["list"]).lines().count(), 8);
+    let odd = Command::new(BINARY)
+        .args(["keys", "create", "x", "--expires", "1e300d", "--file"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert_eq!(odd.status.code(), Some(1), "{}", String::from_utf8_lossy(&odd.stderr));
+}
+
 #[tokio::test]
 async fn keys_expire_and_what_is_shown_is_never_the_secret() {
     let dir = tempfile::tempdir().unwrap();

@@ -261,6 +261,36 @@ async fn more_connections_than_files_are_refused_and_nobody_else_notices() {
     panic!("new connections are refused though the others are gone");
 }
 
+/// A flood of connections that are refused must not take the files that the log's next segment needs.
+#[tokio::test]
+async fn a_flood_of_connections_leaves_the_log_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new("sh");
+    let serve =
+        format!("ulimit -n 400 && exec {BINARY} serve --port 0 --max-log-mb 8 --max-connections-per-address 10");
+    command.args(["-c", &format!("{serve} --data-dir {}", dir.path().display())]).env("RUST_LOG", "error");
+    let (_server, url) = common::serving(command);
+    let target = Target::new(&url, None).unwrap();
+    let c = &mut Client::new(&target);
+    ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
+    let flood = tokio::spawn(async move {
+        let mut held = Vec::new();
+        for _ in 0..2000 {
+            held.push(connect(&target).await);
+            if held.len() > 600 {
+                held.remove(0);
+            }
+        }
+    });
+    let filler = format!(r#"{{"type":"log","data":"{}"}}"#, "x".repeat(256 << 10));
+    let mut written = 0;
+    while !flood.is_finished() || written < 40 {
+        ok(c, &format!("POST /v1/events {filler}")).await;
+        written += 1;
+    }
+    assert_eq!(ok(c, "GET /v1/health").await["status"], "ok", "segments followed each other meanwhile");
+}
+
 /// Hundreds who send a byte now and then keep nobody waiting; with `KISS_LONG` they are seen to be cut off.
 #[tokio::test]
 async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {

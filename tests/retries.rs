@@ -100,6 +100,19 @@ async fn another_request_under_the_key_is_refused_and_a_refusal_is_not_remembere
     assert_eq!(answer.status, 400, "what is not logged cannot be remembered");
 }
 
+/// What was made may be gone, or full, when its client asks again.
+#[tokio::test]
+async fn the_answer_to_making_a_collection_outlives_it() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let line = r#"POST /v1/vector/short {"dim":2,"metric":"l2"}"#;
+    let first = text(&send(c, "c", line).await);
+    ok(c, r#"POST /v1/vector/short/add {"id":"a","vector":[1,2]}"#).await;
+    assert_eq!(text(&send(c, "c", line).await), first, "while it holds something");
+    ok(c, "DELETE /v1/vector/short").await;
+    assert_eq!(text(&send(c, "c", line).await), first, "and when it is gone");
+}
+
 /// Many at once under one key, in one batch or in several: one of them happens.
 #[tokio::test]
 async fn a_key_used_by_many_at_once_counts_once() {

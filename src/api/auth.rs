@@ -43,8 +43,8 @@ const KEYS_POLL: Duration = Duration::from_secs(1);
 const TOKEN_TTL_MS: u64 = 300_000;
 /// The longest a token may live: whoever sees a page's URL has it.
 const TOKEN_TTL_MS_MAX: u64 = 24 * 3_600_000;
-/// Longest token: 64 names of at most 1 KiB.
-const TOKEN_BYTES_MAX: usize = 128 << 10;
+/// Longest token: it has to fit into a request's head.
+const TOKEN_BYTES_MAX: usize = 32 << 10;
 
 /// Who a limit counts for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -73,6 +73,8 @@ pub struct Auth {
     keyring: Option<RwLock<Keyring>>,
     api_key: Option<Digest>,
     keys_file: Option<PathBuf>,
+    /// The file as it was just before it was read.
+    keys_stamp: Option<Stamp>,
     token_key: hmac::Key,
     hosts: Hosts,
     origins: Vec<String>,
@@ -98,6 +100,7 @@ impl Auth {
             keyring: None,
             api_key: config.api_key.as_deref().map(digest_of),
             keys_file: config.keys_file.clone(),
+            keys_stamp: config.keys_file.as_deref().and_then(stamp),
             token_key: token_key(config.data_dir.as_deref())?,
             hosts: if config.bind_addr.is_loopback() && !config.allowed_hosts.iter().any(|h| h == "*") {
                 Hosts::Loopback(config.allowed_hosts.clone())
@@ -140,7 +143,9 @@ impl Auth {
     /// Takes over a changed key file, once a second, and forgets clients that limits need not remember. Never ends.
     pub async fn keep_fresh(app: App) {
         let auth = &app.auth;
-        let mut seen = auth.keys_file.as_deref().and_then(stamp);
+        // What was read, and what could not be: that is tried again every second, and told once.
+        let mut seen = auth.keys_stamp;
+        let mut told = None;
         loop {
             tokio::time::sleep(KEYS_POLL).await;
             if let Some(limiter) = &auth.limiter {
@@ -151,9 +156,9 @@ impl Auth {
             if now == seen {
                 continue;
             }
-            seen = now;
             match auth.read_keys() {
                 Ok(mut new) => {
+                    seen = now;
                     let revoked = {
                         let mut keyring = keyring.write();
                         let revoked = new.replace(&keyring);
@@ -163,7 +168,9 @@ impl Auth {
                     tracing::info!(revoked, "the key file has changed");
                     app.engine.feed().wake_all();
                 }
+                Err(_) if told == now => {}
                 Err(error) => {
+                    told = now;
                     tracing::error!(%error, "the key file has changed and cannot be used; the keys stay as they were")
                 }
             }
@@ -191,7 +198,9 @@ impl Auth {
             }
         }
         let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
-        if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
+        // What only reads shows a page of another origin nothing; a backup costs all the same.
+        let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+        if only_reads && !uri.path().starts_with("/v1/admin/") {
             return Ok(());
         }
         let origin = origin.to_str().unwrap_or_default();
@@ -379,11 +388,13 @@ fn write_secret(dir: &Path, path: &Path, secret: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-/// What tells that a file is another than before.
-fn stamp(path: &Path) -> Option<(SystemTime, u64, u64)> {
+/// What tells that a file is another than before: when its bytes and when its owner or mode changed, its length and number.
+type Stamp = (SystemTime, (i64, i64), u64, u64);
+
+fn stamp(path: &Path) -> Option<Stamp> {
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(path).ok()?;
-    Some((meta.modified().ok()?, meta.len(), meta.ino()))
+    Some((meta.modified().ok()?, (meta.ctime(), meta.ctime_nsec()), meta.len(), meta.ino()))
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
@@ -447,6 +458,14 @@ pub async fn token(State(app): State<App>, head: Head, body: Body) -> ApiResult<
     };
     let narrowed = grant.narrowed(vec![Right::Read], within.clone(), expires_at_ms);
     let expires_at_ms = narrowed.expires_at_ms.unwrap_or(expires_at_ms);
+    let names = within.iter().flat_map(|w| w.prefixes.iter().chain(&w.collections)).map(String::len).sum::<usize>();
+    if 2 * names > TOKEN_BYTES_MAX {
+        return Err(Rejection::invalid(format!(
+            "prefixes and collections together are at most {} bytes",
+            TOKEN_BYTES_MAX / 2
+        ))
+        .into());
+    }
     let token =
         app.auth.make_token(&Claims { place, name: grant.name, within, expires_at_ms }).ok_or(ApiError::Internal)?;
     Ok(json(StatusCode::CREATED, format!("{{\"token\":\"{token}\",\"expires_at_ms\":{expires_at_ms}}}")))

@@ -24,13 +24,16 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame as BodyFrame;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::hash::BuildHasher;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
 /// How long a client waits before it reconnects, in milliseconds.
@@ -45,6 +48,10 @@ const CHUNK_FRAMES: usize = 1024;
 const SLICES_PER_POLL: usize = 4;
 /// Of so many events delivered the age of one is noted.
 const LAG_SAMPLED_OF: u64 = 64;
+/// How long a stream that wants a snapshot waits until it may walk one.
+const WALK_PATIENCE: Duration = Duration::from_secs(10);
+/// A walk that sends nothing for this long gives its place up.
+const WALK_STALL: Duration = Duration::from_secs(30);
 /// Bytes in one page of JSON history.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
@@ -201,16 +208,21 @@ fn wants_json(headers: &HeaderMap) -> bool {
 
 /// `GET /v1/events`
 pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
-    let Head { uri, headers, .. } = &head;
+    let Head { uri, headers, grant, client, .. } = head;
+    let (uri, headers) = (&uri, &headers);
     let params = Params::parse(uri, PARAMS)?;
     let mut filter = filter(&params)?;
-    if let Some(grant) = &head.grant {
+    if let Some(grant) = &grant {
         restrict(grant, &mut filter)?;
     }
     let resume = resume_point(&app, headers, &params).await?;
     let include_vector = params.flag("include_vector")?;
+    // A page of history is over at once, unless it is to wait.
+    let lasts = !wants_json(headers) || params.one("wait_ms")?.is_some();
+    let place = client.filter(|_| lasts).map_or(Ok(None), |client| Auth::stream_place(&app, client))?;
+    let access = grant.map(|grant| Access::new(grant, app.engine.now_ms()));
     if wants_json(headers) {
-        return history(&app, &params, filter, resume, include_vector).await;
+        return history(&app, &params, filter, resume, include_vector, access.as_ref()).await;
     }
     if params.one("limit")?.is_some() || params.one("wait_ms")?.is_some() {
         return Err(invalid("limit and wait_ms go with Accept: application/json"));
@@ -226,7 +238,6 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
     };
     // A client that comes back by its last id has its snapshot; whoever asks anew, by `since` or not, gets one.
     let resumes = headers.contains_key("last-event-id") && resume.is_some() && reset.is_none();
-    let place = head.client.map_or(Ok(None), |client| Auth::stream_place(&app, client))?;
     let subscription = feed.subscribe(filter.clone(), after);
     let mut out = format!("retry: {RETRY_MS}\n");
     let phase = if wants_snapshot && !resumes {
@@ -236,8 +247,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         }
         let mut walk = Walk::new(filter);
         if walk.needs_view() {
-            // Many walks at once would make every write keep many old versions.
-            walk.permit = Arc::clone(&app.walks).acquire_owned().await.ok();
+            walk.place = Some(WalkPlace::wait(&app).await?);
         }
         Phase::Snapshot(Box::new(walk))
     } else {
@@ -248,7 +258,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         Phase::Live
     };
     if reset.is_some() {
-        feed.stats.resets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        feed.stats.resets.fetch_add(1, Ordering::Relaxed);
     }
     let stream = EventStream {
         engine: app.engine.clone(),
@@ -260,7 +270,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         heartbeat,
         last_sent: Instant::now(),
         timer: None,
-        access: head.grant.map(|grant| Access::new(grant, app.engine.now_ms())),
+        access,
         _place: place,
     };
     let mut response = Response::new(Body::empty());
@@ -300,8 +310,45 @@ struct Walk {
     prefixes: Vec<String>,
     from: String,
     count: u64,
-    /// One of [`super::WALKS_MAX`] while it lasts.
-    permit: Option<tokio::sync::OwnedSemaphorePermit>,
+    place: Option<Arc<WalkPlace>>,
+}
+
+/// One of [`super::WALKS_MAX`]: many walks at once would make every write keep many old versions. A walk whose reader takes
+/// nothing for long loses its place and is cut, so that nobody keeps the others out: over HTTP/2 a reader can stand still while
+/// its connection looks alive.
+#[derive(Debug)]
+struct WalkPlace {
+    permit: Mutex<Option<OwnedSemaphorePermit>>,
+    has_moved: AtomicBool,
+}
+
+impl WalkPlace {
+    /// Waits for a place, and not for ever.
+    async fn wait(app: &App) -> ApiResult<Arc<Self>> {
+        let permit = tokio::time::timeout(WALK_PATIENCE, Arc::clone(&app.walks).acquire_owned()).await;
+        let Ok(Ok(permit)) = permit else {
+            return Err(Rejection::Overloaded("too many snapshots are being sent; retry in a moment").into());
+        };
+        let place = Arc::new(Self { permit: Mutex::new(Some(permit)), has_moved: AtomicBool::new(true) });
+        let watched = Arc::downgrade(&place);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(WALK_STALL).await;
+                let Some(place) = watched.upgrade() else { return };
+                if !place.has_moved.swap(false, Ordering::Relaxed) {
+                    place.permit.lock().take();
+                    return;
+                }
+            }
+        });
+        Ok(place)
+    }
+
+    /// Notes that the reader took something. False when the place is lost.
+    fn hold(&self) -> bool {
+        self.has_moved.store(true, Ordering::Relaxed);
+        self.permit.lock().is_some()
+    }
 }
 
 impl Walk {
@@ -319,7 +366,7 @@ impl Walk {
         } else {
             prefixes.push(String::new());
         }
-        Self { filter, view: None, prefixes, from: String::new(), count: 0, permit: None }
+        Self { filter, view: None, prefixes, from: String::new(), count: 0, place: None }
     }
 
     /// Whether it walks the keys, rather than looking up a few.
@@ -329,6 +376,9 @@ impl Walk {
 
     /// Appends rows of the next slices; the revision once it is complete, an error when the view was overrun.
     fn step(&mut self, engine: &Engine, out: &mut String) -> Result<Option<Revision>, ()> {
+        if self.place.as_ref().is_some_and(|place| !place.hold()) {
+            return Err(());
+        }
         if self.view.is_none()
             && let Some((entries, revision)) = engine.small_snapshot(&self.filter)
         {
@@ -443,7 +493,7 @@ impl EventStream {
     /// Notes how old an event is when it goes out: of one in [`LAG_SAMPLED_OF`], because looking at each would cost as much as
     /// sending it, and of level streams only, because history is old by nature.
     fn sample_lag(&self, frames: &[Arc<Frame>]) {
-        let delivered = self.engine.feed().stats.delivered.load(std::sync::atomic::Ordering::Relaxed);
+        let delivered = self.engine.feed().stats.delivered.load(Ordering::Relaxed);
         if delivered % LAG_SAMPLED_OF >= frames.len() as u64 || self.subscription.is_behind() {
             return;
         }
@@ -473,7 +523,7 @@ impl EventStream {
         match self.subscription.poll_step(cx, CHUNK_FRAMES, CHUNK_BYTES) {
             Poll::Ready(Step::Frames(frames)) => Poll::Ready(Some(Content::Frames(frames))),
             Poll::Ready(Step::Reset(reason, requested)) => {
-                self.engine.feed().stats.resets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.engine.feed().stats.resets.fetch_add(1, Ordering::Relaxed);
                 let mut out = String::new();
                 if self.wants_snapshot {
                     push_reset(&mut out, &self.engine, reason, requested, None);
@@ -484,6 +534,10 @@ impl EventStream {
                 Poll::Ready(Some(Content::Text(out.into())))
             }
             Poll::Ready(Step::Drained) => Poll::Ready(Some(Content::Text(self.farewell()))),
+            // Whoever revoked the key before the waker was known has woken nobody.
+            Poll::Pending if self.access.as_ref().is_some_and(Access::is_over) => {
+                Poll::Ready(Some(Content::Text(self.farewell())))
+            }
             Poll::Pending => self.poll_heartbeat(cx).map(|bytes| bytes.map(Content::Text)),
         }
     }
@@ -560,6 +614,7 @@ async fn history(
     filter: EventFilter,
     resume: Option<Resume>,
     include_vector: bool,
+    access: Option<&Access>,
 ) -> ApiResult {
     if params.flag("snapshot")? || params.one("heartbeat_ms")?.is_some() {
         return Err(invalid("snapshot and heartbeat_ms go with Accept: text/event-stream"));
@@ -577,17 +632,24 @@ async fn history(
     let mut subscription = feed.subscribe(filter, after);
     subscription.look_at_everything();
     let deadline = Instant::now() + wait;
+    let deadline = access.and_then(|access| access.ends_at).map_or(deadline, |at| deadline.min(at));
     let mut events = String::new();
     let mut count = 0;
     while count < limit && events.len() < PAGE_BYTES_MAX {
         let waits = count == 0 && !wait.is_zero();
+        let is_over = || access.is_some_and(Access::is_over);
         let step = std::future::poll_fn(|cx| match subscription.poll_step(cx, limit - count, CHUNK_BYTES) {
+            _ if is_over() => Poll::Ready(None),
             Poll::Pending if !waits && !subscription.is_catching_up() => Poll::Ready(None),
             Poll::Pending => Poll::Pending,
             Poll::Ready(step) => Poll::Ready(Some(step)),
         });
         let until = if waits { deadline } else { Instant::now() + CATCH_UP_PATIENCE };
-        match tokio::time::timeout_at(until, step).await {
+        let step = tokio::time::timeout_at(until, step).await;
+        if access.is_some_and(Access::is_over) {
+            return Err(ApiError::Unauthorized("the key or token has ended meanwhile"));
+        }
+        match step {
             Ok(Some(Step::Frames(frames))) => {
                 for frame in frames.iter().filter(|f| f.is_logged()) {
                     if count > 0 {

@@ -72,7 +72,7 @@ impl Head {
         let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
         let target = self.uri.path_and_query().map_or("", |target| target.as_str());
         let headers = [header::CONTENT_TYPE, header::IF_MATCH, header::IF_NONE_MATCH];
-        let values = headers.iter().map(|name| self.headers.get(name).map_or(&b""[..], |value| value.as_bytes()));
+        let values = headers.iter().flat_map(|name| self.headers.get_all(name)).map(|value| value.as_bytes());
         for part in [self.method.as_str().as_bytes(), target.as_bytes()].into_iter().chain(values).chain([body]) {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);

@@ -304,6 +304,22 @@ pub struct Guard {
     peer: IpAddr,
 }
 
+/// A request about the server itself: told when it is over, also when its client hangs up before.
+struct AdminAct<'a> {
+    key: Box<str>,
+    peer: IpAddr,
+    route: &'a str,
+    /// `None` until it is answered.
+    status: Option<u16>,
+}
+
+impl Drop for AdminAct<'_> {
+    fn drop(&mut self) {
+        let Self { key, peer, route, status } = self;
+        tracing::info!(target: AUDIT, action = "admin", key = %key, %peer, route, status);
+    }
+}
+
 /// What needs no key: whether the server is well, and the page that asks for the key.
 fn is_public(path: &str) -> bool {
     path == "/v1/health" || path == "/" || path.starts_with("/console/")
@@ -318,7 +334,10 @@ impl Guard {
         // A long poll takes as long as it was asked to.
         let may_wait = request.uri().path() == "/v1/events";
         let mut admin = None;
-        let mut response = match self.let_in(&mut request, meter, &mut admin) {
+        let let_in = self.let_in(&mut request, meter, &mut admin);
+        let mut audit =
+            admin.map(|key| AdminAct { key, peer: self.peer, route: meter.labels.route.as_str(), status: None });
+        let mut response = match let_in {
             Ok(()) => match app.admit(request.body().size_hint().upper()).await {
                 Ok(_room) => match self.router.clone().call(request).await {
                     Ok(response) => response,
@@ -328,9 +347,8 @@ impl Guard {
             },
             Err(error) => error.into_response(),
         };
-        if let Some(name) = admin {
-            let (status, route) = (response.status().as_u16(), meter.labels.route.as_str());
-            tracing::info!(target: AUDIT, action = "admin", key = name, peer = %self.peer, route, status);
+        if let Some(audit) = &mut audit {
+            audit.status = Some(response.status().as_u16());
         }
         let took = started.elapsed();
         let status = response.status();

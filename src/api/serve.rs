@@ -27,7 +27,7 @@ use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
 /// A request's head must be complete by then; keeps slow senders from holding connections.
@@ -41,6 +41,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const BACKLOG: u32 = 4096;
 /// Connections accepted before the requests of others get their turn: thousands come at once when streams reconnect.
 const ACCEPTED_IN_A_ROW: usize = 4;
+/// Connections that are being told that there are too many.
+const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Streams one HTTP/2 connection may have open.
@@ -114,6 +116,7 @@ pub async fn serve(
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
     let server = Arc::new(Server { service, http1, http2, tls, streams, stop: stop.clone() });
+    let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let (alive, mut all_gone) = mpsc::channel(1);
     let mut accepted_in_a_row = 0;
     loop {
@@ -136,12 +139,12 @@ pub async fn serve(
         match address {
             Ok(address) => connected.address = address,
             Err(NoPlace) => {
-                tokio::spawn(refuse(tcp, TOO_MANY_FROM_ADDRESS));
+                refuse(&refusals, tcp, TOO_MANY_FROM_ADDRESS);
                 continue;
             }
         }
         if is_refused {
-            tokio::spawn(refuse(tcp, TOO_MANY));
+            refuse(&refusals, tcp, TOO_MANY);
             continue;
         }
         tune(&tcp);
@@ -303,8 +306,18 @@ const TOO_MANY: Refusal = ("Service Unavailable", 503, "overloaded", "too many c
 const TOO_MANY_FROM_ADDRESS: Refusal =
     ("Too Many Requests", 429, "rate_limited", "too many connections from this address; retry in a moment");
 
-/// Says that there are too many connections, without spending a request on it.
-async fn refuse(mut stream: TcpStream, (title, status, code, detail): Refusal) {
+/// Says that there are too many connections, without spending a request on it. While many are being told so, others are
+/// closed without a word: those who are refused must not use up the files that refusing was to save.
+fn refuse(refusals: &Arc<Semaphore>, stream: TcpStream, refusal: Refusal) {
+    if let Ok(place) = Arc::clone(refusals).try_acquire_owned() {
+        tokio::spawn(async move {
+            tell_refusal(stream, refusal).await;
+            drop(place);
+        });
+    }
+}
+
+async fn tell_refusal(mut stream: TcpStream, (title, status, code, detail): Refusal) {
     let body = format!(
         "{{\"type\":\"urn:kiss-vdb:problem:{code}\",\"title\":\"{title}\",\"status\":{status},\"detail\":\"{detail}\",\"code\":\"{code}\"}}"
     );

@@ -61,11 +61,30 @@ pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Bo
         app.commit(&head, &bytes, Command::one(Op::CreateCollection { collection: collection.clone(), spec })).await?;
     let Outcome::Collection { created, .. } = committed.outcomes[0] else { return Err(ApiError::Internal) };
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
-    // It may be deleted again by now; then say so rather than invent an answer.
-    let shared = app.engine.collection(collection.as_str())?;
     let mut out = String::new();
+    if created {
+        // What it was when it was made, also for a client that asks again when it is full, or gone.
+        push_new(&mut out, collection.as_str(), spec, committed.last_revision);
+        return Ok(json(status, out));
+    }
+    // It may be deleted by now; then say so rather than invent an answer.
+    let shared = app.engine.collection(collection.as_str())?;
     push_info(&mut out, collection.as_str(), &shared);
     Ok(json(status, out))
+}
+
+/// A collection that holds nothing yet.
+fn push_new(out: &mut String, name: &str, spec: CollectionSpec, revision: Revision) {
+    out.push_str("{\"collection\":");
+    push_string(out, name);
+    push_fmt(
+        out,
+        format_args!(
+            ",\"dim\":{},\"metric\":\"{}\",\"count\":0,\"index\":{{\"kind\":\"exact\",\"indexed\":0,\"pending\":0}},\"memory_bytes\":0,\"revision\":{revision}}}",
+            spec.dim,
+            spec.metric.as_str()
+        ),
+    );
 }
 
 fn push_info(out: &mut String, name: &str, collection: &SharedCollection) {

@@ -81,8 +81,8 @@ pub(super) fn bytes_bar(length: Option<u64>, what: &str) -> ProgressBar {
 #[derive(Args, Debug)]
 #[command(
     after_help = "Needs no server. The file is checked to its end before anything is written; after a failure DIR is as it was.
-Keys, revisions, deadlines, metadata and vectors are those of the backup; history begins anew. Revisions go on a block of
-1,048,576 further: whoever had seen later ones of the original is told by a reset. Graphs are made by the server, in the
+Keys, revisions, deadlines, metadata and vectors are those of the backup; history begins anew. Revisions go on behind
+the next multiple of 2^40: whoever had seen later ones of the original is told by a reset. Graphs are made by the server, in the
 background; searches are right meanwhile.
 
 Example:

@@ -176,7 +176,13 @@ pub async fn import(args: ImportArgs) -> anyhow::Result<()> {
     let target = args.server.target()?;
     let bar = bytes_bar(note.as_ref().map(|note| note.length), "acknowledged");
     let done = Done { rows: skip, bytes: 0, ahead: BTreeMap::new(), note, noted: Instant::now() };
-    let guard = Guard { done: Arc::new(Mutex::new(done)), is_stdin, stop: Arc::default(), bar: bar.clone() };
+    let guard = Guard {
+        done: Arc::new(Mutex::new(done)),
+        is_stdin,
+        stop: Arc::default(),
+        has_succeeded: false,
+        bar: bar.clone(),
+    };
     let (done, stop) = (Arc::clone(&guard.done), Arc::clone(&guard.stop));
     let started = Instant::now();
     let (send, batches) = mpsc::channel(usize::from(args.in_flight));
@@ -189,8 +195,16 @@ pub async fn import(args: ImportArgs) -> anyhow::Result<()> {
     drop(batches);
     let json = args.server.json;
     tasks.spawn_blocking(move || read_batches(&args, skip, &target, &send, &done, &stop));
+    // After a failure what is under way still counts: the note must not send again what the server has.
+    let mut failure = None;
     while let Some(ended) = tasks.join_next().await {
-        ended??;
+        if let Err(error) = ended.map_err(anyhow::Error::from).and_then(|result| result) {
+            guard.stop.store(true, Ordering::Relaxed);
+            failure.get_or_insert(error);
+        }
+    }
+    if let Some(error) = failure {
+        return Err(error);
     }
     let rows = guard.succeed()?;
     show(rows - skip, started.elapsed(), json)
@@ -213,13 +227,15 @@ fn show(rows: u64, took: Duration, json: bool) -> anyhow::Result<()> {
 struct Guard {
     done: Arc<Mutex<Done>>,
     is_stdin: bool,
+    /// Tells the reader to end.
     stop: Arc<AtomicBool>,
+    has_succeeded: bool,
     bar: ProgressBar,
 }
 
 impl Guard {
     /// All is acknowledged: the note goes.
-    fn succeed(self) -> anyhow::Result<u64> {
+    fn succeed(mut self) -> anyhow::Result<u64> {
         let mut done = self.done.lock();
         if let Some(note) = done.note.take()
             && note.path.exists()
@@ -228,7 +244,7 @@ impl Guard {
         }
         let rows = done.rows;
         drop(done);
-        self.stop.store(true, Ordering::Relaxed);
+        self.has_succeeded = true;
         Ok(rows)
     }
 }
@@ -236,7 +252,8 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
-        if self.stop.swap(true, Ordering::Relaxed) {
+        self.stop.store(true, Ordering::Relaxed);
+        if self.has_succeeded {
             return;
         }
         let done = self.done.lock();

@@ -9,12 +9,12 @@
 use super::codec::Record;
 use super::command::{Committed, Outcome};
 use crate::error::Rejection;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 /// How long an answer is remembered.
 pub const WINDOW_MS: u64 = 3_600_000;
-/// Memory that answers may take; beyond it the oldest go early.
+/// Memory that answers may take; beyond it the oldest of whoever has most go early.
 pub const BYTES_MAX: usize = 64 << 20;
 /// About what an answer takes beside its texts.
 const OVERHEAD_BYTES: usize = 200;
@@ -26,6 +26,13 @@ pub struct Retry {
     pub key: Box<str>,
     /// A hash of the request: another one under the same key is a mistake.
     pub fingerprint: [u8; 16],
+}
+
+impl Retry {
+    /// Who sent it: what stands before the line feed.
+    fn sender(&self) -> &str {
+        self.key.split('\n').next().unwrap_or_default()
+    }
 }
 
 /// What was said to a command.
@@ -83,8 +90,15 @@ impl Remembered {
 #[derive(Debug, Default)]
 pub struct Answers {
     by_key: HashMap<Box<str>, Arc<Remembered>>,
-    /// Oldest first.
-    in_order: VecDeque<Arc<Remembered>>,
+    /// By sender, so that one with many or large answers makes none of another's go.
+    by_sender: BTreeMap<Box<str>, Share>,
+    bytes: usize,
+}
+
+/// What one sender was told, oldest first.
+#[derive(Debug, Default)]
+struct Share {
+    answers: VecDeque<Arc<Remembered>>,
     bytes: usize,
 }
 
@@ -95,27 +109,48 @@ impl Answers {
         self.by_key.get(key).filter(|known| known.ts_ms.saturating_add(WINDOW_MS) > now_ms)
     }
 
-    /// Remembers one more, and forgets what is too old or too much.
+    /// Remembers one more, and forgets what is too old or too much. O(senders) when it is too much.
     pub fn remember(&mut self, new: Arc<Remembered>) {
         let now_ms = new.ts_ms;
-        self.bytes += new.bytes();
+        let sender: Box<str> = new.retry.sender().into();
+        let bytes = new.bytes();
+        self.bytes += bytes;
         self.by_key.insert(new.retry.key.clone(), Arc::clone(&new));
-        self.in_order.push_back(new);
-        while let Some(oldest) = self.in_order.front()
-            && (oldest.ts_ms.saturating_add(WINDOW_MS) <= now_ms || self.bytes > BYTES_MAX)
-        {
-            self.bytes -= oldest.bytes();
-            // Its key may have been used again since.
-            if self.by_key.get(&oldest.retry.key).is_some_and(|known| Arc::ptr_eq(known, oldest)) {
-                self.by_key.remove(&oldest.retry.key);
-            }
-            self.in_order.pop_front();
+        let share = self.by_sender.entry(sender.clone()).or_default();
+        share.bytes += bytes;
+        share.answers.push_back(new);
+        while self.oldest_of(&sender).is_some_and(|oldest| oldest.ts_ms.saturating_add(WINDOW_MS) <= now_ms) {
+            self.forget_oldest_of(&sender);
+        }
+        // The newest stays in any case: its sender is about to be told.
+        while self.bytes > BYTES_MAX && self.by_key.len() > 1 {
+            let Some((largest, _)) = self.by_sender.iter().max_by_key(|(_, share)| share.bytes) else { return };
+            let largest = largest.clone();
+            self.forget_oldest_of(&largest);
         }
     }
 
-    /// All of them, oldest first.
+    fn oldest_of(&self, sender: &str) -> Option<&Arc<Remembered>> {
+        self.by_sender.get(sender)?.answers.front()
+    }
+
+    fn forget_oldest_of(&mut self, sender: &str) {
+        let Some(share) = self.by_sender.get_mut(sender) else { return };
+        let Some(gone) = share.answers.pop_front() else { return };
+        share.bytes -= gone.bytes();
+        self.bytes -= gone.bytes();
+        if share.answers.is_empty() {
+            self.by_sender.remove(sender);
+        }
+        // Its key may have been used again since.
+        if self.by_key.get(&gone.retry.key).is_some_and(|known| Arc::ptr_eq(known, &gone)) {
+            self.by_key.remove(&gone.retry.key);
+        }
+    }
+
+    /// All of them, of each sender oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Remembered>> {
-        self.in_order.iter()
+        self.by_sender.values().flat_map(|share| &share.answers)
     }
 
     /// Memory they take, about.
@@ -153,18 +188,32 @@ mod tests {
     #[test]
     fn what_is_old_or_too_much_goes_and_a_key_used_again_stays() {
         let mut answers = Answers::default();
-        answers.remember(answer("a", 0, 1));
-        answers.remember(answer("b", 10, 1));
-        answers.remember(answer("a", WINDOW_MS + 5, 2));
+        answers.remember(answer("s\na", 0, 1));
+        answers.remember(answer("s\nb", 10, 1));
+        answers.remember(answer("s\na", WINDOW_MS + 5, 2));
         assert_eq!(answers.iter().count(), 2, "the first is too old");
-        assert_eq!(answers.get("a", WINDOW_MS + 5).unwrap().retry.fingerprint, [2; 16]);
-        answers.remember(answer("c", 3 * WINDOW_MS, 1));
+        assert_eq!(answers.get("s\na", WINDOW_MS + 5).unwrap().retry.fingerprint, [2; 16]);
+        answers.remember(answer("s\nc", 3 * WINDOW_MS, 1));
         assert_eq!((answers.iter().count(), answers.by_key.len()), (1, 1));
         let one = answers.memory_bytes();
         for n in 0..3 * BYTES_MAX as u64 / one as u64 {
-            answers.remember(answer(&n.to_string(), 3 * WINDOW_MS, 1));
+            answers.remember(answer(&format!("s\n{n}"), 3 * WINDOW_MS, 1));
         }
         assert!(answers.memory_bytes() <= BYTES_MAX && answers.memory_bytes() > BYTES_MAX / 2);
-        assert_eq!(answers.by_key.len(), answers.in_order.len());
+        assert_eq!(answers.by_key.len(), answers.iter().count());
+    }
+
+    /// Otherwise one sender could make another's retry happen twice.
+    #[test]
+    fn a_sender_with_many_answers_pushes_out_its_own() {
+        let mut answers = Answers::default();
+        answers.remember(answer("quiet\na", 1000, 1));
+        let one = answers.memory_bytes();
+        for n in 0..2 * BYTES_MAX as u64 / one as u64 {
+            answers.remember(answer(&format!("loud\n{n}"), 2000, 1));
+        }
+        assert!(answers.memory_bytes() <= BYTES_MAX);
+        assert!(answers.get("quiet\na", 2000).is_some());
+        assert!(answers.get("loud\n0", 2000).is_none());
     }
 }

@@ -5,7 +5,7 @@
 //! last: without it no server starts on what an interrupted restore left. At the end the directory is opened as a start
 //! would, and counted.
 //!
-//! Revisions go on behind a gap of [`super::wal::RESERVED_REVISIONS`], as after a crash of a relaxed mode.
+//! Revisions go on behind a gap, as after a crash of a relaxed mode, but a wide one: see [`super::wal::create_behind`].
 
 use super::Paths;
 use super::backup::{Block, Blocks, Contents, ReadError, verify};

@@ -292,6 +292,12 @@ impl Sequencer {
         }
     }
 
+    #[expect(clippy::unused_self, reason = "reads as what the sequencer does")]
+    fn answer_all(&self, answers: Vec<Reply>, rejection: &Rejection) {
+        // A client that has hung up gets no answer.
+        answers.into_iter().for_each(|(reply, _)| drop(reply.send(Err(rejection.clone()))));
+    }
+
     fn note_full(&mut self, error: Option<&Error>) {
         if self.full_since_check.is_none() {
             let error = error.map(tracing::field::display);
@@ -419,6 +425,12 @@ impl Sequencer {
         let rejection = match error {
             AppendError::Full(error) => {
                 self.note_full(Some(&error));
+                if error.is_out_of_files() {
+                    return self.answer_all(
+                        answers,
+                        &Rejection::Overloaded("the server has no file left to open; retry in a moment"),
+                    );
+                }
                 Rejection::StorageFull("the disk is full; free space and try again".into())
             }
             AppendError::Failed(error) => {
@@ -426,7 +438,7 @@ impl Sequencer {
                 Rejection::Poisoned
             }
         };
-        answers.into_iter().for_each(|(reply, _)| drop(reply.send(Err(rejection.clone()))));
+        self.answer_all(answers, &rejection);
     }
 
     fn poison(&self, error: &crate::error::Error) {

@@ -55,6 +55,9 @@ const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = if cfg!(test) { 8 << 10 } e
 const SEGMENTS_WANTED: u64 = 8;
 /// Revisions reserved at a time in the relaxed modes.
 pub const RESERVED_REVISIONS: u64 = 1 << 20;
+/// A restored history goes on behind the next multiple of this: what the original wrote after the backup is not known, but no
+/// database writes so much (at 100,000 a second it takes four months), and JavaScript still counts 8,000 restores exactly.
+const RESTORE_STEP: u64 = 1 << 40;
 
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -240,7 +243,7 @@ impl Segment {
         first_revision: Revision,
         size: u64,
         mut frames: FrameBuffer,
-    ) -> Result<(Self, u64), Error> {
+    ) -> Result<(Self, u64), AppendError> {
         let salt = new_salt();
         frames.seal(salt);
         let header = segment_header(VERSION, first_revision, salt, size);
@@ -258,25 +261,21 @@ impl Segment {
         let (path, file) = match dir {
             None => {
                 let path = Path::new("in-memory log");
-                let file = File::in_memory().map_err(Error::io("cannot get memory for", path))?;
-                fill(&file).map_err(Error::io("cannot get memory for", path))?;
-                (None, file)
+                let file = File::in_memory().and_then(|file| fill(&file).map(|()| file));
+                (None, file.map_err(Error::io("cannot get memory for", path)).map_err(AppendError::before_anything)?)
             }
             Some(dir) => {
                 let path = segment_path(dir, first_revision);
                 let beside = path.with_extension("tmp");
-                let create = || -> io::Result<File> {
-                    let file = File::create(&beside)?;
-                    fill(&file)?;
-                    disk::rename(&beside, &path)?;
-                    disk::sync_dir(dir)?;
-                    Ok(file)
-                };
-                let file = create().map_err(|e| {
+                let file = File::create(&beside).and_then(|file| fill(&file).map(|()| file));
+                let file = file.map_err(|e| {
                     // What is left of it would only take the space that is missing.
                     disk::remove_file(&beside).ok();
-                    Error::io("cannot create", &path)(e)
+                    AppendError::before_anything(Error::io("cannot create", &path)(e))
                 })?;
+                // From here on a start may find it.
+                let named = disk::rename(&beside, &path).and_then(|()| disk::sync_dir(dir));
+                named.map_err(Error::io("cannot name", &path)).map_err(AppendError::Failed)?;
                 (Some(path), file)
             }
         };
@@ -645,10 +644,24 @@ impl Log {
 /// What went wrong with an append.
 #[derive(Debug)]
 pub enum AppendError {
-    /// No room for another segment, or for the batch in this one. Nothing of it is there; try again when there is.
+    /// No room for another segment, no file to open for it, or no room for the batch in this one. Nothing of it is there; try again when there is.
     Full(Error),
     /// The disk failed. What was written may or may not be there: stop writing.
     Failed(Error),
+}
+
+impl AppendError {
+    /// Of something that went wrong before anything could be found: want of space or of files passes.
+    fn before_anything(error: Error) -> Self {
+        if error.is_storage_full() || error.is_out_of_files() { Self::Full(error) } else { Self::Failed(error) }
+    }
+}
+
+impl From<AppendError> for Error {
+    fn from(error: AppendError) -> Self {
+        let (AppendError::Full(error) | AppendError::Failed(error)) = error;
+        error
+    }
 }
 
 /// The writer's end of the log. Owned by the sequencer.
@@ -975,9 +988,7 @@ impl Wal {
         let needed = (SEGMENT_HEADER_BYTES + carried.bytes.len() + 2 * FRAME_HEADER_BYTES) as u64 + length;
         let size = self.segment_bytes.max((needed + reserve_of(self.segment_bytes)).next_multiple_of(4096));
         let replaces_empty = staged_from == self.active.first_revision;
-        let created = Segment::create(self.dir.as_deref(), staged_from, size, carried);
-        let (segment, at) =
-            created.map_err(|e| if e.is_storage_full() { AppendError::Full(e) } else { AppendError::Failed(e) })?;
+        let (segment, at) = Segment::create(self.dir.as_deref(), staged_from, size, carried)?;
         if let Some(zeros) = &mut self.zeros {
             zeros.claim(self.active.size);
         }
@@ -1022,7 +1033,7 @@ impl Wal {
 /// that the original handed out after the backup, or a block of them at least, are never handed out again, and a stream that
 /// has seen one is told.
 pub fn create_behind(dir: &Path, head: Revision) -> Result<Gap, Error> {
-    let gap = Gap { from: head.next(), to: head.plus(RESERVED_REVISIONS).next() };
+    let gap = Gap { from: head.next(), to: Revision((head.0 / RESTORE_STEP + 1) * RESTORE_STEP) };
     let mut frames = FrameBuffer { bytes: Vec::new() };
     frames.push(Kind::Gap, gap.from, 0, head, |out| out.put_revision(gap.to));
     Segment::create(Some(dir), gap.from, *SEGMENT_BYTES.start(), frames)?;
