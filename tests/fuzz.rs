@@ -6,7 +6,8 @@ use std::path::Path;
 
 #[test]
 fn corpora_are_answered_without_a_panic() {
-    let targets: [(&str, fn(&[u8])); 4] = [
+    type Target = (&'static str, fn(&[u8]));
+    let targets: [Target; 4] = [
         ("record", kiss_vdb::fuzz::record),
         ("snapshot_file", kiss_vdb::fuzz::snapshot_file),
         ("filter", kiss_vdb::fuzz::filter),
