@@ -26,6 +26,7 @@ deb: build
 # Everything, from a clean checkout on a bare Debian machine with Rust: unit, HTTP, streams, recovery, model and demo
 # tests, then the published contract against the server, the console in a browser, other people's clients, and deploy/.
 test: build
+	command -v fiu-run >/dev/null || (apt-get update && apt-get install -y --no-install-recommends fiu-utils) || echo "no fiu-run: its test is skipped"
 	$(CARGO) test --locked --no-fail-fast --features lab
 	$(MAKE) contract console clients check-deploy
 

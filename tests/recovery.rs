@@ -486,3 +486,44 @@ async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
     assert_eq!(ok(c, "GET /v1/state/k2").await["value"], value);
     assert_eq!(call(c, "GET /v1/state/healed").await.status, 200);
 }
+
+/// A sync that fails in the kernel's name: the server poisons itself, reads go on, and what it acknowledged is there after a restart.
+/// Skipped where `fiu-run` is not installed; the lab makes every operation fail without it.
+#[tokio::test]
+async fn a_disk_that_fails_poisons_and_loses_nothing() {
+    use std::process::Command;
+    if Command::new("fiu-run").arg("-h").output().is_err() {
+        println!("skipped: fiu-run is not installed");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("fiu");
+    let mut command = Command::new("fiu-run");
+    command.arg("-x").arg("-f").arg(&control).args([common::BINARY, "serve", "--port", "0", "--data-dir"]);
+    command.arg(dir.path().join("data")).env("RUST_LOG", "off");
+    let (server, url) = common::serving(command);
+    let c = &mut Client::new(&Target::new(&url, None).unwrap());
+    for n in 0..20 {
+        ok(c, &format!("PUT /v1/state/k{n} {{\"value\":{n}}}")).await;
+    }
+    // The process that listens for faults is a child of fiu-run, or fiu-run itself replaced.
+    let pid = std::fs::read_dir(dir.path()).unwrap().find_map(|entry| {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        Some(name.strip_prefix("fiu-")?.strip_suffix(".in")?.to_owned())
+    });
+    let pid = pid.expect("the control pipe names the process");
+    let fault = ["-c", "enable name=posix/io/sync/fdatasync", &pid];
+    assert!(Command::new("fiu-ctrl").arg("-f").arg(&control).args(fault).status().unwrap().success());
+    let refused = call(c, r#"PUT /v1/state/late {"value":1}"#).await;
+    assert_eq!((refused.status.as_u16(), &refused.json().unwrap()["code"]), (503, &json!("poisoned")));
+    assert_eq!(ok(c, "GET /v1/state/k19").await["value"], 19, "reads go on");
+    assert_eq!(call(c, "GET /v1/health").await.status, 503);
+    let process = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+    drop(server);
+    let server = Server::start_in(&dir.path().join("data"), &[]);
+    let c = &mut server.client();
+    for n in 0..20 {
+        assert_eq!(ok(c, &format!("GET /v1/state/k{n}")).await["value"], n);
+    }
+}

@@ -1,7 +1,8 @@
 //! Connections: an accept loop of our own over hyper-util, because every limit on a connection belongs to us.
 //!
 //! - Heads must arrive within [`HEAD_TIMEOUT`], bodies within a timeout of their own (`extract.rs`).
-//! - A reader that accepts no byte for [`STALL_TIMEOUT`] is cut by the kernel, stream or not.
+//! - A reader that accepts no byte for [`STALL_TIMEOUT`] is cut by the kernel, stream or not; over HTTP/2, where a connection
+//!   can live on while one of its answers stands still, the connection is cut after twice that.
 //! - Beyond `max_connections` a connection is answered 503 and closed, so that the rest goes on.
 //! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS; with a certificate both over TLS, as ALPN says.
 //!
@@ -17,14 +18,15 @@ use axum::response::Response;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::Poll;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -236,15 +238,18 @@ impl Server {
     }
 
     async fn http2(&self, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: Service) {
+        // Each answer's last look by hyper, which looks only when the client has room for more.
+        let looks = Looks::default();
+        let noted = looks.clone();
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-            let service = service.clone();
+            let (service, noted) = (service.clone(), noted.clone());
             async move {
                 let is_head = request.method() == Method::HEAD;
                 let mut response = service.answer(request.map(Body::new)).await;
                 if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
                     *response.body_mut() = Body::new(stream);
                 }
-                Ok::<_, Infallible>(response)
+                Ok::<_, Infallible>(response.map(|body| noted.watch(body)))
             }
         });
         let mut connection = self.http2.serve_connection(TokioIo::new(io), answer);
@@ -252,10 +257,64 @@ impl Server {
         tokio::select! {
             // A broken connection is the client's affair.
             _ = &mut connection => return,
+            () = looks.stalled() => return,
             _ = stop.wait_for(|stop| *stop) => {}
         }
         Pin::new(&mut connection).graceful_shutdown();
         connection.await.ok();
+    }
+}
+
+/// When hyper last looked at each answer of an HTTP/2 connection. A client may open no window for an answer and yet keep its
+/// connection alive, so that the kernel's [`STALL_TIMEOUT`] never ends it: then the answer, and what it holds, would stay.
+/// The lock is held to add an answer and, every half minute, to look through them.
+#[derive(Clone, Debug, Default)]
+struct Looks(Arc<Mutex<Vec<Weak<Mutex<Instant>>>>>);
+
+impl Looks {
+    fn watch(&self, body: Body) -> Body {
+        let last = Arc::new(Mutex::new(Instant::now()));
+        self.0.lock().push(Arc::downgrade(&last));
+        Body::new(Watched { body, last })
+    }
+
+    /// Ready when an answer has not been looked at for long. A stream that is well is looked at with each heartbeat.
+    async fn stalled(&self) {
+        loop {
+            tokio::time::sleep(STALL_TIMEOUT / 2).await;
+            let mut answers = self.0.lock();
+            answers.retain(|last| last.strong_count() > 0);
+            if answers.iter().filter_map(Weak::upgrade).any(|last| last.lock().elapsed() > 2 * STALL_TIMEOUT) {
+                return;
+            }
+        }
+    }
+}
+
+/// An answer that notes when it is looked at.
+struct Watched {
+    body: Body,
+    last: Arc<Mutex<Instant>>,
+}
+
+impl http_body::Body for Watched {
+    type Data = bytes::Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<bytes::Bytes>, axum::Error>>> {
+        *self.last.lock() = Instant::now();
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
     }
 }
 
