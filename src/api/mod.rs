@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::engine::Engine;
 use crate::engine::command::{Command, Committed};
 use crate::engine::frame::push_u64;
-use crate::engine::metrics::{Metrics, RequestLabels, RouteLabels};
+use crate::engine::metrics::{Metrics, RequestLabels};
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
 use crate::revision::Revision;
@@ -113,7 +113,7 @@ const BODY_PATIENCE: Duration = Duration::from_secs(5);
 impl App {
     /// Over an open engine. Fails when the key file cannot be used.
     pub fn new(engine: Engine, config: &Config) -> Result<Self, Error> {
-        let meters = Meters::new(engine.metrics());
+        let meters = Meters::new();
         Ok(Self(Arc::new(Shared {
             engine,
             auth: Auth::new(config)?,
@@ -335,8 +335,7 @@ impl Guard {
         let may_wait = request.uri().path() == "/v1/events";
         let mut admin = None;
         let let_in = self.let_in(&mut request, meter, &mut admin);
-        let mut audit =
-            admin.map(|key| AdminAct { key, peer: self.peer, route: meter.labels.route.as_str(), status: None });
+        let mut audit = admin.map(|key| AdminAct { key, peer: self.peer, route: meter.route, status: None });
         let mut response = match let_in {
             Ok(()) => match app.admit(request.body().size_hint().upper()).await {
                 Ok(_room) => match self.router.clone().call(request).await {
@@ -376,7 +375,7 @@ impl Guard {
             HeaderValue::try_from(format!("{:x}-{number}", std::process::id())).expect("digits are a header value")
         });
         let (status, took_ms) = (response.status(), took.as_millis());
-        let (route, method) = (meter.labels.route.as_str(), meter.labels.method.as_str());
+        let (route, method) = (meter.route, meter.name);
         if is_slow {
             tracing::warn!(?request_id, method, route, status = status.as_u16(), took_ms, "slow request");
         } else if status == StatusCode::INTERNAL_SERVER_ERROR {
@@ -402,7 +401,7 @@ impl Guard {
             Err(error) => {
                 // Guessing costs the guesser's own budget.
                 auth.check_rate(&address)?;
-                let (route, reason) = (meter.labels.route.as_str(), error.reason());
+                let (route, reason) = (meter.route, error.reason());
                 tracing::info!(target: AUDIT, action = "refused", peer = %self.peer, route, reason);
                 return Err(error);
             }
@@ -453,36 +452,35 @@ struct Meters {
 struct Meter {
     method: Method,
     pattern: Pattern,
-    labels: RouteLabels,
-    seconds: Histogram,
-    /// By status less 100, made when first needed.
-    by_status: Vec<OnceLock<Counter>>,
+    /// The method, or `(other)`, as labels say it.
+    name: &'static str,
+    route: &'static str,
+    /// Answers and how long they took, by status less 100, made when first needed.
+    by_status: Vec<OnceLock<(Counter, Histogram)>>,
 }
 
 impl Meter {
-    fn new(metrics: &Metrics, method: &str, route: &'static str) -> Self {
-        let labels = RouteLabels { route: route.to_owned(), method: method.to_owned() };
-        let seconds = metrics.request_seconds.get_or_create(&labels).clone();
+    fn new(name: &'static str, route: &'static str) -> Self {
         let by_status = (100..600).map(|_| OnceLock::new()).collect();
-        let pattern = Pattern::new(route);
-        Self { method: method.parse().unwrap_or_default(), pattern, labels, seconds, by_status }
+        Self { method: name.parse().unwrap_or_default(), name, pattern: Pattern::new(route), route, by_status }
     }
 
     fn count(&self, metrics: &Metrics, status: u16, seconds: f64) {
-        self.seconds.observe(seconds);
         let Some(place) = self.by_status.get(usize::from(status).saturating_sub(100)) else { return };
-        let counter = place.get_or_init(|| {
-            let RouteLabels { route, method } = self.labels.clone();
-            metrics.requests.get_or_create(&RequestLabels { route, method, status }).clone()
+        let (answers, durations) = place.get_or_init(|| {
+            let (route, method) = (self.route.to_owned(), self.name.to_owned());
+            let labels = RequestLabels { route, method, status };
+            (metrics.requests.get_or_create(&labels).clone(), metrics.request_seconds.get_or_create(&labels).clone())
         });
-        counter.inc();
+        answers.inc();
+        durations.observe(seconds);
     }
 }
 
 impl Meters {
-    fn new(metrics: &Metrics) -> Self {
-        let routes = ROUTES.iter().map(|(method, route)| Meter::new(metrics, method, route)).collect();
-        Self { routes, other: Meter::new(metrics, "(other)", "(other)") }
+    fn new() -> Self {
+        let routes = ROUTES.iter().map(|(method, route)| Meter::new(method, route)).collect();
+        Self { routes, other: Meter::new("(other)", "(other)") }
     }
 
     fn of(&self, path: &str, method: &Method) -> &Meter {

@@ -442,7 +442,8 @@ fn draw_latencies(frame: &mut Frame<'_>, area: Rect, watcher: &Watcher) {
             rest.split_once('"').map(|(value, _)| value)
         };
         let route = label("route").unwrap_or_default().trim_start_matches("/v1").replace("{collection}", "…");
-        let name = format!("{} {route}", label("method").unwrap_or_default());
+        let status = label("status").filter(|status| !status.starts_with('2')).unwrap_or_default();
+        let name = format!("{} {route} {status}", label("method").unwrap_or_default());
         rows.push(of(&name, "kiss_http_request_duration_seconds", &labels, rate));
     }
     let widths = [Constraint::Min(10), Constraint::Length(7), Constraint::Length(6), Constraint::Length(6)];

@@ -17,15 +17,6 @@ pub struct RequestLabels {
     pub status: u16,
 }
 
-/// A request's route and method.
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-pub struct RouteLabels {
-    /// `/v1/state/{key}`, say.
-    pub route: String,
-    /// `GET`, say.
-    pub method: String,
-}
-
 /// The way a search was answered.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct PlanLabels {
@@ -39,7 +30,7 @@ pub struct Metrics {
     /// Requests answered.
     pub requests: Family<RequestLabels, Counter>,
     /// From the head of a request to the head of its answer.
-    pub request_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
+    pub request_seconds: Family<RequestLabels, Histogram, fn() -> Histogram>,
     /// One write and fdatasync of a commit batch.
     pub fsync_seconds: Histogram,
     /// Records in a commit batch.
