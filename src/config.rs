@@ -294,8 +294,8 @@ impl Resolved {
             },
             log_level: self.text("log_level").to_owned(),
         };
-        if config.api_key.as_ref().is_some_and(|key| !key.bytes().all(|byte| byte.is_ascii_graphic())) {
-            return Err(Error::Config("api_key takes printable ASCII without spaces: it travels in a header".into()));
+        if config.api_key.as_ref().is_some_and(|key| !key.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic())) {
+            return Err(Error::Config("api_key takes printable ASCII: it travels in a header".into()));
         }
         if config.max_connections == 0 {
             return Err(self.bad("max_connections", "at least 1"));
@@ -402,6 +402,7 @@ mod tests {
             ("log too small", "max_log_mb = 1", None, "max_log_mb"),
             ("bad origin", "cors_origins = \"example.com\"", None, "cors_origins"),
             ("open to the world", "bind_addr = \"0.0.0.0\"", None, "API_KEY"),
+            ("a key that no header carries", "api_key = \"\u{f1}\"", None, "printable ASCII"),
             ("bad flag", "allow_open = \"maybe\"", None, "allow_open"),
         ] {
             let environment: Vec<_> = environment.into_iter().collect();
