@@ -1,5 +1,6 @@
 //! What the server counts, in Prometheus' words: base units, no label whose values clients choose.
 
+use crate::vector::plan::Way;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -56,6 +57,11 @@ fn seconds() -> Histogram {
 
 impl Default for Metrics {
     fn default() -> Self {
+        // Born with zeros, so that a rate sees the first search.
+        let search_plans = Family::<PlanLabels, Counter>::default();
+        for way in Way::ALL {
+            search_plans.get_or_create(&PlanLabels { plan: way.as_str() }).inc_by(0);
+        }
         Self {
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(seconds),
@@ -63,7 +69,7 @@ impl Default for Metrics {
             batch_records: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             searches: Counter::default(),
             search_seconds: seconds(),
-            search_plans: Family::default(),
+            search_plans,
             // Events carry milliseconds.
             delivery_lag_seconds: Histogram::new(exponential_buckets(1e-3, 2.0, 14)),
             snapshots: Counter::default(),

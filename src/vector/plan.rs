@@ -33,6 +33,9 @@ pub enum Way {
 }
 
 impl Way {
+    /// Each of them.
+    pub const ALL: [Self; 4] = [Self::Exact, Self::Scan, Self::Graph, Self::TwoHop];
+
     /// The contract's word.
     #[must_use]
     pub fn as_str(self) -> &'static str {
