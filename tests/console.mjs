@@ -129,7 +129,7 @@ const tests = {
     for (let i = 0; i < 40; i++) await put(`seed/${i}`, { i });
     await until('revision 40', async () => await text('#head') === '40', 4000);
     await shows('#chart-writes .figure', /^40\s*[\d.]+ writes\/s · peak [1-9]/);
-    assert(await page.locator('#start').isHidden(), 'no longer the first minute');
+    await until('no longer the first minute', () => page.locator('#start').isHidden());
     await shows('#tiles', /^keys\s*40\n/);
     await shows('#health', /healthy/);
     await shows('#durability', /durable: always/);
@@ -175,7 +175,7 @@ const tests = {
     await put(hostile, { '<b>': '</script><script>alert(3)</script>' }, { meta: { tags: ['<i>'] } });
     await keyName(hostile).click();
     await shows('#value', /<\/script><script>alert\(3\)/);
-    assert.equal(await text('#detail h2'), hostile);
+    await until('its name', async () => await text('#detail h2') === hostile);
     assert.equal(await page.locator('main img, main script, main b b').count(), 0);
     // Deep and long.
     let deep = 1;
@@ -262,7 +262,7 @@ const tests = {
     await page.click('#delete');
     await page.click('text=Really delete?');
     await until('it goes', async () => await row('job:1').count() === 0);
-    assert(await page.locator('#detail').isHidden());
+    await until('#detail is gone', () => page.locator('#detail').isHidden());
     await assert.rejects(api('GET', '/v1/state/job:1'), /404/);
   },
 
@@ -396,7 +396,7 @@ const tests = {
     await shows('#tail-info', /2,000 waiting, the rest stays/);
     await page.click('#pause');
     await shows('#tail-info', /live · 4,505 events/);
-    assert.match(await text('.event'), /4499/);
+    await shows('.event', /4499/);
     assert(await page.locator('.event').count() < 60, 'only what is in sight');
     // A hidden tab lets go of its connections.
     const hide = (hidden) => page.evaluate((h) => {
@@ -457,7 +457,7 @@ const tests = {
     await page.keyboard.press('Enter');
     await until('hits on both sides', async () => await page.locator('.hit').count() === 8);
     await shows('#recall', /^1\.00\s*recall · 4 of 4/);
-    assert.match(await text('.hit'), /a\/1\s*1\.0000\s*<b>uno<\/b>/);
+    await shows('.hit', /a\/1\s*1\.0000\s*<b>uno<\/b>/);
     const { hits } = await json('POST', '/v1/vector/docs/search', { id: 'a/1', k: 10 });
     assert.deepEqual(await page.locator('.column:nth-child(2) .hit').evaluateAll((all) => all.map((h) => h.dataset.id)), hits.map((h) => h.id));
     await until('lit', async () => await page.getAttribute('.map canvas', 'data-hits') === '4');
@@ -490,7 +490,7 @@ const tests = {
     await shows('#collection-facts', /^4,000 vectors.*graph, 4,000 linked/s, 20000);
     await until('a sample', async () => /the first 1,500 of 4,000/.test(await text('#map-info')));
     assert(await inked('.map canvas') > 1500, 'points');
-    assert.match(await text('.map-card'), /g0.*g4/s);
+    await shows('.map-card', /g0.*g4/s);
     await page.fill('#search [name=what]', 'v3999');
     await page.fill('#search [name=ef]', '10');
     await page.click('#search button');
@@ -498,7 +498,7 @@ const tests = {
     const [fast, full] = [await json('POST', '/v1/vector/many/search', { id: 'v3999', ef: 10 }), await json('POST', '/v1/vector/many/search', { id: 'v3999', exact: true })];
     const right = fast.hits.filter((h) => full.hits.some((e) => e.id === h.id)).length;
     await shows('#recall', new RegExp(`recall · ${right} of 10`));
-    assert.match(await text('.column-head'), /Approximate.*(µs|ms).*ef 10 · scored/s);
+    await shows('.column-head', /Approximate.*(µs|ms).*ef 10 · scored/s);
     await until('hits that were not in the sample are on the map', async () => await page.evaluate(() => Number(/Map of (\d+)/.exec(document.querySelector('.map canvas').getAttribute('aria-label'))[1])) > 1500);
     await page.click('#drop');
     await page.click('text=Really, all of it?');
@@ -555,13 +555,13 @@ const tests = {
     await server.stop('SIGKILL');
     await link('reconnecting');
     await shows('#banner', /does not answer\. What you see is from \d\d:\d\d:\d\d/);
-    assert.equal(await page.getAttribute('body', 'data-link'), 'reconnecting');
-    assert(await page.evaluate(() => Number(getComputedStyle(document.querySelector('main')).opacity) < 1), 'greyed');
+    await until('the link', async () => await page.getAttribute('body', 'data-link') === 'reconnecting');
+    await until('greyed', () => page.evaluate(() => Number(getComputedStyle(document.querySelector('main')).opacity) < 1));
     server = await serve(['--port', port, '--data-dir', data]);
     await api('PATCH', '/v1/state/job:9', { progress: 77 }, 'application/merge-patch+json');
     await link('live');
     await until('what was missed', async () => /77%/.test(await text('[data-job="9"]')));
-    assert(await page.locator('#banner').isHidden());
+    await until('#banner is gone', () => page.locator('#banner').isHidden());
     // In each view.
     await view('State');
     await prefix('again');
@@ -609,7 +609,7 @@ const tests = {
     await page.locator('body').press('2');
     await shows('[aria-current]', /^State$/);
     await page.keyboard.press('/');
-    assert.equal(await page.evaluate(() => document.activeElement.name), 'prefix');
+    await until('the field has the focus', () => page.evaluate(() => document.activeElement.name === 'prefix'));
     await page.keyboard.press('Control+a');
     await page.keyboard.type('user:00001');
     await until('keys', async () => await row('user:000010').count() === 1 && await row('user:000000').count() === 0);
@@ -617,10 +617,10 @@ const tests = {
     await page.keyboard.press('j');
     await page.keyboard.press('Enter');
     await shows('#detail h2', /^user:000011$/);
-    assert(await page.evaluate(() => document.activeElement.matches(':focus-visible')), 'the focus can be seen');
+    await until('the focus can be seen', () => page.evaluate(() => document.activeElement.matches(':focus-visible')));
     await page.keyboard.press('Escape');
-    assert.equal(await page.evaluate(() => document.activeElement.id), 'tree');
-    assert(await page.locator('#detail').isHidden());
+    await until('the tree has the focus', () => page.evaluate(() => document.activeElement.id === 'tree'));
+    await until('#detail is gone', () => page.locator('#detail').isHidden());
     // Into a branch and out of it.
     await prefix('video/');
     await until('branches', async () => await branch('0/').count() === 1);
@@ -649,9 +649,9 @@ const tests = {
     await shows('#tail-info', /paused/);
     await page.keyboard.press('p');
     await page.keyboard.press('?');
-    assert(await page.locator('#shortcuts').isVisible());
+    await until('#shortcuts is there', () => page.locator('#shortcuts').isVisible());
     await page.keyboard.press('Escape');
-    assert(await page.locator('#shortcuts').isHidden());
+    await until('#shortcuts is gone', () => page.locator('#shortcuts').isHidden());
     await page.keyboard.press('5');
     await shows('[aria-current]', /^Jobs$/);
     // Colours: as the system, light, dark; kept over a reload.
@@ -659,9 +659,9 @@ const tests = {
     const light = await ground();
     await page.keyboard.press('t');
     await page.keyboard.press('t');
-    assert.notEqual(await ground(), light);
+    await until('another ground', async () => await ground() !== light);
     await page.reload();
-    assert.notEqual(await ground(), light);
+    await until('another ground', async () => await ground() !== light);
     await page.locator('body').press('t');
     assert.equal(await ground(), light);
   },
@@ -678,7 +678,7 @@ const tests = {
     await other.fill('#auth [name=key]', 'open sesame');
     await other.keyboard.press('Enter');
     await until('live', async () => await other.locator('#pill-text').innerText() === 'live');
-    assert(await other.locator('#auth').isHidden());
+    await until('#auth is gone', () => other.locator('#auth').isHidden());
     const sent = await fetch(`${locked.url}/v1/state/k`, { method: 'PUT', headers: { 'Content-Type': 'application/json', Authorization: 'Bearer open sesame' }, body: '{"value": 1}' });
     assert.equal(sent.status, 201);
     await until('the stream has the key too', async () => (await other.locator('.event').first().innerText()).includes('state_updated'));
