@@ -1,7 +1,7 @@
 //! The one configuration: defaults < file < environment < flags, each value with where it came from.
 //!
-//! Every setting is a row of [`SETTINGS`]; nothing else reads the environment. A bad value or an unknown name stops the
-//! start and names itself.
+//! Every setting is a row of [`SETTINGS`]; nothing else of the server reads the environment (`NOTIFY_SOCKET`, systemd's,
+//! aside). A bad value or an unknown name stops the start and names itself.
 
 use crate::error::Error;
 use std::collections::BTreeMap;

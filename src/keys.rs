@@ -278,7 +278,9 @@ pub struct Keyring {
     keys: std::collections::HashMap<[u8; 8], (Digest, Arc<Grant>)>,
 }
 
-fn place(digest: &Digest) -> [u8; 8] {
+/// Where a digest stands in a ring: its first bytes. Tokens name their key by it.
+#[must_use]
+pub fn place_of(digest: &Digest) -> [u8; 8] {
     let (place, _) = digest.split_first_chunk().expect("a digest has 32 bytes");
     *place
 }
@@ -295,7 +297,7 @@ impl Keyring {
             if !names.insert(&row.name) {
                 return Err(bad("the name stands twice"));
             }
-            if keys.insert(place(&digest), (digest, Arc::new(grant))).is_some() {
+            if keys.insert(place_of(&digest), (digest, Arc::new(grant))).is_some() {
                 return Err(bad("its secret stands twice"));
             }
         }
@@ -304,13 +306,13 @@ impl Keyring {
 
     /// Adds the key that may do everything.
     pub fn add(&mut self, digest: Digest, grant: Grant) {
-        self.keys.insert(place(&digest), (digest, Arc::new(grant)));
+        self.keys.insert(place_of(&digest), (digest, Arc::new(grant)));
     }
 
     /// Whose secret has this digest.
     #[must_use]
     pub fn find(&self, digest: &Digest) -> Option<&Arc<Grant>> {
-        let (known, grant) = self.keys.get(&place(digest))?;
+        let (known, grant) = self.keys.get(&place_of(digest))?;
         same(known, digest).then_some(grant)
     }
 
@@ -353,12 +355,6 @@ impl Keyring {
 #[must_use]
 pub fn same(a: &Digest, b: &Digest) -> bool {
     std::hint::black_box(a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b))) == 0
-}
-
-/// The first bytes of a secret's digest, for a token to name its key by.
-#[must_use]
-pub fn place_of(digest: &Digest) -> [u8; 8] {
-    place(digest)
 }
 
 fn is_alike(a: &Grant, b: &Grant) -> bool {
