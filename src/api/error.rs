@@ -106,14 +106,35 @@ fn members(rejection: &Rejection) -> String {
     out
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let mut retry_after = None;
+/// An error as it goes out.
+struct Problem {
+    status: StatusCode,
+    retry_after_s: Option<u64>,
+    /// `application/problem+json`
+    body: String,
+}
+
+impl ApiError {
+    /// As a whole HTTP/1.1 answer that ends its connection, for one that never gets as far as a request.
+    #[must_use]
+    pub fn into_last_words(self) -> String {
+        let Problem { status, retry_after_s, body } = self.into_problem();
+        let reason = status.canonical_reason().unwrap_or("Error");
+        let retry_after = retry_after_s.map_or_else(String::new, |seconds| format!("retry-after: {seconds}\r\n"));
+        format!(
+            "HTTP/1.1 {} {reason}\r\ncontent-type: {PROBLEM_JSON}\r\n{retry_after}connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            status.as_u16(),
+            body.len()
+        )
+    }
+
+    fn into_problem(self) -> Problem {
+        let mut retry_after_s = None;
         let (status, code, detail, members) = match self {
             Self::Rejected(rejection) => {
                 let (status, code) = status_and_code(&rejection);
                 if matches!(code, "overloaded" | "shutting_down") {
-                    retry_after = Some(1);
+                    retry_after_s = Some(1);
                 }
                 (status, code, rejection.to_string(), members(&rejection))
             }
@@ -126,9 +147,9 @@ impl IntoResponse for ApiError {
                 (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", detail, String::new())
             }
             Self::Unauthorized(detail) => (StatusCode::UNAUTHORIZED, "unauthorized", detail.to_owned(), String::new()),
-            Self::RateLimited { what, retry_after_s } => {
-                retry_after = Some(retry_after_s);
-                let detail = format!("too many {what}; come back in {retry_after_s} s");
+            Self::RateLimited { what, retry_after_s: seconds } => {
+                retry_after_s = Some(seconds);
+                let detail = format!("too many {what}; come back in {seconds} s");
                 (StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail, String::new())
             }
             Self::UnsupportedMediaType(takes) => {
@@ -150,8 +171,17 @@ impl IntoResponse for ApiError {
         push_fmt(&mut body, format_args!(",\"status\":{},\"detail\":", status.as_u16()));
         push_string(&mut body, &detail);
         push_fmt(&mut body, format_args!(",\"code\":\"{code}\"{members}}}"));
-        let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
-        if let Some(seconds) = retry_after {
+        Problem { status, retry_after_s, body }
+    }
+}
+
+const PROBLEM_JSON: &str = "application/problem+json";
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let Problem { status, retry_after_s, body } = self.into_problem();
+        let mut response = (status, [(header::CONTENT_TYPE, PROBLEM_JSON)], body).into_response();
+        if let Some(seconds) = retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if status == StatusCode::UNAUTHORIZED {

@@ -9,9 +9,11 @@
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
 use super::auth::NoPlace;
+use super::error::ApiError;
 use super::events::EventStream;
 use super::live::{Handoff, Pending, Socket, StreamThreads};
 use super::{App, Service};
+use crate::error::Rejection;
 use axum::body::Body;
 use axum::http::{Method, Version, header};
 use axum::response::Response;
@@ -141,12 +143,16 @@ pub async fn serve(
         match address {
             Ok(address) => connected.address = address,
             Err(NoPlace) => {
-                refuse(&refusals, tcp, TOO_MANY_FROM_ADDRESS);
+                refuse(
+                    &refusals,
+                    tcp,
+                    ApiError::RateLimited { what: "connections from this address", retry_after_s: 1 },
+                );
                 continue;
             }
         }
         if is_refused {
-            refuse(&refusals, tcp, TOO_MANY);
+            refuse(&refusals, tcp, Rejection::Overloaded("too many connections; retry in a moment").into());
             continue;
         }
         tune(&tcp);
@@ -357,17 +363,9 @@ fn tune(stream: &TcpStream) {
     rustix::net::sockopt::set_tcp_user_timeout(stream, stall_ms).ok();
 }
 
-/// What a connection is refused with: status line, code and detail.
-type Refusal = (&'static str, u16, &'static str, &'static str);
-/// Beyond `max_connections`,
-const TOO_MANY: Refusal = ("Service Unavailable", 503, "overloaded", "too many connections; retry in a moment");
-/// and beyond `max_connections_per_address`.
-const TOO_MANY_FROM_ADDRESS: Refusal =
-    ("Too Many Requests", 429, "rate_limited", "too many connections from this address; retry in a moment");
-
 /// Says that there are too many connections, without spending a request on it. While many are being told so, others are
 /// closed without a word: those who are refused must not use up the files that refusing was to save.
-fn refuse(refusals: &Arc<Semaphore>, stream: TcpStream, refusal: Refusal) {
+fn refuse(refusals: &Arc<Semaphore>, stream: TcpStream, refusal: ApiError) {
     if let Ok(place) = Arc::clone(refusals).try_acquire_owned() {
         tokio::spawn(async move {
             tell_refusal(stream, refusal).await;
@@ -376,14 +374,8 @@ fn refuse(refusals: &Arc<Semaphore>, stream: TcpStream, refusal: Refusal) {
     }
 }
 
-async fn tell_refusal(mut stream: TcpStream, (title, status, code, detail): Refusal) {
-    let body = format!(
-        "{{\"type\":\"urn:kiss-vdb:problem:{code}\",\"title\":\"{title}\",\"status\":{status},\"detail\":\"{detail}\",\"code\":\"{code}\"}}"
-    );
-    let message = format!(
-        "HTTP/1.1 {status} {title}\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
+async fn tell_refusal(mut stream: TcpStream, refusal: ApiError) {
+    let message = refusal.into_last_words();
     let answer = async {
         stream.write_all(message.as_bytes()).await?;
         stream.shutdown().await?;
