@@ -292,12 +292,6 @@ impl Sequencer {
         }
     }
 
-    #[expect(clippy::unused_self, reason = "reads as what the sequencer does")]
-    fn answer_all(&self, answers: Vec<Reply>, rejection: &Rejection) {
-        // A client that has hung up gets no answer.
-        answers.into_iter().for_each(|(reply, _)| drop(reply.send(Err(rejection.clone()))));
-    }
-
     fn note_full(&mut self, error: Option<&Error>) {
         if self.full_since_check.is_none() {
             let error = error.map(tracing::field::display);
@@ -423,14 +417,13 @@ impl Sequencer {
         self.wal.unstage(head);
         self.preparer.give_up();
         let rejection = match error {
+            // Nothing is full, and the next batch tries again.
+            AppendError::Full(error) if error.is_out_of_files() => {
+                tracing::warn!(%error, "no file left to open for the log: writes are refused until there is one");
+                Rejection::Overloaded("the server has no file left to open; retry in a moment")
+            }
             AppendError::Full(error) => {
                 self.note_full(Some(&error));
-                if error.is_out_of_files() {
-                    return self.answer_all(
-                        answers,
-                        &Rejection::Overloaded("the server has no file left to open; retry in a moment"),
-                    );
-                }
                 Rejection::StorageFull("the disk is full; free space and try again".into())
             }
             AppendError::Failed(error) => {
@@ -438,7 +431,8 @@ impl Sequencer {
                 Rejection::Poisoned
             }
         };
-        self.answer_all(answers, &rejection);
+        // A client that has hung up gets no answer.
+        answers.into_iter().for_each(|(reply, _)| drop(reply.send(Err(rejection.clone()))));
     }
 
     fn poison(&self, error: &crate::error::Error) {

@@ -965,6 +965,8 @@ impl Wal {
         }
         match self.rotate(0) {
             Ok(()) => Ok(false),
+            // The append will meet it too, if there is still no file then, and can say so.
+            Err(AppendError::Full(e)) if e.is_out_of_files() => Ok(false),
             Err(AppendError::Full(_)) => Ok(true),
             Err(AppendError::Failed(e)) => Err(e),
         }
