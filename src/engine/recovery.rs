@@ -119,6 +119,9 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Backg
     if wal.torn_bytes > 0 {
         tracing::info!(bytes = wal.torn_bytes, "cut a torn tail off the log: writes that were never acknowledged");
     }
+    if progress.records > 0 {
+        state.pack();
+    }
     state.skip_to(wal.wal.head());
     check_checkpoints(&state, wal.wal.head(), &missing)?;
     remove_orphans(&state, &paths.vectors)?;

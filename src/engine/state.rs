@@ -72,6 +72,11 @@ impl State {
         self.revision
     }
 
+    /// Makes the tree of keys dense. One that has grown key by key, most of all in order, has half-empty nodes: 24 bytes a key.
+    pub fn pack(&mut self) {
+        self.keys = std::mem::take(&mut self.keys).into_iter().collect();
+    }
+
     /// Moves the revision past ones that a crash gave up. Only before the first commit.
     pub fn skip_to(&mut self, revision: Revision) {
         self.revision = self.revision.max(revision);
