@@ -288,6 +288,28 @@ async fn a_token_opens_streams_alone_and_only_what_its_key_reaches() {
     assert_eq!(call(open, &format!("GET /v1/events?access_token={all}")).await.status, 401);
 }
 
+/// A page that has only the key learns here what to show and to offer.
+#[tokio::test]
+async fn a_token_comes_with_what_its_key_may_do() {
+    let s = setup(&[]).await;
+    let grant = async |secret: &str, body: &str| {
+        let mut answer = ok(&mut with_key(&s.server, secret), &format!("POST /v1/token {body}")).await;
+        answer["grant"].take()
+    };
+    let mut worker = grant(&s.worker, "{}").await;
+    let end = worker.as_object_mut().unwrap().remove("expires_at_ms").unwrap().as_u64().unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+    assert!((1..=86_402_000).contains(&(u128::from(end) - now)), "the key ends within a day: {end}, {now}");
+    let reach = json!({"name": "worker", "rights": ["read", "write"], "prefixes": ["jobs/"], "collections": ["docs"]});
+    assert_eq!(worker, reach);
+    let narrow = grant(&s.worker, r#"{"prefixes":["jobs/1"]}"#).await;
+    assert_eq!(narrow["prefixes"], json!(["jobs/"]), "the key's, not the token's");
+    assert_eq!(grant(&s.reader, "").await, json!({"name": "reader", "rights": ["read"]}));
+    assert_eq!(grant(&s.root, "").await, json!({"name": "root", "rights": ["admin"]}));
+    let open = Server::start(&[]);
+    assert!(ok(&mut open.client(), "POST /v1/token {}").await.get("grant").is_none(), "nobody is limited there");
+}
+
 #[tokio::test]
 async fn a_token_holds_across_a_restart() {
     let dir = tempfile::tempdir().unwrap();

@@ -423,6 +423,27 @@ struct TokenBody {
     collections: Option<Vec<String>>,
 }
 
+#[derive(Serialize)]
+struct TokenAnswer<'a> {
+    token: String,
+    expires_at_ms: u64,
+    /// Nothing on an open server: everybody may do everything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grant: Option<GrantAnswer<'a>>,
+}
+
+/// What the caller's key may do, in the words of the key file: a page shows what it reaches and offers what it may.
+#[derive(Serialize)]
+struct GrantAnswer<'a> {
+    name: &'a str,
+    rights: &'a [Right],
+    /// `prefixes` and `collections`; neither for a key that reaches everything.
+    #[serde(flatten)]
+    within: Option<&'a Within>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_at_ms: Option<u64>,
+}
+
 /// `POST /v1/token`
 pub async fn token(State(app): State<App>, head: Head, body: Body) -> ApiResult<Response> {
     Params::parse(&head.uri, &[])?;
@@ -468,7 +489,14 @@ pub async fn token(State(app): State<App>, head: Head, body: Body) -> ApiResult<
     }
     let token =
         app.auth.make_token(&Claims { place, name: grant.name, within, expires_at_ms }).ok_or(ApiError::Internal)?;
-    Ok(json(StatusCode::CREATED, format!("{{\"token\":\"{token}\",\"expires_at_ms\":{expires_at_ms}}}")))
+    let grant = head.grant.as_deref().map(|grant| GrantAnswer {
+        name: &grant.name,
+        rights: &grant.rights,
+        within: grant.within.as_ref(),
+        expires_at_ms: grant.expires_at_ms,
+    });
+    let answer = serde_json::to_string(&TokenAnswer { token, expires_at_ms, grant });
+    Ok(json(StatusCode::CREATED, answer.map_err(|_| ApiError::Internal)?))
 }
 
 #[cfg(test)]
