@@ -1,4 +1,4 @@
-// The frame: which view is shown, what the connection is like, the key, colours and the keyboard.
+// The frame: which view is shown, what the connection is like, the key and its reach, colours and the keyboard.
 //
 // A view is `{title, streams, mount(root), show(params), hide?, fresh?, keys?, onReset?}`. It is mounted once, when first
 // opened; its streams run while it is in sight and keep their position when it is not.
@@ -6,9 +6,10 @@
 import { redraw } from './chart.js';
 import { events } from './events.js';
 import { jobs } from './jobs.js';
-import { forgetColors, int, query, say } from './lib.js';
+import { granted, learn, limits, lockAll, mayWrite } from './key.js';
+import { el, forgetColors, icon, ICONS, int, query, say } from './lib.js';
 import { overview } from './overview.js';
-import { Stream, onKeyNeeded, setKey } from './server.js';
+import { Stream, hasKey, onKeyNeeded, setKey } from './server.js';
 import { state } from './state.js';
 import { vectors } from './vectors.js';
 
@@ -45,6 +46,7 @@ function route() {
   tabs[view].href = location.hash || '#overview';
   if (!sections[view].hasChildNodes()) views[view].mount(sections[view], go);
   views[view].show(new URLSearchParams(q));
+  showReach();
   sync();
 }
 addEventListener('hashchange', route);
@@ -74,6 +76,7 @@ const pulse = new Stream({
       if (lostAt !== null) overview.poll();
       lostAt = null;
       $('auth').close();
+      learn().then((isOther) => isOther && renew()); // A change of what the key may do ends its streams.
     } else if (status === 'reconnecting') lostAt ??= new Date();
     banner();
   },
@@ -82,6 +85,7 @@ pulse.path = '/v1/events?types=console.pulse';
 function banner() {
   const isAway = lostAt !== null && !document.hidden;
   $('banner').hidden = !isAway && !refusal;
+  say($('hurry'), refusal ? 'Use another key' : 'Try now');
   if (refusal) say($('banner-text'), refusal);
   else if (isAway) {
     const wait = Math.ceil((pulse.retryAt - Date.now()) / 1000);
@@ -90,7 +94,7 @@ function banner() {
 }
 setInterval(banner, 500);
 $('hurry').onclick = () => {
-  pulse.run(true);
+  if (refusal) return askKey('');
   for (const stream of [pulse, ...views[view].streams]) stream.hurry();
 };
 /** A hidden tab lets go of its connections, of which a browser has few, and resumes where it was. */
@@ -103,20 +107,48 @@ document.addEventListener('visibilitychange', () => { sync(); if (!document.hidd
 setInterval(() => { if (!document.hidden && document.body.dataset.link === 'connected') overview.poll(); }, 1000);
 
 // ---- The key ----------------------------------------------------------------------------------------------------------
-onKeyNeeded.call = (hadOne) => {
+function askKey(why, title = 'This server asks for a key') {
   if ($('auth').open) return;
-  say($('auth-error'), hadOne ? 'That key was not accepted.' : '');
+  say($('auth-title'), title);
+  say($('auth-error'), why);
   $('auth').showModal();
-};
+}
+onKeyNeeded.call = (why) => askKey(why);
 $('auth').querySelector('form').onsubmit = (e) => {
   e.preventDefault();
   setKey(e.target.elements.key.value.trim());
   e.target.reset();
   $('auth').close();
+  pulse.stop();
+  learn().then(renew);
+};
+$('auth-cancel').onclick = () => $('auth').close();
+$('key').prepend(icon(ICONS.key));
+$('key').onclick = () => askKey('', 'Use another key');
+/** Under another key nothing of what the one before has shown stays. */
+function renew() {
   for (const stream of [pulse, ...Object.values(views).flatMap((v) => v.streams)]) stream.stop();
   for (const each of Object.values(views)) each.fresh?.();
+  for (const [name, tab] of Object.entries(tabs)) tab.href = `#${name}`;
+  lockAll();
   route();
-};
+  overview.poll();
+}
+/** A line about a key that may not do everything, with a way to each of its places. */
+function showReach() {
+  const key = granted(), own = limits(), name = key?.name ?? '', words = mayWrite() ? own ? 'reads and writes' : 'reads and writes everything' : own ? 'only reads' : 'reads everything and writes nothing';
+  $('key').hidden = !hasKey();
+  say($('key').lastChild, name);
+  $('key').title = `${key ? `The key ${name} ${words}. ` : ''}Use another key`;
+  $('reach').hidden = !key || (mayWrite() && !own);
+  if ($('reach').hidden) return;
+  const place = (target, word, text) => el('a', { class: 'chip', href: `#${target}` }, el('span', { class: 'soft' }, word), ' ', el('span', { class: 'mono' }, text));
+  const forKeys = view === 'events' || view === 'jobs' ? view : 'state', forCollections = view === 'events' ? view : 'vectors';
+  $('reach').replaceChildren(el('span', {}, 'The key ', el('b', {}, name), ` ${words}${own ? ':' : '.'}`), el('span', { class: 'chips' },
+    own?.prefixes.map((p) => place(`${forKeys}?${query({ prefix: p })}`, 'keys', `${p}…`)) ?? [],
+    own?.collections.map((c) => c === '*' ? place('vectors', 'all', 'collections') : place(`${forCollections}?${query({ collection: c })}`, 'collection', c)) ?? [],
+    own && !own.prefixes.length && !own.collections.length ? el('span', { class: 'soft' }, 'nothing: neither keys nor collections are named in it') : null));
+}
 
 // ---- Colours ----------------------------------------------------------------------------------------------------------
 const THEMES = { auto: '◐', light: '☀', dark: '☾' }, THEME = 'kiss-vdb-theme';
@@ -156,5 +188,5 @@ addEventListener('keydown', (e) => {
 });
 
 theme(document.documentElement.dataset.theme ?? 'auto');
-route();
-overview.poll();
+// Views begin where the key may look.
+learn().then(() => { route(); overview.poll(); });

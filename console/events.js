@@ -3,13 +3,14 @@
 
 import { bytes, clock, copy, el, exact, field, icon, ICONS, int, jsonView, lazily, number, query, quote, say } from './lib.js';
 import { VirtualList } from './list.js';
-import { Stream, hasKey, post } from './server.js';
+import { collectionsWords, keysWords, limits, reachesCollection, reachesKey, writes } from './key.js';
+import { Stream, curlKey, post } from './server.js';
 
 const SHOWN = 2000, HELD = 2000, HELD_CHARS = 16e6, ROW = 30;
 const KINDS = ['key', 'prefix', 'types', 'job_id', 'tag', 'collection'];
 const KIND_WORDS = { key: 'key', prefix: 'prefix', types: 'type', job_id: 'job', tag: 'tag', collection: 'collection' };
 
-let shown = [], held = [], heldChars = 0, isPaused = false, seen = 0, serial = 0, status = '', chips = [], options = {}, address = null, picked = null;
+let shown = [], held = [], heldChars = 0, isPaused = false, seen = 0, serial = 0, status = '', chips = [], options = {}, address = null, picked = null, beyond = '';
 let nodes = null, list = null, go = () => {};
 
 const stream = new Stream({
@@ -68,7 +69,8 @@ function info() {
   nodes.pause.replaceChildren(icon(isPaused ? ICONS.play : ICONS.pause), isPaused ? 'Resume' : 'Pause');
   nodes.live.dataset.status = isPaused ? 'paused' : status;
   say(nodes.info, isPaused ? `paused · ${int(held.length)} waiting${stream.isHeld ? ', the rest stays in the log' : ''}` : `${status === 'connected' ? 'live' : status} · ${int(seen)} ${seen === 1 ? 'event' : 'events'}`);
-  say(nodes.emptyTitle, status === 'connected' ? 'Waiting for events.' : 'Connecting …');
+  say(nodes.emptyTitle, beyond || (status === 'connected' ? 'Waiting for events.' : status === 'stopped' ? 'Nothing is read.' : 'Connecting …'));
+  nodes.emptyHelp.hidden = beyond !== '';
 }
 function pause(on = !isPaused) {
   isPaused = on;
@@ -139,13 +141,20 @@ async function publish(e) {
 function togglePublish(on = nodes.publish.hidden) {
   nodes.publish.hidden = !on;
   nodes.publishButton.setAttribute('aria-expanded', String(on));
-  if (on) nodes.publish.querySelector('input').select();
+  if (!on) return;
+  const { key, type } = nodes.publish.querySelector('form').elements, isFree = reachesKey('');
+  key.required = !isFree; // An event of no key is for those who reach everything.
+  if (!isFree) key.value ||= limits().prefixes[0] ?? '';
+  type.select();
 }
 
 export const events = {
   title: 'Events',
   streams: [stream],
-  fresh() { address = null; },
+  fresh() {
+    address = null;
+    if (nodes) togglePublish(false);
+  },
   mount(section, navigateTo) {
     go = navigateTo;
     const kind = el('select', { name: 'kind', 'aria-label': 'Filter by' }, KINDS.map((k) => el('option', { value: k }, KIND_WORDS[k])));
@@ -164,15 +173,16 @@ export const events = {
     nodes.live = el('span', { class: 'live' }, el('i', { class: 'dot' }), nodes.info);
     const curl = () => {
       const q = query(params());
-      copy(`curl -N ${quote(`${location.origin}/v1/events${q ? `?${q}` : ''}`)}${hasKey() ? ' -H "Authorization: Bearer $API_KEY"' : ''}`, 'Copied as curl');
+      copy(`curl -N ${quote(`${location.origin}/v1/events${q ? `?${q}` : ''}`)}${curlKey()}`, 'Copied as curl');
     };
-    nodes.publishButton = el('button', { type: 'button', id: 'publish-open', title: 'n', 'aria-expanded': 'false', onclick: () => togglePublish() }, 'Publish …');
+    nodes.publishButton = writes(el('button', { type: 'button', id: 'publish-open', title: 'n', 'aria-expanded': 'false', onclick: () => togglePublish() }, 'Publish …'));
     nodes.publish = el('div', { class: 'card publish', id: 'publish', hidden: true }, el('form', { class: 'row', onsubmit: publish },
       el('label', {}, 'Type ', el('input', { name: 'type', value: 'progress', required: true, autocomplete: 'off' })), el('label', {}, 'Key ', el('input', { name: 'key', class: 'mono', autocomplete: 'off' })),
       el('label', { class: 'grow' }, 'Data (JSON) ', el('input', { name: 'data', class: 'mono', value: '{"percent": 42}', spellcheck: false, autocomplete: 'off' })),
       el('label', { class: 'grow' }, 'Labels (JSON) ', el('input', { name: 'meta', class: 'mono', placeholder: '{"job_id": "1", "tags": ["a"]}', spellcheck: false, autocomplete: 'off' })),
       el('label', { class: 'check' }, el('input', { type: 'checkbox', name: 'ephemeral' }), ' ephemeral'), el('button', { class: 'main' }, 'Publish'), nodes.published));
-    nodes.empty = el('div', { class: 'empty' }, nodes.emptyTitle, el('p', { class: 'soft' }, 'Every change of a key or a vector is an event, and so is what you publish.'));
+    nodes.emptyHelp = el('p', { class: 'soft' }, 'Every change of a key or a vector is an event, and so is what you publish.');
+    nodes.empty = el('div', { class: 'empty' }, nodes.emptyTitle, nodes.emptyHelp);
     nodes.split = el('div', { class: 'split' }, el('div', { class: 'card column tail-card' }, nodes.tail, nodes.empty), nodes.detail);
     section.append(
       el('div', { class: 'toolbar' }, nodes.chips, adder, el('label', { class: 'check' }, 'since ', since), el('label', { class: 'check' }, snapshot, ' snapshot first')),
@@ -196,10 +206,11 @@ export const events = {
       shown = []; held = []; heldChars = 0; seen = 0; picked = null;
       detail();
       const path = query(params());
-      stream.open(`/v1/events${path ? `?${path}` : ''}`);
+      beyond = chips.some(([k, v]) => (k === 'key' || k === 'prefix') && !reachesKey(v)) ? keysWords() : chips.some(([k, v]) => k === 'collection' && !reachesCollection(v)) ? collectionsWords() : '';
+      stream.open(beyond ? null : `/v1/events${path ? `?${path}` : ''}`);
     }
     drawChips();
     draw();
   },
-  keys: { p: () => pause(), n: () => togglePublish(true), Escape: () => picked ? close() : togglePublish(false) },
+  keys: { p: () => pause(), n: () => nodes.publish.hidden ? nodes.publishButton.click() : togglePublish(true), Escape: () => picked ? close() : togglePublish(false) },
 };

@@ -6,7 +6,8 @@
 // the field on top narrows the stream to keys that begin so.
 
 import { clock, copy, duration, el, exact, icon, ICONS, int, isObject, jsonView, lazily, merge, number, query, quote, say, toast } from './lib.js';
-import { Stream, hasKey, history, post, serverNow, write } from './server.js';
+import { keysWords, limits, mayWrite, reachesKey, writes } from './key.js';
+import { Stream, curlKey, history, post, serverNow, write } from './server.js';
 
 const JOBS_MAX = 2000, LINES_MAX = 500;
 const STATUS = {
@@ -230,6 +231,7 @@ function card(j) {
   c.node.dataset.job = j.id;
   say(c.status, j.word && STATUS[j.word.toLowerCase()] !== undefined ? j.word : j.word || WORDS[j.status]);
   say(c.title, j.title || j.key || j.id);
+  c.title.title = c.title.textContent;
   say(c.id, j.title || j.key ? `#${j.id}` : '');
   say(c.percent, percent(j));
   setBar(c.bar, j);
@@ -241,6 +243,8 @@ function card(j) {
 }
 function tick(j, c) { say(c.side, [elapsed(j), left(j)].filter(Boolean).join(' · ')); }
 
+/** Whether no job can be here: the key does not reach what begins so, or no key at all. */
+const isBeyond = () => !reachesKey(prefix) && (prefix !== '' || !limits().prefixes.length);
 function render() {
   if (!nodes) return;
   const all = [...jobs_.values()], counts = { all: all.length };
@@ -256,8 +260,8 @@ function render() {
   for (const id of cards.keys()) if (!jobs_.has(id)) cards.delete(id);
   nodes.empty.hidden = list.length > 0;
   const isLoading = isReading && count > 0;
-  say(nodes.emptyTitle, isLoading ? 'Reading …' : isReading ? 'Connecting …' : filter !== 'all' && all.length ? `No job is ${filter}.` : prefix ? 'No job has a key that begins so.' : 'No jobs yet.');
-  nodes.emptyHelp.hidden = isReading || all.length > 0;
+  say(nodes.emptyTitle, isLoading ? 'Reading …' : isReading ? 'Connecting …' : isBeyond() ? keysWords() : filter !== 'all' && all.length ? `No job is ${filter}.` : prefix ? 'No job has a key that begins so.' : 'No jobs yet.');
+  nodes.emptyHelp.hidden = isReading || all.length > 0 || isBeyond();
   say(nodes.info, isLoading ? `${int(count)} keys read` : all.length > 300 ? `newest 300 of ${int(all.length)}` : '');
   renderDetail();
 }
@@ -276,7 +280,7 @@ function renderDetail() {
   if (opened?.id !== j.id || opened.job !== j) {
     const o = opened = { id: j.id, job: j, status: el('span', { class: 'status big' }), bar: bar(j), percent: el('b', { class: 'now' }), time: el('span', { class: 'soft' }), note: el('p', { class: 'job-note' }), log: el('div', { class: 'log', role: 'log', tabIndex: 0, 'aria-label': 'Log lines' }), value: el('div', { class: 'values' }), drawn: [], shownValue: undefined };
     o.tags = el('span', { class: 'soft' });
-    const curl = `curl -N ${quote(`${location.origin}/v1/events?${query({ job_id: j.id, since: 0 })}`)}${hasKey() ? ' -H "Authorization: Bearer $API_KEY"' : ''}`;
+    const curl = `curl -N ${quote(`${location.origin}/v1/events?${query({ job_id: j.id, since: 0 })}`)}${curlKey()}`;
     nodes.detail.replaceChildren(detailHead(j.id, curl),
       el('div', { class: 'job-state' }, o.percent, o.status, el('span', { class: 'grow' }), o.time), o.bar, o.note,
       el('h3', {}, 'Log'), o.log, el('h3', {}, 'State'), o.value);
@@ -326,9 +330,11 @@ setInterval(() => {
 
 // ---- A job of our own, for the first minute -----------------------------------------------------------------------------
 const STEPS = ['fetching 24 documents', 'splitting into passages', 'embedding, batch 1 of 3', 'embedding, batch 2 of 3', 'embedding, batch 3 of 3', 'writing vectors', 'checking recall', 'published'];
+/** What names of our own begin with. */
+const own = () => !reachesKey('job:') && limits().prefixes[0] || 'job:';
 /** Does what a worker of yours would do, through the same API, and leaves nothing behind after ten minutes. */
 async function runSample() {
-  const id = `sample-${Date.now().toString(36)}${sample++}`, key = `job:${id}`, meta = { job_id: id, tags: ['sample'] };
+  const id = `sample-${Date.now().toString(36)}${sample++}`, key = `${own()}${id}`, meta = { job_id: id, tags: ['sample'] };
   try {
     await write({ op: 'put', key, value: { title: 'Index the handbook', status: 'running', progress: 0 }, ttl_ms: 600_000, meta });
     go('jobs', { ...(prefix ? { prefix } : {}), job: id });
@@ -343,10 +349,20 @@ async function runSample() {
   } catch (e) { toast(`The sample job stopped: ${e.message}`, true); }
 }
 
+/** What to do when there is no job yet, and may be done. */
+function help() {
+  const follow = `curl -X PUT ${quote(`${location.origin}/v1/state/${encodeURIComponent(`${own()}1`)}`)}${curlKey()} -H 'content-type: application/json' \\\n  -d '{"value":{"title":"My first job","status":"running","progress":0},"meta":{"job_id":"1"}}'`;
+  nodes.emptyHelp.replaceChildren(el('p', { class: 'soft' }, 'A job is any key or event with a job_id in its meta. Its value may say status, progress, title and message; its events of type log are its log.'));
+  if (mayWrite()) nodes.emptyHelp.append(el('pre', {}, follow), el('div', { class: 'row' }, el('button', { type: 'button', onclick: () => copy(follow) }, 'Copy'), el('button', { type: 'button', class: 'main', onclick: runSample }, 'Run a sample job')));
+}
+
 export const jobs = {
   title: 'Jobs',
   streams: [stream],
-  fresh() { prefix = null; },
+  fresh() {
+    prefix = null;
+    if (nodes) help();
+  },
   mount(root, navigate) {
     go = navigate;
     const chip = (name, label) => el('button', { type: 'button', class: `chip pick ${name}`, 'aria-pressed': 'false', onclick: () => { filter = name; render(); } }, el('i', { class: 'dot' }), ` ${label} `, el('b', {}, '0'));
@@ -355,15 +371,13 @@ export const jobs = {
     nodes = {
       root, field, error: el('p', { class: 'error', role: 'alert' }), list: el('div', { class: 'jobs', id: 'job-list' }), detail: el('aside', { class: 'card pane', id: 'job', hidden: true }), info: el('span', { class: 'soft' }),
       chips: { all: chip('all', 'all'), running: chip('running', 'running'), queued: chip('queued', 'queued'), done: chip('done', 'done'), failed: chip('failed', 'failed'), stopped: chip('stopped', 'stopped') },
-      emptyTitle: el('h2', {}), emptyHelp: el('div', {}),
+      emptyTitle: el('h2', {}), emptyHelp: el('div', {}), sample: writes(el('button', { type: 'button', id: 'sample', title: 'n', onclick: runSample }, 'Run a sample job')),
     };
-    const follow = `curl -X PUT ${location.origin}/v1/state/job:1 -H 'content-type: application/json' \\\n  -d '{"value":{"title":"My first job","status":"running","progress":0},"meta":{"job_id":"1"}}'`;
-    nodes.emptyHelp.append(el('p', { class: 'soft' }, 'A job is any key or event with a job_id in its meta. Its value may say status, progress, title and message; its events of type log are its log.'),
-      el('pre', {}, follow), el('div', { class: 'row' }, el('button', { type: 'button', onclick: () => copy(follow) }, 'Copy'), el('button', { type: 'button', class: 'main', onclick: runSample }, 'Run a sample job')));
+    help();
     nodes.empty = el('div', { class: 'card empty-card' }, nodes.emptyTitle, nodes.emptyHelp);
     nodes.split = el('div', { class: 'split' }, el('div', { class: 'column' }, nodes.list, nodes.empty), nodes.detail);
     root.append(el('div', { class: 'toolbar' }, el('div', { class: 'chips', role: 'group', 'aria-label': 'Status' }, Object.values(nodes.chips)), el('span', { class: 'grow' }), nodes.info, field,
-      el('button', { type: 'button', id: 'sample', title: 'n', onclick: runSample }, 'Run a sample job')), nodes.error, nodes.split);
+      nodes.sample), nodes.error, nodes.split);
     nodes.list.onkeydown = (e) => {
       const step = { ArrowDown: 'nextElementSibling', j: 'nextElementSibling', ArrowUp: 'previousElementSibling', k: 'previousElementSibling' }[e.key];
       if (step) { e.preventDefault(); document.activeElement?.[step]?.focus(); }
@@ -378,9 +392,10 @@ export const jobs = {
       forget();
       cards.clear();
       nodes.list.textContent = '';
-      stream.open(`/v1/events?${query({ snapshot: 'true', prefix })}`);
+      isReading = !isBeyond();
+      stream.open(isReading ? `/v1/events?${query({ snapshot: 'true', prefix })}` : null);
     }
     render();
   },
-  keys: { n: runSample, Escape: () => wanted !== null && close() },
+  keys: { n: () => nodes.sample.click(), Escape: () => wanted !== null && close() },
 };

@@ -29,7 +29,7 @@ export function icon(path) {
 }
 export const ICONS = {
   close: 'M4 4l8 8M12 4l-8 8', plus: 'M8 3v10M3 8h10', right: 'M6 4l4 4-4 4', copy: 'M5.5 5.5h7v7h-7zM3.5 10.5v-7h7', pause: 'M5.5 4v8M10.5 4v8',
-  play: 'M5 3.5l7.5 4.5L5 12.5z', trash: 'M3.5 4.5h9M6 4V2.5h4V4M5 4.5l.5 9h5l.5-9', search: 'M7 2.5a4.5 4.5 0 1 0 0 9a4.5 4.5 0 0 0 0-9zM10.5 10.5l3 3',
+  play: 'M5 3.5l7.5 4.5L5 12.5z', trash: 'M3.5 4.5h9M6 4V2.5h4V4M5 4.5l.5 9h5l.5-9', key: 'M10 2.5a3.5 3.5 0 1 0 0 7a3.5 3.5 0 0 0 0-7zM7.5 8.5l-5 5M4 12l1.5 1.5', search: 'M7 2.5a4.5 4.5 0 1 0 0 9a4.5 4.5 0 0 0 0-9zM10.5 10.5l3 3',
 };
 
 /** Sets the text of a node only when it changes, so that selections and screen readers are left in peace. */

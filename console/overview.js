@@ -2,8 +2,9 @@
 // for once a second, whichever view is open, and the charts have no holes.
 
 import { Chart, POINTS } from './chart.js';
-import { bytes, copy, duration, el, int, latency, rate, say } from './lib.js';
-import { get, getText } from './server.js';
+import { bytes, copy, duration, el, int, latency, number, rate, say } from './lib.js';
+import { limits, mayWrite } from './key.js';
+import { curlKey, get, getText } from './server.js';
 
 /** OpenMetrics as far as this page needs it: plain values by name, counters by route, one histogram's buckets. */
 export function parseMetrics(text) {
@@ -65,6 +66,7 @@ async function poll() {
   try {
     const at = performance.now();
     if (!health || at - healthAt > 2500) { health = await get('/v1/health'); healthAt = at; }
+    if (limits()) { if (nodes) say(nodes.error, ''); return drawFacts(); } // The figures are about all: nothing is asked that would be refused.
     const m = Object.assign(parseMetrics(await getText('/v1/metrics')), { at: performance.now() });
     const v = m.values;
     // A restarted server counts from zero: no rate across that.
@@ -96,18 +98,28 @@ const MODES = {
   always: 'a write is on disk before it is answered', interval: 'on disk within a second; a power cut can take the last one back',
   never: 'the system decides when it reaches the disk', ephemeral: 'in memory only; a restart starts empty',
 };
-function draw(m) {
+/** What is known without a right: anybody may ask for the server's health. */
+function drawFacts(isPoisoned = health?.status === 'poisoned') {
   if (!nodes || !health) return;
-  const v = m.values, last = (name) => DATA[name].at(-1), peak = (name) => Math.max(0, ...DATA[name].filter((n) => n != null));
-  const isWell = health.status === 'ok' && !v.kiss_poisoned;
+  for (const node of [nodes.charts, nodes.tiles]) node.hidden = limits() !== null;
+  nodes.part.hidden = limits() === null;
+  if (limits()) nodes.start.hidden = true;
+  const isWell = health.status === 'ok' && !isPoisoned, revision = number(health.revision);
   nodes.health.className = isWell ? 'fact good' : 'fact bad';
-  say(nodes.health.lastChild, isWell ? 'healthy' : v.kiss_poisoned ? 'poisoned: a write to disk failed; reads go on, writes wait for a restart' : health.status);
+  say(nodes.health.lastChild, isWell ? 'healthy' : isPoisoned ? 'poisoned: a write to disk failed; reads go on, writes wait for a restart' : health.status);
   nodes.mode.className = health.durability === 'always' ? 'fact good' : 'fact warn';
   nodes.mode.title = MODES[health.durability] ?? '';
   say(nodes.mode.lastChild, health.durability === 'ephemeral' ? 'in memory' : `durable: ${health.durability}`);
   say(nodes.modeText, MODES[health.durability] ?? '');
-  say(nodes.up, `up ${duration(v.kiss_uptime_seconds)}`);
+  say(nodes.up, `up ${duration(health.uptime_s)}`);
   say(nodes.version, `v${health.version}`);
+  say(nodes.log, revision ? `log keeps ${int(health.oldest)} to ${int(revision)}` : 'log is empty');
+}
+function draw(m) {
+  if (!nodes || !health) return;
+  drawFacts(Boolean(m.values.kiss_poisoned) || undefined);
+  const v = m.values, last = (name) => DATA[name].at(-1), peak = (name) => Math.max(0, ...DATA[name].filter((n) => n != null));
+  say(nodes.up, `up ${duration(v.kiss_uptime_seconds)}`);
   say(nodes.log, v.kiss_revision ? `log keeps ${int(health.oldest)} to ${int(v.kiss_revision)}` : 'log is empty');
   set('writes', int(v.kiss_revision), `${rate(last('writes'))} writes/s · peak ${rate(peak('writes'))}`);
   set('reads', rate(last('reads')), `a second · peak ${rate(peak('reads'))}`);
@@ -129,14 +141,16 @@ function draw(m) {
   for (const chart of charts) chart.draw();
 }
 
+/** The first minute, in lines to paste: for the key at hand. */
 function starter() {
   const line = (text, title) => el('div', { class: 'try' }, el('p', { class: 'soft' }, title), el('pre', {}, text), el('button', { type: 'button', onclick: () => copy(text) }, 'Copy'));
   const json = `-H 'content-type: application/json'`, at = location.origin;
-  return el('section', { class: 'card', id: 'start', hidden: true }, el('h2', {}, 'Nothing here yet. The first minute:'),
-    line(`curl -N ${at}/v1/events`, 'Watch everything that happens, in one terminal (or here, in Events).'),
-    line(`curl -X PUT ${at}/v1/state/job:1 ${json} -d '{"value":{"progress":0},"meta":{"job_id":"1"}}'`, 'A job: it shows in Jobs at once.'),
-    line(`curl -X PATCH ${at}/v1/state/job:1 ${json} -d '{"progress":42}'`, 'Its progress.'),
-    el('p', { class: 'soft' }, 'Or let this page do it: ', el('a', { href: '#jobs' }, 'Jobs'), ' runs a sample job for you.'));
+  nodes.start.replaceChildren(...[el('h2', {}, 'Nothing here yet. The first minute:'),
+    curlKey() && el('p', { class: 'soft' }, 'This server wants a key: ', el('code', {}, 'export API_KEY=…'), ' first, with the one you gave this page.'),
+    line(`curl -N ${at}/v1/events${curlKey()}`, 'Watch everything that happens, in one terminal (or here, in Events).'),
+    ...(mayWrite() ? [line(`curl -X PUT ${at}/v1/state/job:1${curlKey()} ${json} -d '{"value":{"progress":0},"meta":{"job_id":"1"}}'`, 'A job: it shows in Jobs at once.'),
+      line(`curl -X PATCH ${at}/v1/state/job:1${curlKey()} ${json} -d '{"progress":42}'`, 'Its progress.'),
+      el('p', { class: 'soft' }, 'Or let this page do it: ', el('a', { href: '#jobs' }, 'Jobs'), ' runs a sample job for you.')] : [])].filter(Boolean));
 }
 
 /** Keys in all, as of the last reading. */
@@ -146,27 +160,33 @@ export const overview = {
   title: 'Overview',
   streams: [],
   poll,
-  fresh() { isRefused = false; },
+  fresh() {
+    isRefused = false;
+    health = before = null;
+    if (nodes) starter();
+  },
   mount(root) {
     const fact = (id) => el('span', { class: 'fact', id }, el('i', { class: 'dot' }), el('span', {}, '…'));
     nodes = {
       health: fact('health'), mode: fact('durability'), modeText: el('span', { class: 'soft wide-only' }), up: el('span', { class: 'soft' }), version: el('span', { class: 'soft' }),
-      log: el('span', { class: 'soft', id: 'log-range' }), tiles: el('dl', { class: 'tiles', id: 'tiles' }), error: el('p', { class: 'error', role: 'alert' }), start: starter(),
+      log: el('span', { class: 'soft', id: 'log-range' }), tiles: el('dl', { class: 'tiles', id: 'tiles' }), error: el('p', { class: 'error', role: 'alert' }), start: el('section', { class: 'card', id: 'start', hidden: true }), charts: el('div', { class: 'charts' }),
+      part: el('section', { class: 'card empty-card', id: 'part', hidden: true }, el('h2', {}, 'This key reaches a part of the server.'), el('p', { class: 'soft' }, 'The figures of this page are about the whole, so they are for keys without limits. The line above says what the key reaches, and leads there.')),
     };
     const one = (name, color, points = DATA[name]) => ({ name, color: `--${color}`, points });
     root.append(
       el('div', { class: 'facts' }, nodes.health, nodes.mode, nodes.modeText, el('span', { class: 'grow' }), nodes.log, nodes.up, nodes.version),
-      nodes.error, nodes.start,
-      el('div', { class: 'charts' },
-        card('writes', 'Revision', { series: [one('writes', 'teal')], format: rate, least: 10 }, true),
-        card('fsync', 'Sync to disk', { series: [one('p99', 'amber'), one('p50', 'soft')], format: latency, least: 0.001 }),
-        card('reads', 'Reads', { series: [one('reads', 'blue')], format: rate, least: 10 }),
-        card('searches', 'Searches', { series: [one('searches', 'violet')], format: rate, least: 10 }),
-        card('streams', 'Streams', { series: [one('streams', 'green')], format: int, least: 4 }),
-        card('delivered', 'Events out', { series: [one('delivered', 'green')], format: rate, least: 10 }),
-        card('memory', 'Memory', { series: [one('process', 'blue', DATA.resident), one('keys', 'teal'), one('vectors', 'violet')], format: bytes, base: 1024 }),
-        card('log', 'Log', { series: [one('log', 'rose')], format: bytes, base: 1024 })),
-      nodes.tiles);
+      nodes.error, nodes.start, nodes.part, nodes.charts, nodes.tiles);
+    nodes.charts.append(
+      card('writes', 'Revision', { series: [one('writes', 'teal')], format: rate, least: 10 }, true),
+      card('fsync', 'Sync to disk', { series: [one('p99', 'amber'), one('p50', 'soft')], format: latency, least: 0.001 }),
+      card('reads', 'Reads', { series: [one('reads', 'blue')], format: rate, least: 10 }),
+      card('searches', 'Searches', { series: [one('searches', 'violet')], format: rate, least: 10 }),
+      card('streams', 'Streams', { series: [one('streams', 'green')], format: int, least: 4 }),
+      card('delivered', 'Events out', { series: [one('delivered', 'green')], format: rate, least: 10 }),
+      card('memory', 'Memory', { series: [one('process', 'blue', DATA.resident), one('keys', 'teal'), one('vectors', 'violet')], format: bytes, base: 1024 }),
+      card('log', 'Log', { series: [one('log', 'rose')], format: bytes, base: 1024 }));
+    starter();
+    drawFacts();
   },
   show() { if (before) draw(before); },
 };

@@ -4,33 +4,42 @@ import { exact, query } from './lib.js';
 
 const KEY = 'kiss-vdb-key';
 let key = sessionStorage.getItem(KEY) ?? ''; // This tab only; it goes when the tab goes.
+let refused = null; // The key that was last asked about: one refusal is told once, however many requests meet it.
 let skew = 0; // The server's clock minus ours, in ms, when they differ noticeably.
 
 export const serverNow = () => Date.now() + skew;
 export const hasKey = () => key !== '';
+export const whichKey = () => key;
 export function setKey(text) {
   key = text;
-  sessionStorage.setItem(KEY, key);
+  refused = null;
+  key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY);
 }
 const auth = () => key ? { Authorization: `Bearer ${key}` } : {};
-/** What is called when the server asks for a key. */
+/** What a command line needs besides, when the server wants a key: the variable that `kiss-vdb` reads too. */
+export const curlKey = () => key ? ' -H "Authorization: Bearer $API_KEY"' : '';
+/** What is called, with the reason, when the server asks for a key. */
 export const onKeyNeeded = { call: () => {} };
 
-async function problem(res) {
+/** `sent` is the key that went along: an answer to one that was replaced meanwhile asks for nothing. */
+async function problem(res, sent) {
   let body = {};
   try { body = JSON.parse(await res.text()); } catch { /* not from this server: the status has to do */ }
-  if (res.status === 401) onKeyNeeded.call(hasKey());
+  if (res.status === 401 && sent === key && refused !== key) {
+    refused = key;
+    onKeyNeeded.call(sent ? `That key was not accepted: ${body.detail ?? 'the server does not say why'}.` : '');
+  }
   const text = (body.detail ?? `${res.status} ${res.statusText}`).replace(/^operation 0: /, '');
   return Object.assign(new Error(text), { status: res.status, code: body.code, body });
 }
 async function call(method, path, body, accept) {
-  const headers = { ...auth(), ...(body === undefined ? {} : { 'Content-Type': 'application/json' }), ...(accept ? { Accept: accept } : {}) };
+  const sent = key, headers = { ...auth(), ...(body === undefined ? {} : { 'Content-Type': 'application/json' }), ...(accept ? { Accept: accept } : {}) };
   let res;
   try { res = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: 'no-store' }); }
   catch { throw Object.assign(new Error('The server does not answer.'), { status: 0 }); }
   const date = Date.parse(res.headers.get('date'));
   if (date) skew = Math.abs(date - Date.now()) > 2000 ? date - Date.now() : 0;
-  if (!res.ok && path !== '/v1/health') throw await problem(res);
+  if (!res.ok && path !== '/v1/health') throw await problem(res, sent);
   return res.text();
 }
 export const getText = (path) => call('GET', path);
@@ -101,16 +110,17 @@ export class Stream {
       const alive = () => { clearTimeout(timer); timer = setTimeout(() => attempt.abort(), this.heartbeat * 3 + 4000); };
       try {
         alive();
-        const headers = { ...auth(), Accept: 'text/event-stream', ...(this.lastId === null ? {} : { 'Last-Event-ID': this.lastId }) };
+        const sent = key, headers = { ...auth(), Accept: 'text/event-stream', ...(this.lastId === null ? {} : { 'Last-Event-ID': this.lastId }) };
         const res = await fetch(`${this.path}${this.path.includes('?') ? '&' : '?'}heartbeat_ms=${this.heartbeat}`, { headers, signal: attempt.signal, cache: 'no-store' });
         if (life.isOver) break;
         if (!res.ok) {
-          const error = await problem(res);
+          const error = await problem(res, sent);
           if (life.isOver) break;
           if (res.status < 500 && res.status !== 429) { this.abort = null; clearTimeout(timer); return this.onStatus('stopped', error.message); }
           wait = 1000 * Number(res.headers.get('retry-after') ?? 0);
           throw error;
         }
+        refused = null;
         this.onOpen(this.lastId === null);
         this.onStatus('connected');
         failures = 0;

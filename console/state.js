@@ -6,9 +6,10 @@
 // change; what a page or a value knew already is told by its revision.
 
 import { byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, jsonView, lazily, merge, number, paint, pretty, query, quote, say, sure, toast } from './lib.js';
+import { keysWords, limits, reachesKey, writes } from './key.js';
 import { VirtualList } from './list.js';
 import { keyCount } from './overview.js';
-import { Stream, cursorAfter, get, hasKey, history, read, serverNow, write } from './server.js';
+import { Stream, cursorAfter, curlKey, get, history, read, serverNow, write } from './server.js';
 
 const PAGE = 500, ROW = 32, PREVIEW = 160;
 const LAST = '\u{10ffff}\u{10ffff}'; // After every key of a branch.
@@ -163,6 +164,7 @@ async function load() {
   root.isOpen = true;
   since = null;
   stream.open(null);
+  root.isDone = !reachesKey(prefix); // There is nothing to ask for.
   draw();
   await more(root);
   if (root.error) { if (root.isAway) setTimeout(() => root.error && since === null && load(), 1000); return; }
@@ -198,7 +200,7 @@ const fetchPreviews = lazily(async () => {
       const wanted = new Map(rows.slice(i, end + 1).map((r) => [r.key, r]));
       const before = rows[i - 1]?.key, isNext = before !== undefined && rows[i - 1].depth === first.depth;
       const r = isNext
-        ? await get(`/v1/state?${query({ limit: wanted.size, cursor: cursorAfter(before) })}`)
+        ? await get(`/v1/state?${query({ prefix: root.prefix, limit: wanted.size, cursor: cursorAfter(before) })}`)
         : await get(`/v1/state?${query({ prefix: first.key, limit: 1 })}`);
       for (const e of r.items) {
         const row = wanted.get(e.key);
@@ -225,7 +227,8 @@ const draw = lazily(() => {
   const total = root.children.reduce((n, c) => n + (c.prefix ? c.count : 1), 0), isSome = !root.isDone || root.children.some((c) => c.isMore);
   say(nodes.info, !root.children.length ? '' : prefix || keyCount() === undefined ? `${int(total)}${isSome ? '+' : ''} keys${prefix ? ' begin so' : ''}` : `${int(keyCount())} keys`);
   nodes.empty.hidden = !root.isDone || root.children.length > 0;
-  say(nodes.emptyTitle, prefix ? 'No key begins so.' : 'No keys yet.');
+  nodes.makeOne.hidden = nodes.makeOne.disabled || !reachesKey(prefix ?? '');
+  say(nodes.emptyTitle, !reachesKey(prefix ?? '') ? keysWords() : prefix ? 'No key begins so.' : 'No keys yet.');
   if (root.error) say(nodes.error, root.error);
 }, 30);
 const endsIn = (ms) => ms <= serverNow() ? 'ended' : duration((ms - serverNow()) / 1000 + 0.999);
@@ -300,6 +303,7 @@ function choose(key) { go('state', { prefix, key }); }
 async function openKey(key) {
   if (open?.key === key && !open.isNew) return;
   const mine = open = { key, entry: null, latest: null, tab: 'value', isDirty: false };
+  if (!reachesKey(key)) return pane(el('div', { class: 'empty' }, keysWords()));
   pane(el('div', { class: 'empty' }, 'Reading …'));
   try {
     const entry = await read(key);
@@ -324,7 +328,7 @@ function pane(...body) {
   const o = open;
   nodes.detail.hidden = false;
   nodes.split.classList.add('two');
-  const curl = `curl ${quote(`${location.origin}/v1/state/${encodeURIComponent(o.key)}`)}${hasKey() ? ' -H "Authorization: Bearer $API_KEY"' : ''}`;
+  const curl = `curl ${quote(`${location.origin}/v1/state/${encodeURIComponent(o.key)}`)}${curlKey()}`;
   const tab = (name, label) => el('button', { type: 'button', role: 'tab', id: `tab-${name}`, 'aria-selected': String(o.tab === name), onclick: () => showTab(name) }, label);
   const isBytes = o.latest && 'value_base64' in o.latest;
   nodes.detail.replaceChildren(
@@ -332,7 +336,7 @@ function pane(...body) {
       o.isNew ? null : el('button', { type: 'button', onclick: () => copy(curl, 'Copied as curl') }, 'Copy as curl'),
       el('button', { type: 'button', class: 'ghost', 'aria-label': 'Close', title: 'Close (Esc)', onclick: close }, icon(ICONS.close))),
     o.isNew ? '' : nodes.badges,
-    o.isNew ? '' : el('div', { class: 'tabs', role: 'tablist' }, tab('value', 'Value'), o.latest ? tab('edit', 'Edit') : null, o.latest && !isBytes ? tab('patch', 'Patch') : null, tab('history', 'History')),
+    o.isNew ? '' : el('div', { class: 'tabs', role: 'tablist' }, tab('value', 'Value'), o.latest ? writes(tab('edit', 'Edit')) : null, o.latest && !isBytes ? writes(tab('patch', 'Patch')) : null, tab('history', 'History')),
     el('div', { class: 'pane-body' }, body));
   badges();
 }
@@ -363,7 +367,7 @@ function hex(raw) {
 function showValue() {
   const e = open.entry = open.latest;
   if (!e) return pane(el('div', { class: 'empty' }, 'There is nothing under this key now. Its history may say why.'));
-  const erase = sure(el('button', { type: 'button', class: 'danger', id: 'delete' }, 'Delete'), 'Really delete?', () => attempt(async () => {
+  const erase = sure(writes(el('button', { type: 'button', class: 'danger', id: 'delete' }, 'Delete')), 'Really delete?', () => attempt(async () => {
     await write({ op: 'delete', key: e.key, if_revision: open.latest?.revision });
     toast(`${e.key} deleted`);
     close();
@@ -386,7 +390,7 @@ function showEdit(isPatch) {
   if (isPatch) ends.firstChild.remove();
   const seconds = el('input', { name: 'seconds', inputMode: 'decimal', disabled: true, 'aria-label': 'Seconds' });
   const meta = el('input', { name: 'meta', class: 'mono', placeholder: '{"job_id": "1", "tags": ["a"]}', spellcheck: false, autocomplete: 'off', value: e?.meta ? JSON.stringify(e.meta) : '' });
-  const name = o.isNew ? el('label', {}, 'Key ', el('input', { name: 'key', class: 'mono', autocomplete: 'off', spellcheck: false, required: true, value: prefix ?? '' })) : null;
+  const name = o.isNew ? el('label', {}, 'Key ', el('input', { name: 'key', class: 'mono', autocomplete: 'off', spellcheck: false, required: true, value: reachesKey(prefix ?? '') ? prefix ?? '' : limits().prefixes[0] ?? '' })) : null;
   o.error = el('p', { class: 'error', role: 'alert' });
   o.conflict = el('div', { class: 'conflict', id: 'conflict', hidden: true });
   o.note = el('p', { class: 'note', id: 'newer', hidden: true });
@@ -474,7 +478,7 @@ async function changed(ev) {
 }
 async function refreshOpen() {
   const o = open;
-  if (o.isNew) return;
+  if (o.isNew || !reachesKey(o.key)) return;
   try { const now = await read(o.key) ?? null; if (open === o && now?.revision !== o.latest?.revision) show(now); } catch { /* the stream tells later */ }
 }
 function show(latest) {
@@ -535,11 +539,11 @@ function change(ev) {
   item.ontoggle = () => {
     if (!item.open || item.children[1]) return;
     item.append(el('div', { class: 'value' }, jsonView(isGone ? ev : 'value_base64' in ev ? ev.value_base64 : told, 3)));
-    if ('value' in ev) item.append(el('button', { type: 'button', onclick: () => {
+    if ('value' in ev) item.append(writes(el('button', { type: 'button', onclick: () => {
       open.restored = pretty(ev.value);
       open.latest ? showTab('edit') : (open = { ...open, isNew: true, restored: pretty(ev.value) }, showTab('edit'), nodes.detail.querySelector('[name=key]').value = ev.key);
       open.isDirty = true;
-    } }, 'Edit from this value'));
+    } }, 'Edit from this value')));
   };
   return item;
 }
@@ -553,7 +557,10 @@ setInterval(() => {
 export const state = {
   title: 'State',
   streams: [stream],
-  fresh() { prefix = null; },
+  fresh() {
+    prefix = null;
+    if (!open?.isDirty) open = null; // What somebody is writing is theirs, whatever the key.
+  },
   mount(section, navigate) {
     go = navigate;
     const filter = el('input', { name: 'prefix', class: 'mono', placeholder: 'keys that begin with …', autocomplete: 'off', spellcheck: false, 'aria-label': 'Prefix' });
@@ -563,13 +570,17 @@ export const state = {
       root: section, filter, info: el('span', { class: 'soft', id: 'state-info', role: 'status' }), error: el('p', { class: 'error', role: 'alert' }), tree: el('div', { class: 'tree', id: 'tree', role: 'tree', 'aria-label': 'Keys' }),
       emptyTitle: el('h2', {}), badges: el('div', { class: 'badges', id: 'badges' }), detail: el('aside', { class: 'card pane', id: 'detail', hidden: true }),
     };
-    nodes.empty = el('div', { class: 'empty', hidden: true }, nodes.emptyTitle, el('button', { type: 'button', class: 'main', onclick: newKey }, 'Make one'));
+    nodes.newKey = writes(el('button', { type: 'button', id: 'new-key', class: 'main', title: 'n', onclick: newKey }, 'New key'));
+    nodes.makeOne = writes(el('button', { type: 'button', class: 'main', onclick: newKey }, 'Make one'));
+    nodes.empty = el('div', { class: 'empty', hidden: true }, nodes.emptyTitle, nodes.makeOne);
     nodes.split = el('div', { class: 'split' }, el('div', { class: 'card column tree-card' }, nodes.tree, nodes.empty), nodes.detail);
-    section.append(el('div', { class: 'toolbar' }, el('div', { class: 'search' }, icon(ICONS.search), filter), nodes.info, el('span', { class: 'grow' }), el('button', { type: 'button', id: 'new-key', class: 'main', title: 'n', onclick: newKey }, 'New key')), nodes.error, nodes.split);
+    section.append(el('div', { class: 'toolbar' }, el('div', { class: 'search' }, icon(ICONS.search), filter), nodes.info, el('span', { class: 'grow' }), nodes.newKey), nodes.error, nodes.split);
     list = new VirtualList(nodes.tree, ROW, { draw: row, sign, onPick: pick, onKey: treeKey });
   },
   show(params) {
-    const next = params.get('prefix') ?? '', key = params.get('key');
+    const next = params.get('prefix') ?? '', key = params.get('key'), own = limits()?.prefixes ?? [];
+    // A key with limits begins where it may look, except while somebody empties the field to type.
+    if (next === '' && own.length && !reachesKey('') && nodes.filter !== document.activeElement) return go('state', { prefix: own.find((p) => key?.startsWith(p)) ?? own[0], key });
     if (nodes.filter !== document.activeElement) nodes.filter.value = next;
     if (next !== prefix) { prefix = next; root = branch('', 0); nodes.tree.scrollTop = 0; list.active = -1; load(); }
     if (key !== null) openKey(key);
@@ -577,5 +588,5 @@ export const state = {
     if (!open) { nodes.detail.hidden = true; nodes.split.classList.remove('two'); }
     draw();
   },
-  keys: { n: newKey, Escape: () => open && close() },
+  keys: { n: () => nodes.newKey.click(), Escape: () => open && close() },
 };

@@ -1,6 +1,7 @@
 // Vectors: the collections, searches with the approximate answer beside the exact one, and a map of a sample.
 
 import { bytes, copy, el, field, icon, ICONS, int, isObject, jsonView, lazily, number, query, say, sure, toast } from './lib.js';
+import { collectionsWords, limits, reachesCollection, writes } from './key.js';
 import { VectorMap, pca, project } from './map.js';
 import { Stream, get, getText, post, remove } from './server.js';
 
@@ -9,7 +10,7 @@ const CHANGES = 'vector_added,vector_updated,vector_deleted,collection_created,c
 const COLORS = 7; // One more stands for all the rest.
 const path = (name, rest = '') => `/v1/vector/${encodeURIComponent(name)}${rest}`;
 
-let collections = [], name = null, nodes = null, go = () => {}, base = null, sampled = null, turn = 0, changed = new Set(), lastHits = null, colorBy = null;
+let collections = [], name = null, nodes = null, go = () => {}, base = null, sampled = null, turn = 0, changed = new Set(), lastHits = null, colorBy = null, isRead = false;
 const info = () => collections.find((c) => c.collection === name);
 
 const stream = new Stream({
@@ -34,6 +35,7 @@ const refresh = lazily(async () => {
   if (!nodes || nodes.root.hidden) return;
   try {
     collections = (await get('/v1/vector')).collections;
+    isRead = true;
     say(nodes.error, '');
     draw();
     // How far the graphs are is in no stream: asked for while there is something to wait for.
@@ -54,8 +56,10 @@ function draw() {
   }));
   if (focused) [...nodes.list.children].find((b) => b.dataset.collection === focused)?.focus();
   const c = info();
-  nodes.none.hidden = collections.length > 0;
+  nodes.none.hidden = !isRead || collections.length > 0;
+  say(nodes.noneTitle, limits()?.collections.length === 0 ? collectionsWords() : 'No collections yet.');
   nodes.body.hidden = !c;
+  say(nodes.goneTitle, name !== null && !reachesCollection(name) ? collectionsWords() : 'There is no such collection.');
   nodes.gone.hidden = !collections.length || Boolean(c) || name === null;
   if (!c) return;
   say(nodes.title, c.collection);
@@ -64,6 +68,7 @@ function draw() {
 async function create(e) {
   e.preventDefault();
   const f = e.target.elements;
+  if (!reachesCollection(f.name.value.trim())) return say(nodes.createError, collectionsWords());
   try {
     const c = await post(path(f.name.value.trim()), { dim: Number(f.dim.value), metric: f.metric.value });
     toggleCreate(false);
@@ -230,7 +235,7 @@ function column(title, r, other, word) {
       const score = number(h.score), fill = el('i'), isOff = other && !other.has(h.id);
       // From the worst to the best hit: what tells them apart, on any metric.
       fill.style.width = `${top === last ? 100 : 15 + 85 * (score - last) / (top - last)}%`;
-      const erase = sure(el('button', { type: 'button', class: 'link danger', 'aria-label': `Delete ${h.id}` }, 'delete'), 'really?', async () => {
+      const erase = sure(writes(el('button', { type: 'button', class: 'link danger', 'aria-label': `Delete ${h.id}` }, 'delete'), 'collections'), 'really?', async () => {
         try { await post(path(name, '/delete'), { id: h.id }); toast(`${h.id} deleted`); item.remove(); } catch (error) { toast(error.message, true); }
       });
       const item = el('li', { class: isOff ? 'hit off' : 'hit', title: isOff ? word : '', 'data-id': h.id }, el('details', {}, el('summary', {}, el('span', { class: 'mono id' }, h.id), el('span', { class: 'score' }, fill), el('span', { class: 'num' }, score.toFixed(4)),
@@ -263,14 +268,17 @@ export const vectors = {
   title: 'Vectors',
   streams: [stream],
   redraw: () => map.draw(),
-  fresh() { sampled = null; },
+  fresh() {
+    collections = []; isRead = false; name = undefined;
+    if (nodes) toggleCreate(false);
+  },
   mount(section, navigate) {
     go = navigate;
     const input = (n, more) => el('input', { name: n, autocomplete: 'off', spellcheck: false, ...more });
     const option = (value, text) => el('option', { value }, text);
     const select = (n, options) => el('select', { name: n }, options.map(([v, t]) => option(v, t)));
     nodes = {
-      root: section, error: el('p', { class: 'error', role: 'alert' }), list: el('div', { class: 'collections', id: 'collections' }), none: el('div', { class: 'card empty-card', hidden: true }), gone: el('div', { class: 'card empty-card', hidden: true }, el('h2', {}, 'There is no such collection.')),
+      root: section, error: el('p', { class: 'error', role: 'alert' }), list: el('div', { class: 'collections', id: 'collections' }), none: el('div', { class: 'card empty-card', hidden: true }), noneTitle: el('h2', {}), goneTitle: el('h2', {}), gone: el('div', { class: 'card empty-card', hidden: true }),
       createError: el('p', { class: 'error', role: 'alert' }), title: el('h2', { class: 'mono' }), facts: el('p', { class: 'soft', id: 'collection-facts' }), searchError: el('p', { class: 'error', role: 'alert', id: 'search-error' }),
       results: el('div', { class: 'results', id: 'results' }), mapInfo: el('span', { class: 'soft', id: 'map-info' }), colorBy: el('select', { 'aria-label': 'Colour by' }), legend: el('div', { class: 'swatches' }), added: el('span', { class: 'soft', role: 'status', id: 'added' }),
     };
@@ -278,8 +286,9 @@ export const vectors = {
     nodes.create = el('form', { class: 'card row create', id: 'create', hidden: true, onsubmit: create },
       el('label', { class: 'grow' }, 'Name ', input('name', { class: 'mono', required: true })), el('label', {}, 'Numbers ', input('dim', { type: 'number', min: 1, max: 8192, value: 384, required: true })),
       el('label', {}, 'Metric ', select('metric', [['cosine', 'cosine'], ['dot', 'dot'], ['l2', 'l2']])), el('button', { class: 'main' }, 'Create'), nodes.createError);
-    nodes.none.append(el('h2', {}, 'No collections yet.'), el('p', { class: 'soft' }, 'A collection holds vectors of one length, compared by one metric.'), el('button', { type: 'button', class: 'main', onclick: () => toggleCreate(true) }, 'Make one'));
-    const drop = sure(el('button', { type: 'button', class: 'danger', id: 'drop' }, 'Delete collection'), 'Really, all of it?', async () => {
+    nodes.none.append(nodes.noneTitle, el('p', { class: 'soft' }, 'A collection holds vectors of one length, compared by one metric.'), writes(el('button', { type: 'button', class: 'main', onclick: () => toggleCreate(true) }, 'Make one'), 'collections'));
+    nodes.gone.append(nodes.goneTitle);
+    const drop = sure(writes(el('button', { type: 'button', class: 'danger', id: 'drop' }, 'Delete collection'), 'collections'), 'Really, all of it?', async () => {
       const gone = name;
       try { const r = await remove(path(gone)); toast(`${gone} and ${int(number(r.count))} vectors deleted`); name = null; lastHits = null; collections = (await get('/v1/vector')).collections; go('vectors'); } catch (e) { toast(e.message, true); }
     });
@@ -288,13 +297,14 @@ export const vectors = {
       el('div', { class: 'row' }, el('label', { class: 'grow' }, 'Filters (JSON) ', input('filters', { class: 'mono', placeholder: '{"lang": "es"}' })), el('label', { class: 'narrow' }, 'k ', input('k', { type: 'number', min: 1, max: 1000, defaultValue: 10 })),
         el('label', { class: 'narrow' }, 'ef ', input('ef', { type: 'number', min: 1, max: 10000, placeholder: 'auto' })), el('label', {}, 'Answer ', select('mode', [['both', 'both, side by side'], ['fast', 'approximate'], ['exact', 'exact']]))));
     const id = input('id', { class: 'mono', required: true }), vector = input('vector', { class: 'mono', required: true, placeholder: '[0.1, 0.2, …]' });
-    const adder = el('details', { class: 'adding', id: 'add' }, el('summary', {}, 'Add or replace a vector'), el('form', { onsubmit: add },
+    const adder = writes(el('details', { class: 'adding', id: 'add' }, el('summary', {}, 'Add or replace a vector'), el('form', { onsubmit: add },
       el('div', { class: 'row' }, el('label', {}, 'Id ', id), el('label', { class: 'grow' }, 'Numbers ', vector), el('button', { type: 'button', title: 'Fill in random numbers', onclick: () => { vector.value = `[${Array.from({ length: info()?.dim ?? 3 }, () => (Math.random() * 2 - 1).toFixed(3)).join(', ')}]`; } }, 'Random')),
-      el('div', { class: 'row' }, el('label', { class: 'grow' }, 'Metadata (JSON) ', input('meta', { class: 'mono', placeholder: '{"lang": "es"}' })), el('button', { class: 'main' }, 'Write')), nodes.added));
+      el('div', { class: 'row' }, el('label', { class: 'grow' }, 'Metadata (JSON) ', input('meta', { class: 'mono', placeholder: '{"lang": "es"}' })), el('button', { class: 'main' }, 'Write')), nodes.added)), 'collections');
     nodes.body = el('div', { class: 'vector-body', hidden: true },
       el('div', { class: 'card' }, el('div', { class: 'pane-head' }, el('div', {}, nodes.title, nodes.facts), drop), nodes.search, nodes.searchError, adder, nodes.results),
       el('div', { class: 'card map-card' }, el('div', { class: 'row spread' }, el('h3', {}, 'Map'), el('label', { class: 'check' }, 'colour by ', nodes.colorBy)), map.node, nodes.legend, nodes.mapInfo));
-    section.append(el('div', { class: 'toolbar' }, el('span', { class: 'soft' }, 'Collections'), el('span', { class: 'grow' }), el('button', { type: 'button', id: 'new-collection', title: 'n', onclick: () => toggleCreate() }, icon(ICONS.plus), 'New collection')), nodes.create, nodes.error, nodes.list, nodes.none, nodes.gone, nodes.body);
+    nodes.newCollection = writes(el('button', { type: 'button', id: 'new-collection', title: 'n', onclick: () => toggleCreate() }, icon(ICONS.plus), 'New collection'), 'collections');
+    section.append(el('div', { class: 'toolbar' }, el('span', { class: 'soft' }, 'Collections'), el('span', { class: 'grow' }), nodes.newCollection), nodes.create, nodes.error, nodes.list, nodes.none, nodes.gone, nodes.body);
   },
   show(params) {
     const next = params.get('collection');
@@ -309,5 +319,5 @@ export const vectors = {
     refresh();
     draw();
   },
-  keys: { n: () => toggleCreate(true), Escape: () => toggleCreate(false) },
+  keys: { n: () => nodes.create.hidden ? nodes.newCollection.click() : toggleCreate(true), Escape: () => toggleCreate(false) },
 };

@@ -8,7 +8,7 @@
 // Each test goes on where the one before left the page; all work against one server, which is killed and started again on
 // the way. What the page shows is checked against what the API says.
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
@@ -60,7 +60,7 @@ const errors = [];
 let forgiven = /(?!)/; // What the browser itself logs for answers that a test provokes.
 async function open(context, at) {
   const page = await context.newPage();
-  page.on('console', (m) => { if (m.type() === 'error' && !forgiven.test(m.text())) errors.push(m.text()); });
+  page.on('console', (m) => { if (m.type() === 'error' && !forgiven.test(m.text())) errors.push(`${m.text()} ${m.location().url}`); });
   page.on('pageerror', (e) => errors.push(String(e.stack)));
   page.on('dialog', (d) => { errors.push(`dialog: ${d.message()}`); d.dismiss(); });
   page.on('request', (r) => { if (!r.url().startsWith(new URL(at).origin) && !r.url().startsWith('data:')) errors.push(`outside: ${r.url()}`); });
@@ -667,23 +667,213 @@ const tests = {
   },
 
   async 'a key'() {
-    const locked = await serve(['--port', '0', '--ephemeral'], { API_KEY: 'open sesame' });
-    forgiven = /401/;
-    const other = await open(context, `${locked.url}/#events`); // The page itself needs none.
+    const home = ['--port', '0', '--data-dir', join(dir, 'locked')];
+    let locked = await serve(home, { API_KEY: 'open sesame' });
+    home[1] = new URL(locked.url).port;
+    forgiven = /401|ERR_/; // Each view that asks is refused, and while the server is away none is answered.
+    const other = await open(context, `${locked.url}/`); // The page itself needs none.
+    const say = (selector) => other.locator(selector).first().innerText();
     await other.locator('#auth').waitFor();
+    assert.match(await say('#auth p'), /kiss-vdb keys create.*API_KEY/);
     await other.fill('#auth [name=key]', 'wrong');
-    await other.click('#auth button');
-    await until('asked again', async () => /not accepted/.test(await other.locator('#auth-error').innerText()));
-    forgiven = /(?!)/;
+    await other.click('#auth button.main');
+    await until('asked again', async () => /not accepted: the key is not known/.test(await say('#auth-error')));
+    // It can be put off; the page says what it waits for, and asks again when told to.
+    await other.keyboard.press('Escape');
+    await until('a banner', async () => /the key is not known/.test(await say('#banner-text')) && await say('#pill-text') === 'refused');
+    await other.click('#hurry');
+    await other.locator('#auth').waitFor();
     await other.fill('#auth [name=key]', 'open sesame');
     await other.keyboard.press('Enter');
-    await until('live', async () => await other.locator('#pill-text').innerText() === 'live');
+    await until('live', async () => await say('#pill-text') === 'live');
     await until('#auth is gone', () => other.locator('#auth').isHidden());
-    const sent = await fetch(`${locked.url}/v1/state/k`, { method: 'PUT', headers: { 'Content-Type': 'application/json', Authorization: 'Bearer open sesame' }, body: '{"value": 1}' });
-    assert.equal(sent.status, 201);
-    await until('the stream has the key too', async () => (await other.locator('.event').first().innerText()).includes('state_updated'));
+    await until('the first minute', () => other.locator('#start').isVisible());
+    assert(await other.locator('#reach').isHidden(), 'this key may do everything');
+    // The lines that are there to be pasted work with this key.
+    const lines = await other.locator('#start pre').allInnerTexts();
+    assert.equal(lines.length, 3);
+    const shell = (line) => spawn('sh', ['-c', line], { env: { ...process.env, API_KEY: 'open sesame' }, stdio: ['ignore', 'pipe', 'ignore'] });
+    const said = async (line, pattern) => {
+      let out = '';
+      const child = shell(`exec ${line}`);
+      child.stdout.on('data', (chunk) => { out += chunk; });
+      try { await until(`${line} says ${pattern}`, () => pattern.test(out)); } finally { child.kill(); }
+    };
+    await said(lines[1], /"created":true/);
+    await said(lines[2], /"progress":42/);
+    await other.click('#tabs a:text-is("Events")');
+    await other.fill('[name=since]', '0');
+    await other.keyboard.press('Enter');
+    await until('the stream has the key too', async () => (await say('.event')).includes('state_updated'));
+    await other.click('#curl');
+    await until('the clipboard', async () => /since=0.*Bearer/.test(await clipboard()));
+    await said(await clipboard(), /event: state_updated\nid: 2\n/);
     assert.equal(await other.evaluate(() => JSON.stringify([...Object.values(localStorage), document.cookie, location.href].filter((v) => v.includes('sesame')))), '[]', 'in sessionStorage only');
+    // The server comes back with another key: the page asks for it and goes on where it was.
+    await locked.stop();
+    locked = await serve(home, { API_KEY: 'shut sesame' });
+    await until('asked for the other', async () => await other.locator('#auth').isVisible() && /not accepted/.test(await say('#auth-error')), 20000);
+    await other.fill('#auth [name=key]', 'shut sesame');
+    await other.keyboard.press('Enter');
+    await until('live again', async () => await say('#pill-text') === 'live');
+    await until('both events, once', async () => await other.locator('.event').count() === 2);
     await other.close();
+    forgiven = /(?!)/;
+    await locked.stop();
+  },
+
+  async 'keys that may not do everything'() {
+    const file = join(dir, 'keys.toml');
+    const keys = (...args) => execFileSync(binary, ['keys', ...args, '--file', file], { encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] }).trim();
+    const reader = keys('create', 'reader', '--rights', 'read'), writer = keys('create', 'writer', '--rights', 'write');
+    const worker = keys('create', 'worker', '--prefix', 'jobs/', '--prefix', 'tasks:', '--collection', 'docs');
+    const locked = await serve(['--port', '0', '--ephemeral', '--keys-file', file], { API_KEY: 'root' });
+    const ask = async (method, path, body) => {
+      const res = await fetch(locked.url + path, { method, headers: { 'Content-Type': 'application/json', Authorization: 'Bearer root' }, body: body && JSON.stringify(body) });
+      assert(res.ok, `${method} ${path}: ${res.status}`);
+      return res.json();
+    };
+    const long = 'A title that goes on and on, '.repeat(5).trim();
+    await ask('POST', '/v1/batch', { ops: [
+      { op: 'put', key: 'jobs/1', value: { title: long, status: 'running', progress: 5 }, meta: { job_id: '1' } },
+      ...['jobs/2', 'other', 'tasks:1', 'tasks:2'].map((key) => ({ op: 'put', key, value: { n: key } }))] });
+    for (const name of ['docs', 'secret']) {
+      await ask('POST', `/v1/vector/${name}`, { dim: 2, metric: 'l2' });
+      await ask('POST', `/v1/vector/${name}/upsert`, { id: `of ${name}`, vector: [1, 2] });
+    }
+    // Only that a key is missing or no longer known may be complained about: what a key may not do is not even asked for.
+    forgiven = /401/;
+    const other = await open(context, `${locked.url}/#state`);
+    const say = (selector) => other.locator(selector).first().innerText();
+    const told = (selector, pattern) => until(`${selector} shows ${pattern}`, async () => pattern.test(await say(selector)));
+    const tab = (name) => other.click(`#tabs a:text-is("${name}")`);
+    const key = (name) => other.locator('#tree .node').filter({ has: other.locator(`.name[title=${JSON.stringify(name)}]`) });
+    const give = async (secret) => {
+      await other.locator('#auth').waitFor();
+      await other.fill('#auth [name=key]', secret);
+      await other.keyboard.press('Enter');
+    };
+    const isOff = (selector, why) => until(`${selector} is off`, async () => await other.locator(selector).first().isDisabled() && why.test(await other.locator(selector).first().getAttribute('title')));
+
+    // A key that cannot read has nothing to see here.
+    forgiven = /401|403/;
+    await give(writer);
+    await told('#auth-error', /may not read/);
+    forgiven = /401/;
+
+    // One that only reads sees everything and is offered no change.
+    await give(reader);
+    await told('#reach', /The key reader reads everything and writes nothing\./);
+    const only = /The key "reader" may only read\./;
+    await key('other').click();
+    await told('#value', /"n": "other"/);
+    for (const button of ['#new-key', '#tab-edit', '#tab-patch', '#delete']) await isOff(button, only);
+    await other.click('#tab-history');
+    await other.locator('#history .change summary').click();
+    await isOff('#history .change button', only);
+    await other.keyboard.press('n');
+    assert.equal(await say('#detail h2'), 'other', 'nor by the keyboard');
+    await tab('Events');
+    await isOff('#publish-open', only);
+    await tab('Vectors');
+    await told('#collections', /docs.*secret/s);
+    for (const button of ['#new-collection', '#drop']) await isOff(button, only);
+    await until('no form to add', () => other.locator('#add').isHidden());
+    await other.fill('#search [name=what]', 'of docs');
+    await other.keyboard.press('Enter');
+    await other.locator('.hit summary').first().click();
+    await isOff('.hit .danger', only);
+    await tab('Jobs');
+    await isOff('#sample', only);
+    // A title has two lines, and all of it for who asks.
+    await told('.job-title', /A title that goes on/);
+    assert.equal(await other.locator('.job-title').getAttribute('title'), long);
+    const lines = await other.locator('.job-title').evaluate((n) => n.clientHeight / parseFloat(getComputedStyle(n).lineHeight));
+    assert(lines > 1.5 && lines < 2.5, `${lines} lines`);
+    await tab('Overview');
+    await told('#tiles', /^keys\s*5\n/);
+
+    // One with limits begins where it may look, in each view.
+    await other.click('#key');
+    await told('#auth-title', /Use another key/);
+    await give(worker);
+    await told('#reach', /The key worker reads and writes:\s*keys\s*jobs\/…\s*keys\s*tasks:…\s*collection\s*docs/);
+    await told('#part', /reaches a part of the server.*figures/s);
+    await until('no figures', async () => await other.locator('#tiles').isHidden() && await other.locator('#chart-writes').isHidden());
+    await told('#health', /healthy/);
+    await tab('State');
+    await until('the first prefix', async () => new URL(other.url()).hash.startsWith('#state?prefix=jobs%2F'));
+    await until('its keys, with values', async () => /A title that/.test(await key('jobs/1').innerText()) && /"n":"jobs\/2"/.test(await key('jobs/2').innerText()));
+    await other.click('#reach >> text=tasks:');
+    await until('the other prefix', async () => /"n":"tasks:2"/.test(await key('tasks:2').innerText()) && await key('jobs/1').count() === 0);
+    await other.fill('#view-state [name=prefix]', 'oth');
+    await told('#view-state .empty h2', /^The key "worker" reaches keys that begin with jobs\/ or tasks:\.$/);
+    await other.click('#new-key');
+    assert.equal(await other.inputValue('#detail [name=key]'), 'jobs/');
+    await other.fill('#detail [name=key]', 'jobs/new');
+    await other.click('#save');
+    await until('it is written', async () => (await ask('GET', '/v1/state?prefix=jobs/new')).items.length === 1);
+    await told('#detail h2', /^jobs\/new$/);
+    await other.goto(`${locked.url}/#state?key=other&prefix=jobs/`);
+    await told('#detail .empty', /reaches keys that begin with/);
+    await tab('Events');
+    await told('#tail-info', /live/);
+    await other.click('#publish-open');
+    await until('a key within', async () => await other.inputValue('#publish [name=key]') === 'jobs/');
+    await other.click('#publish button');
+    await told('.event', /progress.*jobs\//s);
+    await ask('PUT', '/v1/state/other', { value: 2 });
+    await ask('PUT', '/v1/state/tasks:3', { value: 3 });
+    await told('.event', /tasks:3/);
+    assert.equal(await other.locator('.event').count(), 2, 'what is beyond is not seen');
+    await other.goto(`${locked.url}/#events?prefix=other`);
+    await told('#view-events .empty h2', /reaches keys that begin with/);
+    await other.goto(`${locked.url}/#events?collection=secret`);
+    await told('#view-events .empty h2', /reaches the collection docs\.$/);
+    await tab('Vectors');
+    await told('#collection-facts', /^1 vectors/);
+    await until('one alone', async () => await other.locator('.collection').count() === 1);
+    await other.click('#new-collection');
+    await other.fill('#create [name=name]', 'mine');
+    await other.click('#create button');
+    await told('#create .error', /reaches the collection docs\.$/);
+    await other.goto(`${locked.url}/#vectors?collection=secret`);
+    await told('#view-vectors .empty-card:not([hidden]) h2', /reaches the collection docs\.$/);
+    await tab('Jobs');
+    await other.locator('.job').first().waitFor();
+    await other.click('#sample');
+    await told('#job h2', /Index the handbook/);
+    assert.match((await ask('GET', '/v1/state?prefix=jobs/sample-')).items[0].key, /^jobs\/sample-/);
+    await until('it is done', async () => await say('#job .status') === 'done', 20000);
+    await other.goto(`${locked.url}/#jobs?prefix=other`);
+    await told('#view-jobs .empty-card h2', /reaches keys that begin with/);
+
+    // Rights that change while the page is open are taken over, without a word to whoever looks.
+    await other.goto(`${locked.url}/#state`);
+    await until('where it begins', async () => /A title that/.test(await key('jobs/1').innerText()));
+    const before = readFileSync(file, 'utf8');
+    const row = /\[\[key\]\]\s*name = "worker"[^]*?(?=\[\[key\]\]|$)/.exec(before)[0];
+    writeFileSync(file, before.replace(row, row.replace(/rights = \[[^\]]*\]/, 'rights = ["read"]')));
+    await told('#reach', /The key worker only reads:/);
+    await isOff('#new-key', /The key "worker" may only read\./);
+
+    // A key that is gone: the page asks for another and goes on; an edit that was under way is still there.
+    writeFileSync(file, before);
+    await told('#reach', /The key worker reads and writes:/);
+    await key('jobs/2').click();
+    await other.click('#tab-edit');
+    await other.fill('#detail [name=value]', '{"mine": true}');
+    keys('revoke', 'worker');
+    await until('asked again', async () => await other.locator('#auth').isVisible() && /not accepted/.test(await say('#auth-error')));
+    await give('root');
+    await until('live', async () => await say('#pill-text') === 'live');
+    await until('no limits', () => other.locator('#reach').isHidden());
+    await other.click('#save');
+    await until('the edit is saved', async () => (await ask('GET', '/v1/state?prefix=jobs/2')).items[0].value.mine === true);
+    await other.fill('#view-state [name=prefix]', '');
+    await key('other').waitFor();
+    await other.close();
+    forgiven = /(?!)/;
     await locked.stop();
   },
 

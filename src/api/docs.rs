@@ -23,6 +23,7 @@ pub const ASSETS: &[(&str, &str)] = &[
     ("chart.js", include_str!("../../console/chart.js")),
     ("events.js", include_str!("../../console/events.js")),
     ("jobs.js", include_str!("../../console/jobs.js")),
+    ("key.js", include_str!("../../console/key.js")),
     ("lib.js", include_str!("../../console/lib.js")),
     ("list.js", include_str!("../../console/list.js")),
     ("map.js", include_str!("../../console/map.js")),
