@@ -85,7 +85,7 @@ pulse.path = '/v1/events?types=console.pulse';
 function banner() {
   const isAway = lostAt !== null && !document.hidden;
   $('banner').hidden = !isAway && !refusal;
-  say($('hurry'), refusal ? 'Use another key' : 'Try now');
+  say($('hurry'), refusal ? hasKey() ? 'Use another key' : 'Give a key' : 'Try now');
   if (refusal) say($('banner-text'), refusal);
   else if (isAway) {
     const wait = Math.ceil((pulse.retryAt - Date.now()) / 1000);

@@ -244,7 +244,7 @@ function card(j) {
 function tick(j, c) { say(c.side, [elapsed(j), left(j)].filter(Boolean).join(' · ')); }
 
 /** Whether no job can be here: the key does not reach what begins so, or no key at all. */
-const isBeyond = () => !reachesKey(prefix) && (prefix !== '' || !limits().prefixes.length);
+const isBeyond = (at = prefix ?? '') => !reachesKey(at) && (at !== '' || !limits().prefixes.length);
 function render() {
   if (!nodes) return;
   const all = [...jobs_.values()], counts = { all: all.length };
@@ -351,7 +351,7 @@ async function runSample() {
 
 /** What to do when there is no job yet, and may be done. */
 function help() {
-  const follow = `curl -X PUT ${quote(`${location.origin}/v1/state/${encodeURIComponent(`${own()}1`)}`)}${curlKey()} -H 'content-type: application/json' \\\n  -d '{"value":{"title":"My first job","status":"running","progress":0},"meta":{"job_id":"1"}}'`;
+  const follow = `curl -X PUT ${quote(`${location.origin}/v1/state/${encodeURIComponent(`${own()}1`).replaceAll('%3A', ':').replaceAll('%2F', '/')}`)}${curlKey()} -H 'content-type: application/json' \\\n  -d '{"value":{"title":"My first job","status":"running","progress":0},"meta":{"job_id":"1"}}'`;
   nodes.emptyHelp.replaceChildren(el('p', { class: 'soft' }, 'A job is any key or event with a job_id in its meta. Its value may say status, progress, title and message; its events of type log are its log.'));
   if (mayWrite()) nodes.emptyHelp.append(el('pre', {}, follow), el('div', { class: 'row' }, el('button', { type: 'button', onclick: () => copy(follow) }, 'Copy'), el('button', { type: 'button', class: 'main', onclick: runSample }, 'Run a sample job')));
 }

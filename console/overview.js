@@ -66,7 +66,8 @@ async function poll() {
   try {
     const at = performance.now();
     if (!health || at - healthAt > 2500) { health = await get('/v1/health'); healthAt = at; }
-    if (limits()) { if (nodes) say(nodes.error, ''); return drawFacts(); } // The figures are about all: nothing is asked that would be refused.
+    drawFacts();
+    if (limits()) { if (nodes) say(nodes.error, ''); return; } // The figures are about all: nothing is asked that would be refused.
     const m = Object.assign(parseMetrics(await getText('/v1/metrics')), { at: performance.now() });
     const v = m.values;
     // A restarted server counts from zero: no rate across that.
@@ -90,7 +91,7 @@ async function poll() {
     health = null;
     if (e.status === undefined) throw e; // Not the server's: ours.
     isRefused = e.status === 403; // A key with limits may not see what is about all: asking again does not help.
-    if (nodes && e.status) say(nodes.error, e.message); // One that is away is the banner's to tell.
+    if (nodes && e.status && e.status !== 401) say(nodes.error, e.message); // The others are the banner's to tell.
   } finally { isBusy = false; }
 }
 

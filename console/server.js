@@ -25,11 +25,12 @@ export const onKeyNeeded = { call: () => {} };
 async function problem(res, sent) {
   let body = {};
   try { body = JSON.parse(await res.text()); } catch { /* not from this server: the status has to do */ }
+  const detail = body.detail ?? `${res.status} ${res.statusText}`;
   if (res.status === 401 && sent === key && refused !== key) {
     refused = key;
-    onKeyNeeded.call(sent ? `That key was not accepted: ${body.detail ?? 'the server does not say why'}.` : '');
+    onKeyNeeded.call(sent ? `That key was not accepted: ${detail}.` : '');
   }
-  const text = (body.detail ?? `${res.status} ${res.statusText}`).replace(/^operation 0: /, '');
+  const text = res.status === 401 ? sent ? `The server does not accept this key: ${detail}.` : 'This server asks for a key.' : detail.replace(/^operation 0: /, '');
   return Object.assign(new Error(text), { status: res.status, code: body.code, body });
 }
 async function call(method, path, body, accept) {

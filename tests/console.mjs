@@ -680,7 +680,7 @@ const tests = {
     await until('asked again', async () => /not accepted: the key is not known/.test(await say('#auth-error')));
     // It can be put off; the page says what it waits for, and asks again when told to.
     await other.keyboard.press('Escape');
-    await until('a banner', async () => /the key is not known/.test(await say('#banner-text')) && await say('#pill-text') === 'refused');
+    await until('a banner', async () => /does not accept this key: the key is not known\./.test(await say('#banner-text')) && await say('#pill-text') === 'refused');
     await other.click('#hurry');
     await other.locator('#auth').waitFor();
     await other.fill('#auth [name=key]', 'open sesame');
