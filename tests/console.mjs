@@ -848,6 +848,14 @@ const tests = {
     await other.goto(`${locked.url}/#jobs?prefix=other`);
     await told('#view-jobs .empty-card h2', /reaches keys that begin with/);
 
+    // The line about the key fits a telephone too.
+    await other.setViewportSize({ width: 375, height: 780 });
+    for (const name of ['Overview', 'State', 'Events', 'Vectors', 'Jobs']) {
+      await tab(name);
+      await until(`no sideways scroll in ${name}`, () => other.evaluate(() => document.documentElement.scrollWidth <= innerWidth && document.getElementById('reach').getBoundingClientRect().right <= innerWidth));
+    }
+    await other.setViewportSize({ width: 1280, height: 820 });
+
     // Rights that change while the page is open are taken over, without a word to whoever looks.
     await other.goto(`${locked.url}/#state`);
     await until('where it begins', async () => /A title that/.test(await key('jobs/1').innerText()));
