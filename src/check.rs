@@ -7,7 +7,8 @@
 use crate::engine::Paths;
 use crate::engine::linker::Background;
 use crate::engine::recovery::recover;
-use anyhow::{Context, ensure};
+use crate::error::Error;
+use anyhow::ensure;
 use clap::Args;
 use std::io::Write;
 use std::path::PathBuf;
@@ -22,9 +23,17 @@ pub struct CheckArgs {
 
 /// Checks and prints; an error when something is wrong.
 pub fn run(args: &CheckArgs) -> anyhow::Result<()> {
-    ensure!(args.dir.join("log").is_dir(), "{} is not a data directory: it holds no log", args.dir.display());
-    let recovered = recover(Some(&Paths::below(&args.dir)), u64::MAX, &Background::new())
-        .with_context(|| format!("{} cannot be opened", args.dir.display()))?;
+    let dir = args.dir.display();
+    ensure!(args.dir.exists(), "there is no directory {dir}");
+    ensure!(
+        args.dir.join("log").is_dir(),
+        "{dir} is not a data directory of KISS VDB: it holds no folder log; name the DATA_DIR of a server"
+    );
+    let recovered = recover(Some(&Paths::below(&args.dir)), u64::MAX, &Background::new());
+    let recovered = recovered.map_err(|error| match error {
+        Error::Foreign { .. } => error.into(),
+        other => anyhow::Error::from(other).context(format!("{dir} cannot be opened")),
+    })?;
     let state = &recovered.state;
     let mut out = std::io::stdout().lock();
     writeln!(

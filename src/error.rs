@@ -135,6 +135,14 @@ pub enum Error {
         /// What is wrong there.
         detail: String,
     },
+    /// The directory is somebody else's.
+    #[error("{} is not a data directory of KISS VDB: {} is nothing that it writes. Nothing was changed; choose another directory (DATA_DIR), or move that away if it is there by mistake", dir.display(), found.display())]
+    Foreign {
+        /// What was to be the data directory.
+        dir: PathBuf,
+        /// What shows that it is not.
+        found: PathBuf,
+    },
     /// Another server owns the data directory.
     #[error("the data directory {} is in use by another server (its LOCK file is held); stop that one or choose another DATA_DIR", .0.display())]
     Locked(PathBuf),

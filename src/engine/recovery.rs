@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 /// How often a long recovery says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
+/// Every file and directory is called by a revision, written with so many digits.
+const REVISION_DIGITS: usize = 20;
+
 /// What recovery hands to the engine.
 #[derive(Debug)]
 pub struct Recovered {
@@ -76,12 +79,49 @@ pub(super) fn lock(dir: &Path) -> Result<File, Error> {
     }
 }
 
+/// Refuses a directory that somebody else fills, before anything is made or removed there: their files would be called
+/// damaged, and those that look like left-overs removed. Only what recovery would open or remove is looked at: a list of
+/// keys or a certificate may lie in a data directory.
+fn refuse_foreign(paths: &Paths) -> Result<(), Error> {
+    let foreign = |found: &Path| Err(Error::Foreign { dir: paths.dir.clone(), found: found.to_owned() });
+    // What is in each: endings of the names it looks at, `None` for directories.
+    let parts: [(&Path, &[Option<&str>]); 3] = [
+        (&paths.log, &[Some("log"), Some("tmp")]),
+        (&paths.snapshots, &[Some("snap"), Some("tmp")]),
+        (&paths.vectors, &[None]),
+    ];
+    if paths.dir.exists() && !paths.dir.is_dir() {
+        return foreign(&paths.dir);
+    }
+    for (part, endings) in parts {
+        if !part.exists() {
+            continue;
+        }
+        if !part.is_dir() {
+            return foreign(part);
+        }
+        for path in disk::list(part).map_err(Error::io("cannot list", part))? {
+            let ending = path.extension().and_then(|ending| ending.to_str());
+            let is_looked_at = if endings == [None] { path.is_dir() } else { endings.contains(&ending) };
+            let is_numbered = path
+                .file_stem()
+                .and_then(|stem| stem.to_str())
+                .is_some_and(|stem| stem.len() == REVISION_DIGITS && stem.bytes().all(|byte| byte.is_ascii_digit()));
+            if is_looked_at && !is_numbered {
+                return foreign(&path);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Recovers a data directory, or starts empty in memory when there is none.
 pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Background>) -> Result<Recovered, Error> {
     let Some(paths) = paths else {
         let wal = Wal::open(None, max_log_bytes, Revision::ZERO, |_| Ok(()))?;
         return Ok(Recovered { state: State::default(), wal, replay_needed: Vec::new(), lock: None });
     };
+    refuse_foreign(paths)?;
     paths.create()?;
     let lock = lock(&paths.dir)?;
     let started = Instant::now();
