@@ -226,6 +226,14 @@ impl Resolved {
         Error::Config(format!("{name} = {value:?} ({source}) is not valid: it takes {takes}"))
     }
 
+    /// Half of a certificate and its key.
+    fn lone(&self, name: &str, other: &str) -> Error {
+        let (value, source) = &self.0[name];
+        Error::Config(format!(
+            "{name} = {value:?} ({source}) is set, and {other} is not: HTTPS needs both; leave out both for plain HTTP"
+        ))
+    }
+
     fn text(&self, name: &str) -> &str {
         &self.0[name].0
     }
@@ -281,8 +289,8 @@ impl Resolved {
             tls: match (self.path("tls_cert"), self.path("tls_key")) {
                 (None, None) => None,
                 (Some(cert), Some(key)) => Some((cert, key)),
-                (None, Some(_)) => return Err(self.bad("tls_cert", "a file when tls_key is set")),
-                (Some(_), None) => return Err(self.bad("tls_key", "a file when tls_cert is set")),
+                (None, Some(_)) => return Err(self.lone("tls_key", "tls_cert (TLS_CERT, --tls-cert)")),
+                (Some(_), None) => return Err(self.lone("tls_cert", "tls_key (TLS_KEY, --tls-key)")),
             },
             slow_request: Some(self.parse("slow_request_ms", "a whole number of milliseconds; 0 = none")?)
                 .filter(|ms| *ms > 0)

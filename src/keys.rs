@@ -18,7 +18,7 @@
 
 use crate::error::{Error, Rejection};
 use crate::vector::CollectionName;
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use base64::Engine as _;
 use clap::{Args, Subcommand, ValueEnum};
 use ring::digest::{SHA256, digest};
@@ -362,9 +362,25 @@ fn is_alike(a: &Grant, b: &Grant) -> bool {
 }
 
 fn read_file(path: &Path) -> anyhow::Result<File> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the key file {}; make one with kiss-vdb keys create", path.display()))?;
-    let file: File = toml::from_str(&text).with_context(|| path.display().to_string())?;
+    use std::io::ErrorKind::{NotFound, PermissionDenied};
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let advice = match error.kind() {
+            NotFound => "kiss-vdb keys create makes one",
+            PermissionDenied => "let the user that runs this read it",
+            _ => "name a file that kiss-vdb keys create has made",
+        };
+        anyhow!("the key file {} (keys_file, KEYS_FILE) cannot be read ({error}): {advice}", path.display())
+    })?;
+    let file: File = toml::from_str(&text).map_err(|error| {
+        // Its own text shows the line: nothing of this file belongs in a log.
+        let at = error.span().map_or(0, |span| span.start);
+        let line = text.bytes().take(at).filter(|&byte| byte == b'\n').count() + 1;
+        anyhow!(
+            "the key file {} (keys_file, KEYS_FILE) is not one, by its line {line} ({}): mend it, or name one that kiss-vdb keys create has made",
+            path.display(),
+            error.message().lines().next().unwrap_or_default()
+        )
+    })?;
     ensure!(file.key.len() <= KEYS_MAX, "{}: at most {KEYS_MAX} keys", path.display());
     Ok(file)
 }

@@ -14,7 +14,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring::{default_provider, sign::any_supported_type};
 use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
 use tokio_rustls::rustls::sign::CertifiedKey;
-use tokio_rustls::rustls::{ServerConfig, crypto::CryptoProvider};
+use tokio_rustls::rustls::{self, ServerConfig, crypto::CryptoProvider};
 
 /// How often the files are looked at.
 const POLL: Duration = Duration::from_secs(10);
@@ -87,16 +87,44 @@ fn stamp(path: &Path) -> Option<(SystemTime, u64)> {
 }
 
 fn read(cert: &Path, key: &Path) -> Result<Arc<CertifiedKey>, Error> {
-    let bad = |path: &Path, error: &dyn std::fmt::Display| Error::Config(format!("{}: {error}", path.display()));
-    let chain: Vec<_> = CertificateDer::pem_file_iter(cert)
-        .and_then(Iterator::collect)
-        .map_err(|error| bad(cert, &format!("not a certificate as PEM: {error}")))?;
+    let bad = |setting: &str, path: &Path, text: String| Error::Config(format!("{setting} = {path:?} {text}"));
+    let bad_cert = |text| bad("tls_cert", cert, text);
+    let bad_key = |text| bad("tls_key", key, text);
+    let chain = CertificateDer::pem_slice_iter(&read_file("tls_cert", cert)?).collect::<Result<Vec<_>, _>>();
+    let chain = chain.map_err(|error| {
+        bad_cert(format!("is broken ({error}): name the file of the certificate chain as PEM, as it was issued"))
+    })?;
     if chain.is_empty() {
-        return Err(bad(cert, &"it holds no certificate"));
+        return Err(bad_cert(
+            "holds no certificate: name the file of the chain as PEM, which begins with -----BEGIN CERTIFICATE-----"
+                .into(),
+        ));
     }
-    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, &format!("not a key as PEM: {error}")))?;
-    let signer = any_supported_type(&private).map_err(|error| bad(key, &error))?;
+    let private = PrivateKeyDer::from_pem_slice(&read_file("tls_key", key)?).map_err(|_| {
+        bad_key(
+            "holds no private key: name its file as PEM, which begins with -----BEGIN PRIVATE KEY----- (one with a passphrase is opened by: openssl pkey -in FILE -out NEW)"
+                .into(),
+        )
+    })?;
+    let signer = any_supported_type(&private).map_err(|error| {
+        bad_key(format!("holds a key of no use here ({error}): RSA, ECDSA of P-256 or P-384, or Ed25519 are taken"))
+    })?;
     let certified = CertifiedKey::new(chain, signer);
-    certified.keys_match().map_err(|error| bad(key, &format!("it does not belong to the certificate: {error}")))?;
+    certified.keys_match().map_err(|error| match error {
+        rustls::Error::InconsistentKeys(_) => {
+            bad_key(format!("is not the key of the certificate in tls_cert = {cert:?}: name two that belong together"))
+        }
+        other => bad_cert(format!("holds a broken certificate ({other}): name the file as it was issued")),
+    })?;
     Ok(Arc::new(certified))
+}
+
+fn read_file(setting: &str, path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|error| {
+        let advice = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => "let the user that runs the server read it",
+            _ => "name a file as PEM that the server can read",
+        };
+        Error::Config(format!("{setting} = {path:?} cannot be read ({error}): {advice}"))
+    })
 }
