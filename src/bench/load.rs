@@ -40,8 +40,11 @@ pub(super) struct Endpoint {
 
 impl Endpoint {
     pub(super) fn new(url: &str, api_key: Option<&str>) -> anyhow::Result<Self> {
-        let authority =
-            url.strip_prefix("http://").context("the URL begins with http://")?.trim_end_matches('/').to_owned();
+        let authority = url
+            .strip_prefix("http://")
+            .context("bench speaks plain HTTP: the URL begins with http://")?
+            .trim_end_matches('/')
+            .to_owned();
         ensure!(!authority.is_empty() && !authority.contains('/'), "the URL is http://host:port");
         let authorization = api_key.map(|key| format!("authorization: Bearer {key}\r\n")).unwrap_or_default();
         Ok(Self { head_lines: format!("host: {authority}\r\n{authorization}"), authority })
