@@ -282,7 +282,8 @@ impl Engine {
 #[derive(Debug, thiserror::Error)]
 #[error("{} is damaged at offset {offset}: {detail}. Nothing was restored; use another backup", path.display())]
 pub struct Damaged {
-    path: PathBuf,
+    /// The file, or what a stream is called.
+    pub path: PathBuf,
     offset: u64,
     detail: String,
 }
@@ -318,13 +319,14 @@ pub enum Block {
 
 /// A backup's blocks, one in memory at a time, each checked.
 #[derive(Debug)]
-pub struct Blocks {
+pub struct Blocks<R = BufReader<File>> {
     path: PathBuf,
-    file: BufReader<File>,
+    file: R,
     crc: u32,
     /// Where the block read last begins, and where the next.
     at: u64,
     next: u64,
+    /// `u64::MAX` for a stream, whose length shows when it ends.
     length: u64,
 }
 
@@ -347,7 +349,12 @@ impl Blocks {
     pub fn open(path: &Path) -> Result<Self, ReadError> {
         let file = File::open(path).map_err(Error::io("cannot open", path))?;
         let length = file.metadata().map_err(Error::io("cannot stat", path))?.len();
-        let file = BufReader::with_capacity(READ_BYTES, file);
+        Self::begin(path, BufReader::with_capacity(READ_BYTES, file), length)
+    }
+}
+
+impl<R: Read> Blocks<R> {
+    fn begin(path: &Path, file: R, length: u64) -> Result<Self, ReadError> {
         let mut blocks = Self { path: path.to_owned(), file, crc: 0, at: 0, next: 0, length };
         if blocks.take(MAGIC.len() as u64)? != MAGIC {
             return Err(blocks.damaged("this is not a backup").into());
@@ -378,8 +385,15 @@ impl Blocks {
         if length > left {
             return Err(self.damaged(format!("the file ends here: {length} bytes are needed, {left} are left")).into());
         }
-        let mut bytes = vec![0; usize::try_from(length).map_err(|_| self.damaged("a block larger than memory"))?];
-        self.file.read_exact(&mut bytes).map_err(Error::io("cannot read", &self.path))?;
+        let mut bytes = Vec::new();
+        if self.length < u64::MAX {
+            bytes.reserve_exact(usize::try_from(length).map_err(|_| self.damaged("a block larger than memory"))?);
+        }
+        let read = self.file.by_ref().take(length).read_to_end(&mut bytes);
+        let read = read.map_err(Error::io("cannot read", &self.path))? as u64;
+        if read < length {
+            return Err(self.damaged(format!("it ends here: {length} bytes are needed, {read} are left")).into());
+        }
         self.next += length;
         Ok(bytes)
     }
@@ -408,17 +422,37 @@ impl Blocks {
             let reason = reader.text("reason").map_err(|e| self.damaged(e.0))?;
             return Err(ReadError::GivenUp(reason.to_owned()));
         };
-        if matches!(block, Block::End(_)) && self.next != self.length {
-            self.at = self.next;
-            return Err(self.damaged("the file goes on behind its end").into());
+        if matches!(block, Block::End(_)) {
+            self.end()?;
         }
         Ok(block)
+    }
+
+    /// Nothing comes behind the last block.
+    fn end(&mut self) -> Result<(), ReadError> {
+        self.at = self.next;
+        if self.file.read(&mut [0]).map_err(Error::io("cannot read", &self.path))? > 0 {
+            return Err(self.damaged("it goes on behind its end").into());
+        }
+        Ok(())
     }
 }
 
 /// Reads a file to its end by checksums alone.
-pub fn verify(path: &Path, mut progress: impl FnMut(u64, u64) -> bool) -> Result<Option<Contents>, ReadError> {
-    let mut blocks = Blocks::open(path)?;
+pub fn verify(path: &Path, progress: impl FnMut(u64, u64) -> bool) -> Result<Option<Contents>, ReadError> {
+    verify_blocks(Blocks::open(path)?, progress)
+}
+
+/// As [`verify`], while it passes by; `name` is what errors call it.
+pub fn verify_stream(name: &str, stream: impl Read) -> Result<Contents, ReadError> {
+    let contents = verify_blocks(Blocks::begin(Path::new(name), stream, u64::MAX)?, |_, _| true)?;
+    Ok(contents.expect("nobody stops it"))
+}
+
+fn verify_blocks<R: Read>(
+    mut blocks: Blocks<R>,
+    mut progress: impl FnMut(u64, u64) -> bool,
+) -> Result<Option<Contents>, ReadError> {
     loop {
         let content = blocks.next_content()?;
         let mut reader = Reader(&content);
@@ -428,10 +462,7 @@ pub fn verify(path: &Path, mut progress: impl FnMut(u64, u64) -> bool) -> Result
         };
         match found.map_err(|e| blocks.damaged(e.0))? {
             Some(Block::End(contents)) => {
-                if blocks.next != blocks.length {
-                    blocks.at = blocks.next;
-                    return Err(blocks.damaged("the file goes on behind its end").into());
-                }
+                blocks.end()?;
                 return Ok(Some(contents));
             }
             Some(_) => {}

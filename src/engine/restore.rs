@@ -57,10 +57,8 @@ pub enum RestoreError {
 /// Restores `file` into `dir`. `go_on` is told bytes read of bytes in all, twice over, and says whether to go on. After an
 /// error `dir` is as it was. Blocking.
 pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Result<Restored, RestoreError> {
+    refuse_used(dir)?;
     let existed = dir.exists();
-    if existed && std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))?.next().is_some() {
-        return Err(RestoreError::NotEmpty(dir.to_owned()));
-    }
     let contents = verify(file, |read, of| go_on(read, 2 * of))?.ok_or(RestoreError::Interrupted)?;
     let paths = Paths::below(dir);
     build(file, &paths, contents, go_on).inspect_err(|_| {
@@ -73,6 +71,14 @@ pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Res
             std::fs::remove_dir(dir).ok();
         }
     })
+}
+
+/// A restore fills nothing that holds something.
+pub fn refuse_used(dir: &Path) -> Result<(), RestoreError> {
+    if dir.exists() && std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))?.next().is_some() {
+        return Err(RestoreError::NotEmpty(dir.to_owned()));
+    }
+    Ok(())
 }
 
 fn build(
