@@ -25,7 +25,12 @@ struct Ran {
 
 fn program(url: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
-    command.args(arguments).env("KISS_URL", url).env_remove("API_KEY").env_remove("NO_COLOR");
+    command
+        .args(arguments)
+        .env("KISS_URL", url)
+        .env_remove("API_KEY")
+        .env_remove("KISS_CA_CERT")
+        .env_remove("NO_COLOR");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -119,8 +124,17 @@ fn every_command_prints_and_ends_as_documented() {
         (&["del", "a/b c?d"], "", 0, "revision 6 deleted\n", ""),
         (&["del", "a/b c?d"], "", 3, "", "there is no key"),
         (&["publish", "progress", r#"{"done":1}"#, "--key", "job:1", "--job-id", "1"], "", 0, "revision 7\n", ""),
-        (&["publish", "Progress"], "", 1, "", "an event type is"),
-        (&["upsert", "docs", "a", "[1,2,3]"], "", 3, "", "there is no collection"),
+        (&["publish", "Progress"], "", 2, "", "an event type is"),
+        (&["upsert", "docs", "a", "[1,2,3]"], "", 3, "", "there is no such collection; kiss-vdb import makes one"),
+        (&["upsert", "docs", "a", "[1,2,3]", "--json"], "", 3, "", "\"code\":\"collection_not_found\""),
+        (&["put", "", "1"], "", 2, "", "a key is 1 to 1024 bytes"),
+        (&["get", ""], "", 2, "", "a key is 1 to 1024 bytes"),
+        (&["del", ""], "", 2, "", "a key is 1 to 1024 bytes"),
+        (&["patch", "", "{}"], "", 2, "", "a key is 1 to 1024 bytes"),
+        (&["watch", "--key", ""], "", 2, "", "a key is 1 to 1024 bytes"),
+        (&["search", "", "--id", "a"], "", 2, "", "a collection name is"),
+        (&["export", "vectors", "a/b"], "", 2, "", "a collection name is"),
+        (&["import", "-"], "{\"key\":\"a\"}\n", 2, "", "stdin: row 1: a key's row has value"),
         (
             &["import", "-", "--collection", "docs"],
             "{\"collection\":\"docs\",\"dim\":3,\"metric\":\"cosine\"}\n",
@@ -136,7 +150,7 @@ fn every_command_prints_and_ends_as_documented() {
             "",
         ),
         (&["upsert", "docs", "b", "-"], "[-1,2,3]", 0, "revision 10 created\n", ""),
-        (&["upsert", "docs", "b", "[1]"], "", 1, "", "the vector has 1 numbers"),
+        (&["upsert", "docs", "b", "[1]"], "", 2, "", "the vector has 1 numbers"),
         (&["search", "docs", "--vector", "[-1,2,3]", "-k", "1"], "", 0, "1.000000\tb\n", ""),
         (
             &["search", "docs", "--id", "b", "--filter", r#"{"lang":"es"}"#, "--include-meta", "--explain"],
@@ -168,7 +182,7 @@ fn every_command_prints_and_ends_as_documented() {
             "",
         ),
         (&["watch", "--since", "999", "--count", "1"], "", 0, "10\treset\t\"future\"\n", ""),
-        (&["watch", "--since", "yesterday"], "", 1, "", "since is a revision or a time"),
+        (&["watch", "--since", "yesterday"], "", 2, "", "since is a revision or a time"),
         (
             &["export", "vectors", "docs"],
             "",
@@ -179,7 +193,12 @@ fn every_command_prints_and_ends_as_documented() {
         (&["export", "all", "docs"], "", 2, "", "export vectors COLLECTION"),
         (&["top", "--json", "--count", "1"], "", 0, "{\"failed\":0.0", ""),
         (&["top"], "", 2, "", "needs a terminal"),
-        (&["get", "x", "--url", "https://example.org"], "", 2, "", "https go"),
+        (&["get", "x", "--url", "example.org:9917"], "", 2, "", "the URL is http://host:port or https://host:port"),
+        (&["get", "x", "--url", "http://me@127.0.0.1:1"], "", 2, "", "the URL is http"),
+        (&["get", "x", "--url", "http://127.0.0.1:1/v1"], "", 2, "", "the URL is http"),
+        (&["get", "x", "--url", "https://127.0.0.1:1", "--ca-cert", "/nowhere"], "", 2, "", "cannot read /nowhere"),
+        (&["get", "x", "--url", "https://127.0.0.1:1", "--ca-cert", logo], "", 2, "", "holds no certificate"),
+        (&["get", "x", "--url", "https://127.0.0.1:1"], "", 6, "", "cannot connect to https://127.0.0.1:1"),
         (&["get", "x", "--url", "http://127.0.0.1:1"], "", 6, "", "cannot connect to http://127.0.0.1:1"),
         (&["no-such-verb"], "", 2, "", "unrecognized"),
     ];
@@ -196,6 +215,11 @@ fn every_command_prints_and_ends_as_documented() {
         );
         assert!(!err.is_empty() || ran.err.is_empty(), "{arguments:?}: {ran:?}");
     }
+    // The server does not wait for the rest of it; whether its answer can still be read is a matter of luck.
+    let ran =
+        finish(program(&url, &["put", "large", "-", "--content-type", "a/b"]).spawn().unwrap(), &vec![0; 40 << 20]);
+    let (hung_up, refused) = (ran.err.contains("MAX_BODY_MB"), ran.err.contains("is larger than 33554432 bytes"));
+    assert!(ran.code == 1 && hung_up || ran.code == 2 && refused, "{ran:?}");
     let bytes = program(&url, &["get", "logo"]).output().unwrap().stdout;
     assert_eq!(bytes, [0, 159, 146, 150]);
 }
@@ -217,8 +241,13 @@ fn a_key_that_is_missing_or_wrong_is_told_apart_from_other_failures() {
         command.envs(key.map(|key| ("API_KEY", key))).current_dir(dir.path());
         let ran = finish(command.spawn().unwrap(), b"");
         assert_eq!(ran.code, code, "{name}: {ran:?}");
-        let says = if name == "none" { "this server needs a key" } else { "the key is not known" };
+        let says = if name == "none" {
+            "this server needs a key: give it by --api-key"
+        } else {
+            "this server does not know the key"
+        };
         assert!(code == 0 || ran.err.starts_with(&format!("kiss-vdb: {says}")), "{name}: {ran:?}");
+        assert!(!ran.err.contains("Bearer"), "{name}: {ran:?}");
     }
     assert!(!dir.path().join("never").exists() && !dir.path().join("never.part").exists());
 }
@@ -305,6 +334,344 @@ fn ctrl_c_ends_with_130_and_leaves_no_part_of_a_file() {
     assert_eq!((ran.code, ran.err.as_str()), (130, "kiss-vdb: interrupted\n"));
 }
 
+/// `watch | head` that ends with the next event only is a process left behind for each use on a quiet server.
+#[test]
+fn watch_ends_when_its_reader_goes_though_nothing_happens() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    for arguments in [&["watch"][..], &["watch", "--json", "--key", "never"]] {
+        let mut child = program(&url, arguments).spawn().unwrap();
+        wait_for("the stream opens", || server_streams(&url) > 0);
+        drop(child.stdout.take());
+        let mut ended = None;
+        wait_for("watch ends", || {
+            ended = child.try_wait().unwrap();
+            ended.is_some()
+        });
+        let mut err = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        assert_eq!((ended.unwrap().code(), err.as_str()), (Some(0), ""), "{arguments:?}");
+        wait_for("the stream closes", || server_streams(&url) == 0);
+    }
+}
+
+/// Runs a command on a terminal of 80 columns and 24 lines, and returns what that was sent.
+fn on_terminal(url: &str, command: &str) -> (Option<i32>, String) {
+    let line = format!("stty cols 80 rows 24; exec {BINARY} {command}");
+    let output = Command::new("script")
+        .args(["-qefc", &line, "/dev/null"])
+        .env("KISS_URL", url)
+        .env("TERM", "xterm")
+        .env_remove("API_KEY")
+        .stdin(Stdio::null())
+        .output()
+        .expect("script of util-linux is installed");
+    (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// An empty list of events on a server that has just been busy says that nothing happened.
+#[test]
+fn top_begins_with_the_newest_events_of_before_it() {
+    let server = Server::start(&[]);
+    let url = server.target.url();
+    // No two have a letter in the same place: only what differs from the screen before is sent.
+    let keys = ["alpha", "bravo", "quest"];
+    for key in keys {
+        run_ok(&url, &["publish", "old", "--key", key]);
+    }
+    let (code, shown) = on_terminal(&url, "top --count 2");
+    assert_eq!(code, Some(0), "{shown}");
+    for key in keys {
+        assert!(shown.contains(key), "{key}: {shown:?}");
+    }
+    // The fourth line of events, the eighteenth of the screen, is drawn empty and stays so: nothing is there twice.
+    assert!(shown.contains("\u{1b}[18;1H│\u{1b}[18;80H") && !shown.contains("\u{1b}[18;2H"), "{shown:?}");
+    assert!(!shown.contains("reset"), "{shown:?}");
+}
+
+/// Certificates of one kind each, made anew for every run.
+struct Certificates(tempfile::TempDir);
+
+impl Certificates {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    /// Makes NAME.cert and NAME.key, signed by itself, and returns their paths.
+    fn make(&self, name: &str, extensions: &str, days: &str) -> [String; 2] {
+        let at = |ending: &str| self.0.path().join(format!("{name}.{ending}")).to_str().unwrap().to_owned();
+        let (cert, key, request, config) = (at("cert"), at("key"), at("request"), at("config"));
+        std::fs::write(&config, extensions).unwrap();
+        let openssl = |arguments: &[&str]| {
+            let output = Command::new("openssl").args(arguments).output().expect("openssl is installed");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        };
+        let curve = "ec_paramgen_curve:prime256v1";
+        let subject = format!("/CN={name}");
+        openssl(&[
+            "req", "-newkey", "ec", "-pkeyopt", curve, "-nodes", "-subj", &subject, "-keyout", &key, "-out", &request,
+        ]);
+        openssl(&[
+            "x509", "-req", "-in", &request, "-signkey", &key, "-days", days, "-extfile", &config, "-out", &cert,
+        ]);
+        [cert, key]
+    }
+}
+
+fn https(dir: &Path, [cert, key]: &[String; 2]) -> (Server, String) {
+    let server = Server::start_in(dir, &["--tls-cert", cert, "--tls-key", key]);
+    let url = server.banner.split_whitespace().find(|word| word.starts_with("https://")).unwrap().to_owned();
+    (server, url)
+}
+
+/// What would break is every command against a server with TLS; and, worse, one that trusts anybody.
+#[test]
+fn https_is_spoken_by_every_command_and_only_with_a_server_that_is_trusted() {
+    let certificates = Certificates::new();
+    let mine = "subjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:FALSE\n";
+    let good = certificates.make("good", mine, "1");
+    let other = certificates.make("other", mine, "1");
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (server, url) = https(&dir.path().join("good"), &good);
+    let with = |arguments: &[&str], ca: &str, input: &str| {
+        let mut command = program(&url, arguments);
+        command.env("KISS_CA_CERT", ca);
+        finish(command.spawn().unwrap(), input.as_bytes())
+    };
+    let rows = "{\"collection\":\"docs\",\"dim\":2,\"metric\":\"l2\"}\n{\"key\":\"b\",\"value\":2}\n";
+    let (backup, restored, exported) = (at("b.backup"), at("restored"), at("rows"));
+    for (arguments, input, out) in [
+        (&["put", "a", "1"][..], "", "revision 1 created\n"),
+        (&["get", "a"], "", "1\n"),
+        (&["patch", "a", "2"], "", "revision 2\n"),
+        (&["publish", "progress"], "", "revision 3\n"),
+        (&["watch", "--since", "1", "--count", "1"], "", "2\tstate_updated\ta\t2\n"),
+        (&["import", "-", "--in-flight", "1"], rows, "2 rows"),
+        (&["upsert", "docs", "v", "[1,2]"], "", "revision 6 created\n"),
+        (&["search", "docs", "--id", "v"], "", ""),
+        (&["list", "--keys-only"], "", "a\nb\n"),
+        (&["export", "state", "--output", &exported], "", ""),
+        (&["top", "--json", "--count", "1"], "", "{\"failed\":0.0"),
+        (&["backup", &backup], "", &format!("{backup}: revision 6")),
+        (&["del", "a"], "", "revision 7 deleted\n"),
+    ] {
+        let ran = with(arguments, &good[0], input);
+        assert!(ran.code == 0 && ran.out.starts_with(out), "{arguments:?}: {ran:?}");
+    }
+    run_ok("", &["restore", &backup, &restored]);
+    let (_, shown) = on_terminal(&url, &format!("top --count 1 --ca-cert {}", good[0]));
+    assert!(shown.contains("progress") && shown.contains("https://127.0.0.1"), "{shown:?}");
+
+    let plain = Server::start(&["--ephemeral"]);
+    let foreign = certificates.make("foreign", &mine.replace("IP:127.0.0.1", "DNS:db.example"), "1");
+    let (foreign_server, foreign_url) = https(&dir.path().join("foreign"), &foreign);
+    let ended = certificates.make("ended", mine, "0");
+    let (ended_server, ended_url) = https(&dir.path().join("ended"), &ended);
+    wait_for("the certificate ends", || {
+        run(&ended_url, &["get", "a", "--ca-cert", &ended[0]]).err.contains("ended on")
+    });
+    let authority = certificates.make("authority", &mine.replace("FALSE", "TRUE"), "1");
+    let (authority_server, authority_url) = https(&dir.path().join("authority"), &authority);
+    for (name, url, ca, says) in [
+        ("own certificate, system's trust", url.as_str(), "", "comes from nobody this machine trusts"),
+        ("another's", &url, &other[0], "was not made with"),
+        ("another name", &foreign_url, &foreign[0], "is for db.example, not for 127.0.0.1"),
+        ("too old", &ended_url, &ended[0], "ended on 20"),
+        ("an authority's", &authority_url, &authority[0], "CA:FALSE"),
+        (
+            "https to a plain port",
+            &plain.target.url().replace("http", "https"),
+            &good[0],
+            "the URL begins with http://",
+        ),
+        ("http to a TLS port", &url.replace("https", "http"), "", "the URL begins with https://"),
+    ] {
+        for arguments in [&["get", "a"][..], &["watch"], &["backup", "never"], &["top", "--json", "--count", "1"]] {
+            let mut command = program(url, arguments);
+            // No certificate of this machine's may make a difference.
+            command.env("KISS_CA_CERT", ca).env("SSL_CERT_FILE", &other[0]).current_dir(dir.path());
+            let ran = finish(command.spawn().unwrap(), b"");
+            assert!(ran.code == 6 && ran.out.is_empty() && ran.err.contains(says), "{name}: {arguments:?}: {ran:?}");
+            assert_eq!(ran.err.lines().count(), 1, "{name}: {ran:?}");
+        }
+    }
+    assert!(!dir.path().join("never").exists());
+    // With the system's trust alone, when that holds the certificate.
+    let mut command = program(&url, &["get", "b"]);
+    command.env("SSL_CERT_FILE", &good[0]).env_remove("KISS_CA_CERT");
+    let ran = finish(command.spawn().unwrap(), b"");
+    assert_eq!((ran.code, ran.out.as_str()), (0, "2\n"), "{ran:?}");
+    for server in [server, foreign_server, ended_server, authority_server, plain] {
+        server.kill();
+    }
+}
+
+/// An answer of somebody else's server is not a missing key.
+#[test]
+fn a_server_of_another_kind_is_named_as_such() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let answers = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream).lines().find(|line| line.as_ref().unwrap().is_empty()).unwrap().unwrap();
+            let page = "<html>\n<h1>Not Found</h1>\n</html>";
+            let head = format!("HTTP/1.1 404 Not Found\r\ncontent-length: {}\r\n\r\n", page.len());
+            stream.write_all(format!("{head}{page}").as_bytes()).unwrap();
+        }
+    });
+    for arguments in [&["get", "a"][..], &["get", "a", "--json"]] {
+        let ran = run(&url, arguments);
+        let says = "kiss-vdb: 404 Not Found: that is no answer of KISS VDB; is the URL right? (--url, else KISS_URL)\n";
+        assert_eq!((ran.code, ran.err.as_str()), (1, says));
+    }
+    answers.join().unwrap();
+}
+
+/// Every file in the directory, with its bytes.
+fn files_below(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_below(&path));
+        }
+        files.insert(path.display().to_string(), std::fs::read(&path).unwrap_or_default());
+    }
+    files
+}
+
+/// A folder named by mistake must not be called damaged, which asks for a backup; nor be changed.
+#[test]
+fn a_directory_of_somebody_else_is_refused_as_such_and_left_alone() {
+    for (name, folders, file, is_foreign) in [
+        ("logs", &["log"][..], "log/access.log", true),
+        ("a left-over of another program", &["log"], "log/upload.tmp", true),
+        ("snapshots", &["log", "snapshots"], "snapshots/disk.snap", true),
+        ("drawings", &["log", "vectors", "vectors/icons"], "vectors/icons/a.svg", true),
+        ("a file in place of a folder", &[], "log", true),
+        ("damage", &["log"], "log/00000000000000000001.log", false),
+    ] {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path();
+        folders.iter().for_each(|folder| std::fs::create_dir(dir.join(folder)).unwrap());
+        std::fs::write(dir.join(file), "somebody's").unwrap();
+        let before = files_below(dir);
+        let mut refusals = vec![Server::refuses_to_start(dir, &[])];
+        if file != "log" {
+            let ran = run("", &["check", dir.to_str().unwrap()]);
+            assert_eq!(ran.code, 1, "{name}: {ran:?}");
+            refusals.push(ran.err);
+        }
+        for refusal in refusals {
+            assert_eq!(refusal.contains("is not a data directory of KISS VDB"), is_foreign, "{name}: {refusal}");
+            assert_eq!(refusal.contains("is damaged at"), !is_foreign, "{name}: {refusal}");
+            assert!(refusal.contains(dir.join(file).parent().unwrap().to_str().unwrap()), "{name}: {refusal}");
+        }
+        assert!(!is_foreign || files_below(dir) == before, "{name}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (path, says) in [(dir.path().join("none"), "there is no directory"), (dir.path().into(), "holds no folder log")]
+    {
+        let ran = run("", &["check", path.to_str().unwrap()]);
+        assert!(ran.code == 1 && ran.err.contains(says), "{ran:?}");
+    }
+}
+
+/// A server that does not start has to say which setting, which file, and what to do.
+#[test]
+fn settings_that_name_files_are_refused_with_the_setting_the_path_and_the_cure() {
+    let certificates = Certificates::new();
+    let [cert, key] = &certificates.make("one", "basicConstraints=CA:FALSE\n", "1");
+    let [_, other] = &certificates.make("two", "basicConstraints=CA:FALSE\n", "1");
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path().to_str().unwrap();
+    let odd = dir.path().join("odd.toml");
+    std::fs::write(&odd, "[[key]]\nname = \"a\"\nsecret = \"hidden\"\n").unwrap();
+    let odd = odd.to_str().unwrap();
+    for (flags, says) in [
+        (&["--tls-cert", cert][..], ["tls_cert = ", cert, "tls_key (TLS_KEY, --tls-key) is not: HTTPS needs both"]),
+        (&["--tls-key", key], ["tls_key = ", key, "tls_cert (TLS_CERT, --tls-cert) is not: HTTPS needs both"]),
+        (
+            &["--tls-cert", "/nowhere", "--tls-key", key],
+            ["tls_cert = \"/nowhere\" cannot be read", "No such file", "name a file"],
+        ),
+        (
+            &["--tls-cert", cert, "--tls-key", "/nowhere"],
+            ["tls_key = \"/nowhere\" cannot be read", "No such file", "name a file"],
+        ),
+        (&["--tls-cert", cert, "--tls-key", here], ["tls_key = ", here, "Is a directory"]),
+        (&["--tls-cert", cert, "--tls-key", other], ["tls_key = ", other, "is not the key of the certificate"]),
+        (&["--tls-cert", key, "--tls-key", key], ["tls_cert = ", key, "holds no certificate"]),
+        (&["--tls-cert", cert, "--tls-key", cert], ["tls_key = ", cert, "holds no private key"]),
+        (&["--keys-file", "/nowhere"], ["KEYS_FILE", "/nowhere", "kiss-vdb keys create makes one"]),
+        (&["--keys-file", here], ["KEYS_FILE", here, "Is a directory"]),
+        (&["--keys-file", odd], ["KEYS_FILE", odd, "line 3 (unknown field `secret`"]),
+    ] {
+        let said = Server::refuses_to_start(&dir.path().join("data"), flags);
+        let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("kiss-vdb: ")).collect();
+        assert!(lines.len() == 1 && said.ends_with(&format!("{}\n", lines[0])), "{flags:?}: {said}");
+        assert!(says.iter().all(|part| lines[0].contains(part)), "{flags:?}: {said}");
+        assert!(!said.contains("hidden"), "{said}");
+    }
+}
+
+/// Through a pipe there is no file to check afterwards: what came is checked on its way, or the next restore is a surprise.
+#[test]
+fn a_backup_goes_through_pipes_and_a_broken_one_is_refused() {
+    let server = Server::start(&[]);
+    let url = server.target.url();
+    let rows: String = (0..2000).map(|n| format!("{{\"key\":\"k{n:04}\",\"value\":\"{n:0200}\"}}\n")).collect();
+    assert_eq!(finish(program(&url, &["import", "-"]).spawn().unwrap(), rows.as_bytes()).code, 0);
+    let exported = run_ok(&url, &["export"]);
+    let dir = tempfile::tempdir().unwrap();
+    let taken = program(&url, &["backup", "-", "--json"]).current_dir(dir.path()).output().unwrap();
+    let bytes = &taken.stdout;
+    let contents: Value = serde_json::from_slice(&taken.stderr).unwrap();
+    assert_eq!((contents["keys"].as_u64(), contents["bytes"].as_u64()), (Some(2000), Some(bytes.len() as u64)));
+    let target = dir.path().join("data");
+    let restore =
+        |bytes: &[u8]| finish(program("", &["restore", "-", target.to_str().unwrap()]).spawn().unwrap(), bytes);
+    let mut flipped = bytes.clone();
+    flipped[bytes.len() / 2] ^= 1;
+    let cases = [
+        ("cut", &bytes[..bytes.len() - 1]),
+        ("empty", b""),
+        ("flipped", &flipped),
+        ("of another kind", b"<html></html>"),
+    ];
+    for (name, broken) in cases {
+        let ran = restore(broken);
+        assert!(ran.code == 1 && ran.err.starts_with("kiss-vdb: stdin is damaged at offset"), "{name}: {ran:?}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "{name}");
+        // The same as an answer: to stdout it has gone, so the exit code has to tell.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = format!("http://{}", listener.local_addr().unwrap());
+        let broken = broken.to_vec();
+        let answer = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream).lines().find(|line| line.as_ref().unwrap().is_empty()).unwrap().unwrap();
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", broken.len());
+            // It may have hung up by then.
+            stream.write_all(&[head.as_bytes(), &broken].concat()).ok();
+        });
+        let ran = program(&other, &["backup", "-"]).output().unwrap();
+        let err = String::from_utf8(ran.stderr).unwrap();
+        assert!(ran.status.code() == Some(1) && err.contains("what the server sent is damaged at"), "{name}: {err}");
+        answer.join().unwrap();
+    }
+    let ran = restore(bytes);
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let restored = Server::start_in(&target, &[]);
+    assert_eq!(run_ok(&restored.target.url(), &["export"]), exported);
+    let ran = restore(bytes);
+    assert!(ran.code == 1 && ran.err.contains("is not empty"), "{ran:?}");
+    let (code, shown) = on_terminal(&url, "backup -");
+    assert!(code == Some(2) && shown.contains("nothing for a terminal"), "{shown}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "what was kept beside it is gone");
+}
+
 /// Everything but revisions, which a second server gives anew.
 fn without_revisions(export: &str) -> Vec<Value> {
     let mut rows: Vec<Value> = export.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -337,7 +704,7 @@ fn what_is_exported_is_imported_as_it_was() {
     let npy = [&b"\x93NUMPY\x01\x00"[..], &(dict.len() as u16).to_le_bytes(), dict.as_bytes(), &values].concat();
     std::fs::write(path("v.npy"), npy).unwrap();
     let ran = run(&from, &["import", &path("v.npy"), "--collection", "docs"]);
-    assert!(ran.code == 3 && ran.err.contains("--metric"), "{ran:?}");
+    assert!(ran.code == 3 && ran.err.contains("collection \"docs\": ") && ran.err.contains("--metric"), "{ran:?}");
     run_ok(&from, &["import", &path("v.npy"), "--collection", "docs", "--metric", "l2", "--ids", "v-"]);
     run_ok(&from, &["upsert", "docs", "v-5", "[1,2,3]", "--meta", r#"{"lang":"es","tags":["t"]}"#]);
     let fvecs: Vec<u8> = values.chunks(12).flat_map(|row| [&3i32.to_le_bytes()[..], row].concat()).collect();
@@ -373,7 +740,10 @@ fn an_import_that_meets_a_bad_row_says_how_far_it_came() {
     let path = path.to_str().unwrap();
     std::fs::write(path, format!("{}oops\n{}", rows(0..250), rows(250..400))).unwrap();
     let ran = run(&url, &["import", path]);
-    assert!(ran.code == 1 && ran.err.contains("row 251") && ran.err.contains("200 rows are acknowledged"), "{ran:?}");
+    assert!(
+        ran.code == 2 && ran.err.contains("im.ndjson: row 251") && ran.err.contains("200 rows are acknowledged"),
+        "{ran:?}"
+    );
     std::fs::write(path, format!("{}{{\"key\":\"im/x\"}}\n{}", rows(0..250), rows(250..400))).unwrap();
     let ran = run(&url, &["import", path, "--resume"]);
     assert!(ran.err.contains("has changed"), "another file is not gone on with: {ran:?}");
@@ -395,7 +765,7 @@ fn an_import_that_failed_goes_on_where_it_was() {
     let rows = |value: &str| -> String { (0..5000).map(|n| row(n, if n == 3333 { value } else { "1" })).collect() };
     std::fs::write(&file, rows("x")).unwrap();
     let ran = run(&url, &["import", path, "--batch", "10"]);
-    assert_eq!(ran.code, 1, "{ran:?}");
+    assert_eq!(ran.code, 2, "{ran:?}");
     assert!(ran.err.contains("row 3334") && ran.err.contains("--resume goes on"), "{ran:?}");
     let note: Value = serde_json::from_slice(&std::fs::read(dir.path().join("rows.ndjson.import")).unwrap()).unwrap();
     let acknowledged = note["rows"].as_u64().unwrap();

@@ -1,13 +1,14 @@
 //! `watch`, `publish`: events.
 
 use super::key::{push_meta, show_write};
-use super::output::{Colour, Output};
+use super::output::{Colour, Output, reader_gone};
 use super::{ServerFlags, argument_or_stdin, json, post, query, short};
 use crate::client::{CannotConnect, EventStream, Refused, ServerEvent, Target};
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use clap::Args;
 use std::hash::BuildHasher;
+use std::pin::pin;
 use std::time::Duration;
 
 /// The server sends something at least every fifteen seconds; a stream silent for three times as long is dead.
@@ -32,13 +33,13 @@ Examples:
 )]
 pub struct WatchArgs {
     /// This key
-    #[arg(long)]
+    #[arg(long, value_parser = super::key)]
     key: Vec<String>,
     /// Keys that begin with this
     #[arg(long)]
     prefix: Vec<String>,
     /// Vectors of this collection
-    #[arg(long)]
+    #[arg(long, value_parser = super::collection)]
     collection: Vec<String>,
     /// Events of this type
     #[arg(long = "type", value_name = "TYPE")]
@@ -169,9 +170,13 @@ pub async fn watch(args: WatchArgs) -> anyhow::Result<()> {
     let say = |text: &str| eprintln!("kiss-vdb: {text}");
     let mut following = Following::open(args.server.target()?, args.query(), say).await?;
     let mut left = args.count.unwrap_or(u64::MAX);
+    let mut reader_gone = pin!(reader_gone());
     while left > 0 {
-        // A reader that goes away is met at the next event: nothing else would be written to it.
-        let event = following.next().await?;
+        let event = tokio::select! {
+            event = following.next() => event?,
+            // Nobody would notice the next event, whenever it comes.
+            () = &mut reader_gone => return Ok(()),
+        };
         let line = if args.server.json { json_line(&event) } else { text_line(&out, &event) };
         out.line(&line)?;
         out.flush()?;
@@ -231,7 +236,7 @@ pub struct PublishArgs {
     #[arg(allow_negative_numbers = true)]
     data: Option<String>,
     /// The key it is about
-    #[arg(long)]
+    #[arg(long, value_parser = super::key)]
     key: Option<String>,
     /// The job it belongs to
     #[arg(long)]

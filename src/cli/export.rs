@@ -1,5 +1,6 @@
 //! `export`: everything as lines of JSON, page by page.
 
+use super::backup::is_stream;
 use super::key::Page;
 use super::output::{Output, Partial};
 use super::{ServerFlags, get, path, query, usage};
@@ -27,11 +28,12 @@ pub struct ExportArgs {
     #[arg(value_enum, default_value_t = What::All)]
     what: What,
     /// Which collection's vectors; without, all of them
+    #[arg(value_parser = super::collection)]
     collection: Option<String>,
     /// Keys that begin with this
     #[arg(long, default_value = "", hide_default_value = true)]
     prefix: String,
-    /// A file instead of stdout; it is there when it is whole
+    /// A file instead of stdout (-); it is there when it is whole
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Replace the file if it exists
@@ -70,8 +72,8 @@ pub async fn export(args: ExportArgs) -> anyhow::Result<()> {
     }
     let mut client = args.server.client()?;
     let mut sink = match &args.output {
-        Some(path) => Sink::File(Partial::create(path, args.force)?),
-        None => Sink::Stdout(Output::new()),
+        Some(path) if !is_stream(path) => Sink::File(Partial::create(path, args.force)?),
+        _ => Sink::Stdout(Output::new()),
     };
     let mut lines = 0u64;
     if args.what != What::Vectors {

@@ -5,7 +5,7 @@
 //! ```
 //! Putting a row twice changes nothing but revisions, so what was under way when it broke is simply sent again.
 
-use super::backup::bytes_bar;
+use super::backup::{bytes_bar, is_stream};
 use super::output::Output;
 use super::rows::{Format, Naming, Row, Rows};
 use super::{Interrupted, ServerFlags, get, path, post, usage};
@@ -58,7 +58,7 @@ pub struct ImportArgs {
     #[arg(long, value_enum)]
     format: Option<FormatFlag>,
     /// Where vectors go that name no collection
-    #[arg(long)]
+    #[arg(long, value_parser = super::collection)]
     collection: Option<String>,
     /// cosine, dot or l2: makes a collection that is not there
     #[arg(long)]
@@ -166,7 +166,7 @@ impl Done {
 
 /// `kiss-vdb import`
 pub async fn import(args: ImportArgs) -> anyhow::Result<()> {
-    let is_stdin = args.file.as_os_str() == "-";
+    let is_stdin = is_stream(&args.file);
     let note = if is_stdin { None } else { Some(Note::of(&args.file)?) };
     let skip = match (&note, args.resume) {
         (Some(note), true) => note.read()?,
@@ -331,7 +331,8 @@ fn read_batches(
         Box::new(BufReader::with_capacity(1 << 20, file))
     };
     let naming = Naming { collection: args.collection.clone(), ids: args.ids.clone(), first_id: args.first_id };
-    let mut rows = Rows::open(file, format, naming).with_context(|| name.to_string())?;
+    let called = if name == "-" { "stdin".to_owned() } else { name.into_owned() };
+    let mut rows = Rows::open(file, format, naming).with_context(|| called.clone())?;
     let mut maker = Maker {
         args,
         client: Client::new(target),
@@ -350,7 +351,7 @@ fn read_batches(
         }
         let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, super::millis);
         let first = rows.read;
-        let Some(row) = rows.next(now_ms)? else { break };
+        let Some(row) = rows.next(now_ms).with_context(|| called.clone())? else { break };
         if !maker.take(row, first, rows.bytes)? {
             return Ok(());
         }
@@ -431,7 +432,7 @@ impl Maker<'_> {
             }
             Err(error) if error.downcast_ref::<Refused>().is_some_and(|r| r.0.status.as_u16() == 404) => {
                 let (Some(metric), Some(dim)) = (&self.args.metric, self.args.dim.or(dim)) else {
-                    return Err(error.context("give --metric to have it made"));
+                    return Err(error.context(format!("collection {name:?}")));
                 };
                 self.create(name, dim, metric)
             }

@@ -1,7 +1,10 @@
 //! `get`, `put`, `patch`, `del`, `list`: keys.
 
+use super::backup::is_stream;
 use super::output::{Colour, Output, pretty};
-use super::{ServerFlags, argument_or_stdin, duration, get as get_answer, json, millis, path, query, short, usage};
+use super::{
+    ServerFlags, argument_or_stdin, duration, get as get_answer, json, key, millis, path, query, short, usage,
+};
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use anyhow::Context;
@@ -26,6 +29,7 @@ const PAGE: usize = 1000;
   kiss-vdb get logo.png --raw > logo.png")]
 pub struct GetArgs {
     /// The key
+    #[arg(value_parser = key)]
     key: String,
     /// The value's bytes as they are, and nothing else
     #[arg(long, conflicts_with = "meta")]
@@ -132,6 +136,7 @@ fn time(unix_ms: i64) -> String {
   kiss-vdb put lock '\"me\"' --if-revision 0 --ttl 30s     only if nobody has it: else exit code 4")]
 pub struct PutArgs {
     /// The key
+    #[arg(value_parser = key)]
     key: String,
     /// JSON; - reads it from stdin
     #[arg(allow_negative_numbers = true, required_unless_present = "file", conflicts_with = "file")]
@@ -139,7 +144,7 @@ pub struct PutArgs {
     /// The value is a text, not JSON
     #[arg(long)]
     string: bool,
-    /// Read the value from a file
+    /// Read the value from a file; - reads stdin
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Store bytes under this type; JSON goes without
@@ -164,7 +169,7 @@ pub struct PutArgs {
 impl PutArgs {
     async fn bytes(&self) -> anyhow::Result<Vec<u8>> {
         let path = match (&self.file, self.value.as_deref()) {
-            (Some(path), _) => Some(path.clone()),
+            (Some(path), _) => Some(path.clone()).filter(|path| !is_stream(path)),
             (None, Some("-")) => None,
             (None, value) => return Ok(value.unwrap_or_default().as_bytes().to_vec()),
         };
@@ -263,6 +268,7 @@ Example:
 )]
 pub struct PatchArgs {
     /// The key
+    #[arg(value_parser = key)]
     key: String,
     /// The patch as JSON; - reads it from stdin
     patch: String,
@@ -295,6 +301,7 @@ pub async fn patch(args: PatchArgs) -> anyhow::Result<()> {
   kiss-vdb del job:1            exit code 3 when there is none")]
 pub struct DelArgs {
     /// The key
+    #[arg(value_parser = key)]
     key: String,
     /// Only if this is the current revision
     #[arg(long, value_name = "REVISION")]

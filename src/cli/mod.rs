@@ -1,7 +1,7 @@
 //! The command line: one verb for each thing a person or a script does with a running server.
 //!
 //! ```text
-//! main.rs ─▶ CliVerb ─▶ run: a runtime, ctrl-c, exit codes ─▶ one file a noun ─▶ client.rs ─▶ HTTP
+//! main.rs ─▶ CliVerb ─▶ run: a runtime, ctrl-c, exit codes ─▶ one file a noun ─▶ client ─▶ HTTP
 //! ```
 //! Invariants
 //! - stdout carries the answer and nothing else; what is for people only goes to stderr.
@@ -9,7 +9,7 @@
 //! - Exit codes are those of [`Exit`], and no others.
 //! - A reader that goes away (`| head`) ends a command quietly.
 //!
-//! Deliberately absent: configuration files, an interactive shell, TLS.
+//! Deliberately absent: configuration files, an interactive shell, a way to believe any certificate.
 
 pub mod backup;
 pub mod event;
@@ -22,12 +22,15 @@ pub mod shell;
 pub mod top;
 pub mod vector;
 
-use crate::client::{Answer, CannotConnect, Client, Refused, Target};
+use crate::client::{Answer, CannotConnect, Client, HungUp, Refused, Target, WrongServer};
+use crate::engine::command::Key;
+use crate::vector::CollectionName;
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use hyper::Method;
+use hyper::{Method, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -41,11 +44,11 @@ pub const EXIT_CODES: &str = "\
 Exit codes of commands that talk to a server:
   0  done                                4  conflict: --if-revision, or it exists
   1  refused or failed otherwise         5  the key is missing, wrong or lacks the right
-  2  wrong usage                         6  no server answers there
+  2  wrong usage, or a value not taken   6  no server answers there, or none to trust
   3  there is no such key or vector    130  interrupted
 
 The server is --url, else KISS_URL, else http://127.0.0.1:9917; its key --api-key, else API_KEY.
-https goes through a proxy that speaks http on this side.";
+https trusts the system's certificates, or those of --ca-cert, else KISS_CA_CERT, alone.";
 
 /// What the program ends with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,26 +101,59 @@ pub enum CliVerb {
     Man,
 }
 
+impl CliVerb {
+    /// Where it goes; `None` for those that need no server.
+    fn server(&self) -> Option<&ServerFlags> {
+        Some(match self {
+            Self::Get(args) => &args.server,
+            Self::Put(args) => &args.server,
+            Self::Patch(args) => &args.server,
+            Self::Del(args) => &args.server,
+            Self::List(args) => &args.server,
+            Self::Watch(args) => &args.server,
+            Self::Publish(args) => &args.server,
+            Self::Search(args) => &args.server,
+            Self::Upsert(args) => &args.server,
+            Self::Export(args) => &args.server,
+            Self::Import(args) => &args.server,
+            Self::Backup(args) => &args.server,
+            Self::Top(args) => &args.server,
+            Self::Restore(_) | Self::Completions(_) | Self::Man => return None,
+        })
+    }
+}
+
 /// Flags of every verb that talks to a server.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct ServerFlags {
-    /// The server [env KISS_URL, default http://127.0.0.1:9917]
+    /// The server: http://host:port or https://host:port [env KISS_URL, default http://127.0.0.1:9917]
     #[arg(long, value_name = "URL", help_heading = "Server")]
     url: Option<String>,
     /// Its key; other users of this machine see flags, so prefer the environment [env API_KEY]
     #[arg(long, value_name = "KEY", help_heading = "Server")]
     api_key: Option<String>,
+    /// Certificates (PEM) to trust for https, instead of the system's [env KISS_CA_CERT]
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    ca_cert: Option<PathBuf>,
     /// Print the server's JSON as it is, one line for each answer or event
     #[arg(long, help_heading = "Server")]
     pub json: bool,
 }
 
+/// A variable of the environment; an empty one is what shells make of an unset one.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
 impl ServerFlags {
+    fn key(&self) -> Option<String> {
+        self.api_key.clone().or_else(|| variable("API_KEY"))
+    }
+
     fn target(&self) -> anyhow::Result<Target> {
-        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let url = self.url.clone().or_else(|| variable("KISS_URL")).unwrap_or_else(|| DEFAULT_URL.to_owned());
-        let key = self.api_key.clone().or_else(|| variable("API_KEY"));
-        Target::new(&url, key).map_err(|error| usage(error.to_string()))
+        let ca_cert = self.ca_cert.clone().or_else(|| variable("KISS_CA_CERT").map(PathBuf::from));
+        Target::trusting(&url, self.key(), ca_cert.as_deref()).map_err(|error| usage(format!("{error:#}")))
     }
 
     fn client(&self) -> anyhow::Result<Client> {
@@ -141,26 +177,14 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
 
 /// Runs a verb. `command` is the whole program's, for its completions and manual.
 pub fn run(verb: CliVerb, command: clap::Command) -> ExitCode {
-    let is_json = match &verb {
-        CliVerb::Get(key::GetArgs { server, .. }) | CliVerb::Put(key::PutArgs { server, .. }) => server.json,
-        CliVerb::Patch(key::PatchArgs { server, .. }) | CliVerb::Del(key::DelArgs { server, .. }) => server.json,
-        CliVerb::List(args) => args.server.json,
-        CliVerb::Watch(args) => args.server.json,
-        CliVerb::Publish(args) => args.server.json,
-        CliVerb::Search(args) => args.server.json,
-        CliVerb::Upsert(args) => args.server.json,
-        CliVerb::Export(args) => args.server.json,
-        CliVerb::Import(args) => args.server.json,
-        CliVerb::Backup(args) => args.server.json,
-        _ => false,
-    };
+    let server = verb.server().cloned().unwrap_or_default();
     let result = match verb {
         CliVerb::Restore(args) => backup::restore(&args),
         CliVerb::Completions(args) => shell::completions(&args, command),
         CliVerb::Man => shell::man(command),
         verb => talk(verb),
     };
-    let exit = result.map_or_else(|error| report(&error, is_json), |()| Exit::Done);
+    let exit = result.map_or_else(|error| report(&error, &server), |()| Exit::Done);
     ExitCode::from(exit as u8)
 }
 
@@ -197,36 +221,80 @@ fn talk(verb: CliVerb) -> anyhow::Result<()> {
 }
 
 /// Says what went wrong, in one line, and chooses the exit code.
-fn report(error: &anyhow::Error, is_json: bool) -> Exit {
+fn report(error: &anyhow::Error, server: &ServerFlags) -> Exit {
     let refused = error.chain().find_map(|cause| cause.downcast_ref::<Refused>());
-    let exit = exit(error, refused);
-    let mut out = std::io::stderr().lock();
-    // Nobody is left to be told when stderr is gone too.
-    match (exit, refused) {
-        (Exit::Done, _) => {}
-        (_, Some(Refused(answer))) if is_json => {
-            writeln!(out, "{}", String::from_utf8_lossy(&answer.body)).unwrap_or(())
-        }
-        (_, Some(refused)) => {
-            // Contexts, if any, then the server's own words in place of the whole answer.
+    let problem = refused.and_then(Refused::problem);
+    let (exit, text) = match (refused, problem) {
+        (None, _) => (exit(error), format!("kiss-vdb: {error:#}")),
+        (Some(Refused(answer)), Some(problem)) => {
+            let (exit, words) = meaning(&problem.code, server.key().is_some());
+            // Contexts, if any, then what there is to say in place of the whole answer.
             let context: String =
                 error.chain().take_while(|cause| !cause.is::<Refused>()).map(|cause| format!("{cause}: ")).collect();
-            writeln!(out, "kiss-vdb: {context}{}", refused.detail()).unwrap_or(());
+            let said = if server.json {
+                String::from_utf8_lossy(&answer.body).into_owned()
+            } else {
+                format!("kiss-vdb: {context}{}", words.unwrap_or(&problem.detail))
+            };
+            (exit, said)
         }
-        _ => writeln!(out, "kiss-vdb: {error:#}").unwrap_or(()),
+        (Some(Refused(answer)), None) => {
+            let exit = match answer.status {
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Exit::Forbidden,
+                _ => Exit::Failed,
+            };
+            let status = answer.status;
+            (
+                exit,
+                format!("kiss-vdb: {status}: that is no answer of KISS VDB; is the URL right? (--url, else KISS_URL)"),
+            )
+        }
+    };
+    if exit != Exit::Done {
+        // Nobody is left to be told when stderr is gone too.
+        writeln!(std::io::stderr(), "{text}").unwrap_or(());
     }
     exit
 }
 
-fn exit(error: &anyhow::Error, refused: Option<&Refused>) -> Exit {
-    if let Some(Refused(answer)) = refused {
-        return match answer.status.as_u16() {
-            404 => Exit::NotFound,
-            409 | 412 => Exit::Conflict,
-            401 | 403 => Exit::Forbidden,
-            _ => Exit::Failed,
-        };
+/// What a server's refusal means to who typed a command, by its code; with words in place of the server's own where those
+/// speak of HTTP.
+fn meaning(code: &str, has_key: bool) -> (Exit, Option<&'static str>) {
+    match code {
+        "invalid_argument"
+        | "dimension_mismatch"
+        | "invalid_vector"
+        | "payload_too_large"
+        | "unsupported_media_type" => (Exit::Usage, None),
+        "key_not_found" | "vector_not_found" => (Exit::NotFound, None),
+        "collection_not_found" => (
+            Exit::NotFound,
+            Some(
+                "there is no such collection; kiss-vdb import makes one, by --metric or a line such as {\"collection\":\"docs\",\"dim\":3,\"metric\":\"cosine\"}",
+            ),
+        ),
+        "revision_conflict" | "already_exists" | "precondition_failed" => (Exit::Conflict, None),
+        "unauthorized" if has_key => (
+            Exit::Forbidden,
+            Some(
+                "this server does not know the key, or it has expired; give another by --api-key, or better by the variable API_KEY",
+            ),
+        ),
+        "unauthorized" => {
+            (Exit::Forbidden, Some("this server needs a key: give it by --api-key, or better by the variable API_KEY"))
+        }
+        "forbidden" => (Exit::Forbidden, None),
+        "route_not_found" | "method_not_allowed" => (
+            Exit::Failed,
+            Some(
+                "this server does not know this command; is it older than this program? kiss-vdb --version, and top shows the server's",
+            ),
+        ),
+        _ => (Exit::Failed, None),
     }
+}
+
+fn exit(error: &anyhow::Error) -> Exit {
     for cause in error.chain() {
         if cause.is::<Usage>() {
             return Exit::Usage;
@@ -234,7 +302,10 @@ fn exit(error: &anyhow::Error, refused: Option<&Refused>) -> Exit {
         if cause.is::<Interrupted>() {
             return Exit::Interrupted;
         }
-        if cause.is::<CannotConnect>() || cause.is::<hyper::Error>() {
+        if cause.is::<HungUp>() {
+            return Exit::Failed;
+        }
+        if cause.is::<CannotConnect>() || cause.is::<WrongServer>() || cause.is::<hyper::Error>() {
             return Exit::NoServer;
         }
         if cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
@@ -242,6 +313,16 @@ fn exit(error: &anyhow::Error, refused: Option<&Refused>) -> Exit {
         }
     }
     Exit::Failed
+}
+
+/// A key as the server takes it: an empty one would be no path.
+fn key(text: &str) -> Result<String, String> {
+    Key::check(text).map(|()| text.to_owned()).map_err(|rejection| rejection.to_string())
+}
+
+/// A collection's name, likewise.
+fn collection(text: &str) -> Result<String, String> {
+    CollectionName::new(text).map(|name| name.as_str().to_owned()).map_err(|rejection| rejection.to_string())
 }
 
 /// A path with a key, name or id in it.

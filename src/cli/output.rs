@@ -2,6 +2,7 @@
 
 use crate::client::Answer;
 use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -75,6 +76,17 @@ impl Default for Output {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Ends when whoever read stdout is gone: a pipe or socket says so to who asks for nothing else (poll(2)). Never for a file.
+pub async fn reader_gone() {
+    // A thread of its own: a regular file, which is never gone, cannot be waited for by epoll.
+    let waiting = tokio::task::spawn_blocking(|| {
+        let stdout = std::io::stdout();
+        let mut wanted = [PollFd::new(&stdout, PollFlags::empty())];
+        while !matches!(poll(&mut wanted, None), Ok(1..)) {}
+    });
+    waiting.await.ok();
 }
 
 /// Compact JSON with line breaks and indents. Works on the text: numbers stay as they were sent.

@@ -123,7 +123,8 @@ impl<R: BufRead> Rows<R> {
             Format::Ndjson => self.line(now_ms),
             Format::Npy | Format::Fvecs => self.numbers(),
         };
-        row.map(Some).with_context(|| format!("row {}", self.read))
+        // Wrong usage: the system had no part in it.
+        row.map(Some).map_err(|error| usage(format!("row {}: {error:#}", self.read)))
     }
 
     /// Passes over the next row without looking into it; false at the end.

@@ -2,7 +2,7 @@
 
 use super::event::{Following, text_line};
 use super::output::Output;
-use super::{ServerFlags, get, usage};
+use super::{ServerFlags, get, query, usage};
 use crate::client::{Client, ServerEvent};
 use anyhow::Context;
 use clap::Args;
@@ -38,7 +38,7 @@ Examples:
 )]
 pub struct TopArgs {
     /// End after so many seconds
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     #[command(flatten)]
     pub(super) server: ServerFlags,
@@ -53,24 +53,25 @@ pub async fn top(args: TopArgs) -> anyhow::Result<()> {
     if !std::io::stdout().is_terminal() {
         return Err(usage("top needs a terminal; --json prints lines for scripts"));
     }
-    let mut events = follow(&args.server).await?;
+    let mut events = follow(&args.server, watcher.health["revision"].as_u64().unwrap_or_default()).await?;
     let mut keys = keys();
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut tick = tokio::time::interval(TICK);
+    // One look is made already; a second one at once would be a rate over no time.
+    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
     let mut frame = tokio::time::interval(FRAME);
     frame.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut screen = Screen::open()?;
-    let mut view = View::default();
+    let mut view = View { is_dirty: true, ..View::default() };
     let mut left = args.count.unwrap_or(u64::MAX);
     loop {
         tokio::select! {
             _ = tick.tick() => {
                 watcher.look().await;
                 view.is_dirty = true;
+                left -= 1;
                 if left == 0 {
                     return Ok(());
                 }
-                left -= 1;
             }
             Some(event) = events.recv() => view.note(event),
             key = keys.recv() => match key {
@@ -122,11 +123,21 @@ fn keys() -> mpsc::Receiver<Event> {
 }
 
 /// The newest events; comes back by itself as `watch` does, silently: the rates show that the server is away.
-async fn follow(server: &ServerFlags) -> anyhow::Result<mpsc::Receiver<ServerEvent>> {
-    let mut following = Following::open(server.target()?, String::new(), |_| ()).await?;
+///
+/// Begins so far before `head` as a screen shows: one stream brings those of before and those of now, so that there is no
+/// seam.
+async fn follow(server: &ServerFlags, head: u64) -> anyhow::Result<mpsc::Receiver<ServerEvent>> {
+    let since = head.saturating_sub(EVENTS_KEPT as u64).to_string();
+    let query = query([("since", Some(since))]);
+    let mut following = Following::open(server.target()?, query, |_| ()).await?;
     let (send, receive) = mpsc::channel(EVENTS_WAITING);
     tokio::spawn(async move {
+        let mut is_first = true;
         while let Ok(event) = following.next().await {
+            // The log does not go back so far: there is less to show, and nobody has missed anything.
+            if std::mem::take(&mut is_first) && event.event == "reset" {
+                continue;
+            }
             if let Err(mpsc::error::TrySendError::Closed(_)) = send.try_send(event) {
                 return;
             }

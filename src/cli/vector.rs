@@ -1,7 +1,7 @@
 //! `search`, `upsert`: vectors one at a time.
 
 use super::output::{Colour, Output};
-use super::{ServerFlags, argument_or_stdin, json, path, post};
+use super::{ServerFlags, argument_or_stdin, collection, json, path, post};
 use clap::Args;
 use serde_json::value::RawValue;
 
@@ -16,6 +16,7 @@ Examples:
 #[group(id = "query", required = true, multiple = false, args = ["id", "vector"])]
 pub struct SearchArgs {
     /// The collection
+    #[arg(value_parser = collection)]
     collection: String,
     /// Near the vector of this id
     #[arg(long)]
@@ -98,6 +99,7 @@ Example:
 )]
 pub struct UpsertArgs {
     /// The collection
+    #[arg(value_parser = collection)]
     collection: String,
     /// The vector's id
     id: String,

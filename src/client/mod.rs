@@ -1,42 +1,65 @@
 //! A small HTTP client for the command line, the demo, the benchmark and the tests: one connection, requests one after
 //! another, and SSE.
 //!
-//! Not a general client: no TLS, no redirects, no pool. One [`Client`] is one keep-alive connection, which is what a
-//! load generator has to control.
+//! Not a general client: no redirects, no pool. One [`Client`] is one keep-alive connection, which is what a load
+//! generator has to control.
+
+mod tls;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
+use std::path::Path;
+use tls::Tls;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-/// Where a server is: `http://host:port`, and the key it wants.
+/// Every server takes as much: the least that MAX_BODY_MB may be.
+const BODY_ALWAYS_TAKEN: u64 = 1 << 20;
+
+/// Where a server is: `http://host:port` or `https://host:port`, and the key it wants.
 #[derive(Clone, Debug)]
 pub struct Target {
     authority: String,
     api_key: Option<String>,
+    tls: Option<Tls>,
 }
 
 impl Target {
-    /// Parses `http://host:port`; a path is refused.
+    /// Parses `http://host:port` or `https://host:port`; a path is refused. https believes the system's authorities.
     pub fn new(url: &str, api_key: Option<String>) -> anyhow::Result<Self> {
-        let rest = url
-            .strip_prefix("http://")
-            .with_context(|| format!("the URL is http://host:port, not {url}; for https go through a proxy"))?;
-        let authority = rest.trim_end_matches('/');
-        ensure!(!authority.is_empty() && !authority.contains('/'), "the URL is http://host:port");
-        let authority = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
-        Ok(Self { authority, api_key })
+        Self::trusting(url, api_key, None)
     }
 
-    /// `http://host:port`.
+    /// As `new`; https believes the certificates of this file, and no others.
+    pub fn trusting(url: &str, api_key: Option<String>, ca_cert: Option<&Path>) -> anyhow::Result<Self> {
+        let wrong = || format!("the URL is http://host:port or https://host:port, not {url:?}");
+        let parsed: Uri = url.parse().ok().with_context(wrong)?;
+        let authority = parsed.authority().with_context(wrong)?;
+        let host = authority.host();
+        let default_port = match parsed.scheme_str() {
+            Some("http") => 80,
+            Some("https") => 443,
+            _ => bail!(wrong()),
+        };
+        // What is neither host nor port is a user's name, or no number.
+        let is_plain = authority.as_str() == host || authority.port_u16().is_some();
+        ensure!(is_plain && !host.is_empty() && !authority.as_str().contains('@'), wrong());
+        ensure!(parsed.path() == "/" && parsed.query().is_none(), wrong());
+        let tls = if default_port == 443 { Some(Tls::new(host, ca_cert)?) } else { None };
+        Ok(Self { authority: format!("{host}:{}", authority.port_u16().unwrap_or(default_port)), api_key, tls })
+    }
+
+    /// `http://host:port`, or with https.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://{}", self.authority)
+        format!("http{}://{}", if self.tls.is_some() { "s" } else { "" }, self.authority)
     }
 
     fn request(
@@ -61,10 +84,27 @@ impl Target {
         let connected = TcpStream::connect(&self.authority).await;
         let stream = connected.map_err(|cause| CannotConnect { url: self.url(), cause })?;
         stream.set_nodelay(true)?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await?;
-        // Ends with the sender; a broken connection shows as the request's error.
-        tokio::spawn(async move { connection.await.ok() });
-        Ok(sender)
+        match &self.tls {
+            None => speak(stream).await,
+            Some(tls) => speak(tls.shake(stream, &self.url()).await?).await,
+        }
+    }
+
+    /// Sends a request and waits for the head of its answer.
+    async fn ask(
+        &self,
+        sender: &mut SendRequest<Full<Bytes>>,
+        request: Request<Full<Bytes>>,
+    ) -> anyhow::Result<Response<Incoming>> {
+        let bytes = request.body().size_hint().exact().unwrap_or_default();
+        sender.send_request(request).await.map_err(|error| {
+            let url = self.url();
+            if error.is_parse() {
+                let text = format!("{url} does not speak plain HTTP; if it speaks TLS, the URL begins with https://");
+                return WrongServer(text).into();
+            }
+            if bytes > BODY_ALWAYS_TAKEN { HungUp { url, bytes, cause: error }.into() } else { error.into() }
+        })
     }
 
     /// Opens a stream: `query` begins with `?` or is empty.
@@ -74,7 +114,7 @@ impl Target {
         headers.extend(id.as_deref().map(|id| ("last-event-id", id)));
         let mut sender = self.connect().await?;
         let request = self.request(Method::GET, &format!("/v1/events{query}"), &headers, Bytes::new())?;
-        let response = sender.send_request(request).await?;
+        let response = self.ask(&mut sender, request).await?;
         if response.status() != StatusCode::OK {
             return Err(Refused(Box::new(Answer::read(response).await?)).into());
         }
@@ -84,12 +124,23 @@ impl Target {
     /// Asks for an answer that is too large to read whole.
     pub async fn download(&self, path: &str) -> anyhow::Result<Download> {
         let mut sender = self.connect().await?;
-        let response = sender.send_request(self.request(Method::GET, path, &[], Bytes::new())?).await?;
+        let request = self.request(Method::GET, path, &[], Bytes::new())?;
+        let response = self.ask(&mut sender, request).await?;
         if response.status() != StatusCode::OK {
             return Err(Refused(Box::new(Answer::read(response).await?)).into());
         }
         Ok(Download { body: response.into_body(), _sender: sender })
     }
+}
+
+async fn speak<S>(stream: S) -> anyhow::Result<SendRequest<Full<Bytes>>>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    // Ends with the sender; a broken connection shows as the request's error.
+    tokio::spawn(async move { connection.await.ok() });
+    Ok(sender)
 }
 
 /// An answer being read piece by piece.
@@ -123,18 +174,42 @@ pub struct CannotConnect {
     cause: std::io::Error,
 }
 
+/// Somebody answers there, to whom nothing can be said: they speak something else, or cannot be trusted. The text says
+/// what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongServer(String);
+
+/// The connection broke under a large request: who takes less refuses, and may not wait until it could be heard.
+#[derive(Debug, thiserror::Error)]
+#[error("{url} hung up on a request of {bytes} bytes; is that more than its MAX_BODY_MB?")]
+pub struct HungUp {
+    url: String,
+    bytes: u64,
+    #[source]
+    cause: hyper::Error,
+}
+
 /// An answer that is not a success.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {}", .0.status, String::from_utf8_lossy(&.0.body))]
 pub struct Refused(pub Box<Answer>);
 
 impl Refused {
-    /// What the server says to people; the whole answer when it is not one of ours.
+    /// The problem document; `None` when the answer is not one of this server's.
     #[must_use]
-    pub fn detail(&self) -> String {
-        let detail = self.0.json().ok().and_then(|problem| Some(problem.get("detail")?.as_str()?.to_owned()));
-        detail.unwrap_or_else(|| self.to_string())
+    pub fn problem(&self) -> Option<Problem> {
+        serde_json::from_slice(&self.0.body).ok()
     }
+}
+
+/// What a refusal says.
+#[derive(Clone, Debug, serde::Deserialize)]
+pub struct Problem {
+    /// The stable name of the reason.
+    pub code: String,
+    /// To people.
+    pub detail: String,
 }
 
 /// An answer, read whole.
@@ -204,7 +279,7 @@ impl Client {
             _ => self.target.connect().await?,
         };
         sender.ready().await?;
-        let answer = Answer::read(sender.send_request(request).await?).await?;
+        let answer = Answer::read(self.target.ask(&mut sender, request).await?).await?;
         self.sender = Some(sender);
         Ok(answer)
     }
