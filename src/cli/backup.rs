@@ -16,7 +16,7 @@ use std::time::Duration;
 /// Flags of `kiss-vdb backup`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Writes go on meanwhile; the file holds the state of one revision, the newest when the walk ended. It is checked before it
+    after_help = "Writes go on meanwhile; the file holds the state of one revision, the newest when the walk ended. It is checked before it \
 gets its name; on its way to stdout it is checked too, so look at the exit code. Without this program:
 curl -fo FILE http://127.0.0.1:9917/v1/admin/backup
 
@@ -131,14 +131,14 @@ pub(super) fn bytes_bar(length: Option<u64>, what: &str) -> ProgressBar {
 /// Flags of `kiss-vdb restore`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Needs no server. The file is checked to its end before anything is written; after a failure DIR is as it was.
-Keys, revisions, deadlines, metadata and vectors are those of the backup; history begins anew. Revisions go on behind
-the next multiple of 2^40: whoever had seen later ones of the original is told by a reset. Graphs are made by the server, in the
+    after_help = "Needs no server. The file is checked to its end before anything is written; after a failure DIR is as it was. \
+Keys, revisions, deadlines, metadata and vectors are those of the backup; history begins anew. Revisions go on behind \
+the next multiple of 2^40: whoever had seen later ones of the original is told by a reset. Graphs are made by the server, in the \
 background; searches are right meanwhile.
 
 Examples:
   kiss-vdb restore kiss.backup ./restored && kiss-vdb serve --data-dir ./restored
-  ssh archive cat kiss.backup | kiss-vdb restore - ./restored     kept beside DIR while it is checked"
+  ssh archive cat kiss.backup | kiss-vdb restore - ./restored   # kept beside DIR while it is checked"
 )]
 pub struct RestoreArgs {
     /// The backup; - reads stdin

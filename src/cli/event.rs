@@ -21,8 +21,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Flags of `kiss-vdb watch`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Keys, prefixes and collections together are a union; types, jobs and tags narrow it. Each may be repeated.
-After a break or a restart of the server it comes back by itself and goes on where it was, with nothing lost and nothing
+    after_help = "Keys, prefixes and collections together are a union; types, jobs and tags narrow it. Each may be repeated. \
+After a break or a restart of the server it comes back by itself and goes on where it was, with nothing lost and nothing \
 twice; it says so on stderr. A reset says that history was not there any more.
 
 Examples:
@@ -227,7 +227,7 @@ pub(super) fn text_line(out: &Output, event: &ServerEvent) -> String {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   kiss-vdb publish progress '{\"done\":42}' --key job:1 --job-id 1
-  kiss-vdb publish typing --key chat:7 --ephemeral      those connected see it; the log does not")]
+  kiss-vdb publish typing --key chat:7 --ephemeral   # those connected see it; the log does not")]
 pub struct PublishArgs {
     /// Its type: a small letter, then small letters, digits and _ . - up to 64
     #[arg(value_name = "TYPE")]

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 /// Flags of `kiss-vdb export`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "A key is a line {\"key\":…,\"value\":…}; a collection {\"collection\":…,\"dim\":…,\"metric\":…}, followed by its vectors
-{\"collection\":…,\"id\":…,\"vector\":[…],\"meta\":{…}}. Read back by import. Each page is of one revision, the whole is not: for a
+    after_help = "A key is a line {\"key\":…,\"value\":…}; a collection {\"collection\":…,\"dim\":…,\"metric\":…}, followed by its vectors \
+{\"collection\":…,\"id\":…,\"vector\":[…],\"meta\":{…}}. Read back by import. Each page is of one revision, the whole is not: for a \
 consistent copy see backup.
 
 Examples:

@@ -39,11 +39,11 @@ const RETRY: Duration = Duration::from_millis(250);
 /// Flags of `kiss-vdb import`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Reads what export writes: lines of keys, collections and vectors. .npy (f32, f16, u8) and .fvecs hold vectors alone: they need
---collection, and get running ids. A collection that is not there is made by its line, or by --metric.
+    after_help = "Reads what export writes: lines of keys, collections and vectors. .npy (f32, f16, u8) and .fvecs hold vectors alone: they need \
+--collection, and get running ids. A collection that is not there is made by its line, or by --metric. \
 Rows of one key or id are not kept in order: with repeats use --in-flight 1.
 
-FILE.import notes the rows that are acknowledged. After a failure the same command with --resume goes on from there; what
+FILE.import notes the rows that are acknowledged. After a failure the same command with --resume goes on from there; what \
 was under way is sent again, which changes nothing but revisions. From stdin: --skip ROWS, which the failure names.
 
 Examples:

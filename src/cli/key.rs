@@ -133,7 +133,7 @@ fn time(unix_ms: i64) -> String {
   kiss-vdb put greeting --string 'good morning' --ttl 10m
   echo '{\"a\":1}' | kiss-vdb put settings -
   kiss-vdb put logo.png --file logo.png --content-type image/png
-  kiss-vdb put lock '\"me\"' --if-revision 0 --ttl 30s     only if nobody has it: else exit code 4")]
+  kiss-vdb put lock '\"me\"' --if-revision 0 --ttl 30s   # only if nobody has it: else exit code 4")]
 pub struct PutArgs {
     /// The key
     #[arg(value_parser = key)]
@@ -298,7 +298,7 @@ pub async fn patch(args: PatchArgs) -> anyhow::Result<()> {
 /// Flags of `kiss-vdb del`.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:
-  kiss-vdb del job:1            exit code 3 when there is none")]
+  kiss-vdb del job:1   # exit code 3 when there is none")]
 pub struct DelArgs {
     /// The key
     #[arg(value_parser = key)]
