@@ -15,6 +15,7 @@
 mod dataset;
 mod index;
 mod load;
+mod sends;
 mod server;
 mod streams;
 
@@ -76,6 +77,8 @@ pub enum Phase {
     Upsert,
     /// Nearest neighbours out
     Search,
+    /// What one thread can send to so many sockets, the yardstick for streams; only when asked for
+    Sends,
     /// SSE delivery
     Streams,
     /// All streams reconnect at once with an old Last-Event-ID while writers write; only when asked for
@@ -155,13 +158,16 @@ pub struct BenchArgs {
     /// Each stream watches its own key, and the events go round
     #[arg(long)]
     own_keys: bool,
+    /// Further streams on the same key whose readers never read
+    #[arg(long, default_value_t = 0)]
+    stuck: usize,
     /// Events that each stream of a storm has missed
     #[arg(long, default_value_t = 2200)]
     missed: u64,
     /// Whose streams are at --url
     #[arg(long, default_value = "kiss")]
     peer: streams::Peer,
-    /// Run put and get against a handler that does nothing, too, and print the ratio
+    /// Run put, get, patch, batch and list against a handler that does nothing, too, and print the ratio
     #[arg(long)]
     bare: bool,
     /// Server on core 0, generator on core 1
@@ -385,6 +391,7 @@ impl<'a> Bench<'a> {
                 Phase::List => self.list()?,
                 Phase::Upsert => self.upsert()?,
                 Phase::Search => self.search()?,
+                Phase::Sends => self.sends()?,
                 Phase::Streams => self.streams()?,
                 Phase::Storm => self.storm()?,
                 Phase::Index | Phase::Churn => {}
@@ -419,7 +426,12 @@ impl<'a> Bench<'a> {
 
     /// Runs a load; where a bare server is there, also against that, half of it before and half after: whatever else
     /// the machine does meanwhile then falls on both.
-    fn compare(&mut self, name: &'static str, make: impl Fn(&Endpoint) -> Box<MakeRequest>) -> anyhow::Result<()> {
+    fn compare(
+        &mut self,
+        name: &'static str,
+        units_per_request: f64,
+        make: impl Fn(&Endpoint) -> Box<MakeRequest>,
+    ) -> anyhow::Result<()> {
         let bare = self.bare.as_ref().map(|bare| address(&bare.url)).transpose()?.map(|(endpoint, _)| endpoint);
         let half = |endpoint: &Endpoint| {
             let load = self.load(endpoint, make(endpoint));
@@ -433,9 +445,9 @@ impl<'a> Bench<'a> {
             bare.append(&after);
             self.ratios.push((name, ours.rate() / bare.rate()));
         }
-        self.add(Row::new(name, ours));
+        self.add(Row { units_per_request, ..Row::new(name, ours) });
         if let Some(bare) = before {
-            self.add(Row::new(format!("{name} bare"), bare));
+            self.add(Row { units_per_request, ..Row::new(format!("{name} bare"), bare) });
         }
         Ok(())
     }
@@ -448,7 +460,7 @@ impl<'a> Bench<'a> {
 
     fn put(&mut self) -> anyhow::Result<()> {
         let (keys, body) = (self.args.keys, value_body(self.args.value_size));
-        self.compare("put", |endpoint| {
+        self.compare("put", 1.0, |endpoint| {
             let (endpoint, body) = (endpoint.clone(), body.clone());
             Box::new(move |sequence, out| {
                 endpoint.request(out, "PUT", &format!("/v1/state/{}", key(sequence % keys)), &body)
@@ -459,7 +471,7 @@ impl<'a> Bench<'a> {
     fn get(&mut self) -> anyhow::Result<()> {
         self.prefill()?;
         let keys = self.args.keys;
-        self.compare("get", |endpoint| {
+        self.compare("get", 1.0, |endpoint| {
             let endpoint = endpoint.clone();
             Box::new(move |sequence, out| {
                 endpoint.request(out, "GET", &format!("/v1/state/{}", key(scatter(sequence, keys))), b"")
@@ -468,37 +480,34 @@ impl<'a> Bench<'a> {
     }
 
     fn patch(&mut self) -> anyhow::Result<()> {
-        let (keys, endpoint) = (self.args.keys, self.endpoint.clone());
-        let make = move |sequence: u64, out: &mut Vec<u8>| {
-            let path = format!("/v1/state/bench-doc:{:08}", scatter(sequence, keys));
-            endpoint.request(out, "PATCH", &path, format!("{{\"progress\":{sequence}}}").as_bytes());
-        };
-        let tally = self.load(&self.endpoint, Box::new(make)).run("patch")?;
-        self.add(Row::new("patch", tally));
-        Ok(())
+        let keys = self.args.keys;
+        self.compare("patch", 1.0, |endpoint| {
+            let endpoint = endpoint.clone();
+            Box::new(move |sequence, out| {
+                let path = format!("/v1/state/bench-doc:{:08}", scatter(sequence, keys));
+                endpoint.request(out, "PATCH", &path, format!("{{\"progress\":{sequence}}}").as_bytes());
+            })
+        })
     }
 
     fn batch(&mut self) -> anyhow::Result<()> {
-        let (keys, ops, size, endpoint) =
-            (self.args.keys, self.args.batch as u64, self.args.value_size, self.endpoint.clone());
-        let make = move |sequence: u64, out: &mut Vec<u8>| {
-            let body = batch_body((0..ops).map(|i| (sequence * ops + i) % keys), size);
-            endpoint.request(out, "POST", "/v1/batch", body.as_bytes());
-        };
-        let tally = self.load(&self.endpoint, Box::new(make)).run("batch")?;
-        self.add(Row { units_per_request: ops as f64, ..Row::new(format!("batch of {ops}"), tally) });
-        Ok(())
+        let (keys, ops, size) = (self.args.keys, self.args.batch as u64, self.args.value_size);
+        self.compare("batch", ops as f64, |endpoint| {
+            let endpoint = endpoint.clone();
+            Box::new(move |sequence, out| {
+                let body = batch_body((0..ops).map(|i| (sequence * ops + i) % keys), size);
+                endpoint.request(out, "POST", "/v1/batch", body.as_bytes());
+            })
+        })
     }
 
     fn list(&mut self) -> anyhow::Result<()> {
         self.prefill()?;
-        let endpoint = self.endpoint.clone();
         let path = format!("/v1/state?prefix=bench:&limit={LIST_LIMIT}");
-        let make = move |_: u64, out: &mut Vec<u8>| endpoint.request(out, "GET", &path, b"");
-        let tally = self.load(&self.endpoint, Box::new(make)).run("list")?;
-        let units_per_request = self.args.keys.min(LIST_LIMIT) as f64;
-        self.add(Row { units_per_request, ..Row::new(format!("list of {LIST_LIMIT}"), tally) });
-        Ok(())
+        self.compare("list", self.args.keys.min(LIST_LIMIT) as f64, |endpoint| {
+            let (endpoint, path) = (endpoint.clone(), path.clone());
+            Box::new(move |_, out| endpoint.request(out, "GET", &path, b""))
+        })
     }
 
     /// Lays out every key, so that reads find them.
@@ -646,6 +655,15 @@ impl<'a> Bench<'a> {
         Ok(row)
     }
 
+    fn sends(&mut self) -> anyhow::Result<()> {
+        let args = self.args;
+        let (tally, per_second) = sends::measure(args.streams, args.events_per_second, args.seconds)?;
+        let mut row = Row::new(format!("{} sends", args.streams), tally);
+        row.more.push(("sends_per_second_of_sending", rounded(per_second, 0)));
+        self.add(row);
+        Ok(())
+    }
+
     fn streams(&mut self) -> anyhow::Result<()> {
         self.refresh_server()?;
         let args = self.args;
@@ -657,6 +675,7 @@ impl<'a> Bench<'a> {
             rate: args.events_per_second,
             events: (args.events_per_second * args.seconds).ceil() as u64,
             resume_after: None,
+            stuck: args.stuck,
             peer: args.peer,
             value_bytes: args.value_size,
             own_keys: args.own_keys,
@@ -705,6 +724,7 @@ impl<'a> Bench<'a> {
             rate: f64::INFINITY,
             events: args.missed,
             resume_after: Some(streams::revision_of_a_write(&self.endpoint)?),
+            stuck: 0,
             peer: streams::Peer::Kiss,
             value_bytes: args.value_size,
             own_keys: false,

@@ -5,7 +5,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use axum::Router;
 use axum::body::Bytes;
 use axum::http::header::CONTENT_TYPE;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -22,6 +22,8 @@ const GENERATOR_CORE: usize = 1;
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// What a bare server answers: as long as the answer to a GET of 100 bytes.
 const BARE_ANSWER: &str = r#"{"key":"bench:00000000","value":"0123456789012345678901234567890123456789012345","revision":1,"created_revision":1}"#;
+/// And one of a batch's results.
+const BARE_RESULT: &str = r#"{"key":"bench:00000000","revision":100000,"created":false}"#;
 /// The sync probe's file: large enough never to grow during the probe.
 const PROBE_FILE_BYTES: u64 = 16 << 20;
 /// The sync probe's append, like a small PUT's record.
@@ -163,7 +165,18 @@ pub fn run_bare(args: &super::BareArgs) -> anyhow::Result<()> {
     runtime.enable_all().build()?.block_on(async {
         let answer = || async { ([(CONTENT_TYPE, "application/json")], BARE_ANSWER) };
         let answer_read = |_body: Bytes| async { ([(CONTENT_TYPE, "application/json")], BARE_ANSWER) };
-        let router = Router::new().route("/v1/state/{key}", get(answer).put(answer_read));
+        // As long as the answers to a batch and a page of a hundred.
+        let results: &str =
+            format!("{{\"results\":[{}],\"first_revision\":1,\"last_revision\":100}}", [BARE_RESULT; 100].join(","))
+                .leak();
+        let page: &str =
+            format!("{{\"items\":[{}],\"next_cursor\":null,\"revision\":1}}", [BARE_ANSWER; 100].join(",")).leak();
+        let answer_batch = move |_body: Bytes| async move { ([(CONTENT_TYPE, "application/json")], results) };
+        let answer_list = move || async move { ([(CONTENT_TYPE, "application/json")], page) };
+        let router = Router::new()
+            .route("/v1/state/{key}", get(answer).put(answer_read).patch(answer_read))
+            .route("/v1/batch", post(answer_batch))
+            .route("/v1/state", get(answer_list));
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
         let mut out = std::io::stdout().lock();
         writeln!(out, "bare server ready at http://{}", listener.local_addr()?)?;

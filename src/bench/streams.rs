@@ -51,6 +51,8 @@ pub(super) struct StreamLoad {
     pub(super) rate: f64,
     /// How many, all keys together.
     pub(super) events: u64,
+    /// Further streams that never read.
+    pub(super) stuck: usize,
     /// Streams resume after this revision, all at once, instead of one after the other from now on.
     pub(super) resume_after: Option<u64>,
     pub(super) peer: Peer,
@@ -125,12 +127,37 @@ impl StreamLoad {
         Ledger { next, step, events: self.events, peer: self.peer, last_id: 0, faults: Faults::default() }
     }
 
+    fn subscribe_request(&self, stream: u64) -> Vec<u8> {
+        let mut request = Vec::new();
+        let path = match self.peer {
+            Peer::Kiss => format!("/v1/events?key={}", self.key(stream)),
+            Peer::Nchan => format!("/sub/{}", self.key(stream)),
+        };
+        self.endpoint.request(&mut request, "GET", &path, b"");
+        request.truncate(request.len() - 2);
+        request.extend_from_slice(b"accept: text/event-stream\r\n");
+        if let Some(revision) = self.resume_after {
+            request.extend_from_slice(format!("last-event-id: {revision}\r\n").as_bytes());
+        }
+        request.extend_from_slice(b"\r\n");
+        request
+    }
+
+    /// A stream of the first key whose reader never reads, with as little room in between as the system allows.
+    fn open_stuck(&self) -> anyhow::Result<BlockingStream> {
+        let mut stream = BlockingStream::connect(&self.endpoint.authority).context("cannot connect")?;
+        rustix::net::sockopt::set_socket_recv_buffer_size(&stream, 1)?;
+        stream.write_all(&self.subscribe_request(0))?;
+        Ok(stream)
+    }
+
     /// Opens the streams, calls `opened`, publishes, waits for the arrivals.
     pub(super) fn run(&self, opened: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<StreamReport> {
         ensure!(
             self.streams > 0 && self.threads > 0 && self.publishers > 0,
             "streams, threads and publishers are at least 1"
         );
+        let _stuck = (0..self.stuck).map(|_| self.open_stuck()).collect::<anyhow::Result<Vec<_>>>()?;
         let threads = self.threads.min(self.streams);
         let shared = Arc::new(Shared::default());
         let (ready, all_ready) = mpsc::channel();
@@ -396,18 +423,7 @@ struct Receiver {
 impl Receiver {
     /// Returns when the first frame is there: from then on the server owes it every event.
     async fn open(load: &StreamLoad, stream: u64) -> anyhow::Result<Self> {
-        let mut request = Vec::new();
-        let path = match load.peer {
-            Peer::Kiss => format!("/v1/events?key={}", load.key(stream)),
-            Peer::Nchan => format!("/sub/{}", load.key(stream)),
-        };
-        load.endpoint.request(&mut request, "GET", &path, b"");
-        request.truncate(request.len() - 2);
-        request.extend_from_slice(b"accept: text/event-stream\r\n");
-        if let Some(revision) = load.resume_after {
-            request.extend_from_slice(format!("last-event-id: {revision}\r\n").as_bytes());
-        }
-        request.extend_from_slice(b"\r\n");
+        let request = load.subscribe_request(stream);
         let mut socket = TcpStream::connect(&load.endpoint.authority).await.context("cannot connect")?;
         socket.set_nodelay(true)?;
         socket.write_all(&request).await?;
@@ -635,6 +651,7 @@ mod tests {
             rate: 4.0,
             events: 4,
             resume_after: None,
+            stuck: 0,
             peer: Peer::Kiss,
             value_bytes: 10,
             own_keys: false,
