@@ -1,5 +1,5 @@
 # Two commands: `make run` builds and serves, `make test` installs what it needs and passes everything.
-.PHONY: run build demo bench test test-long lint contract console screenshots clients check-deploy deb clean-venv
+.PHONY: run build demo bench test test-long lint contract console screenshots clients check-deploy deb image clean-venv
 
 CARGO ?= cargo
 BINARY := target/release/kiss-vdb
@@ -22,6 +22,14 @@ bench: build
 deb: build
 	command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
 	$(CARGO) deb --no-build
+
+# The image, by what answers. podman and buildah keep a health check in docker's format alone, and want to be told what the
+# build does not read.
+image:
+	@for tool in docker podman buildah none; do $$tool info >/dev/null 2>&1 && break; done; \
+	test $$tool != none || { echo "no docker, podman or buildah answers"; exit 1; }; \
+	ignore=; test $$tool = docker || ignore="--ignorefile deploy/Dockerfile.dockerignore"; \
+	BUILDAH_FORMAT=docker $$tool build $$ignore -f deploy/Dockerfile -t kiss-vdb .
 
 # Everything, from a clean checkout on a bare Debian machine with Rust: unit, HTTP, streams, recovery, model and demo
 # tests, then the published contract against the server, the console in a browser, other people's clients, and deploy/.
