@@ -152,6 +152,7 @@ pub async fn serve(
             }
         }
         if is_refused {
+            app.engine.metrics().connections_refused.inc();
             refuse(&refusals, tcp, Rejection::Overloaded("too many connections; retry in a moment").into());
             continue;
         }

@@ -44,6 +44,8 @@ pub struct Metrics {
     pub search_plans: Family<PlanLabels, Counter>,
     /// From an event's time to the moment a level stream takes it, of about one in sixty-four.
     pub delivery_lag_seconds: Histogram,
+    /// Connections refused for `max_connections`: their 503 belongs to no route.
+    pub connections_refused: Counter,
     /// Snapshots taken.
     pub snapshots: Counter,
     /// Snapshots that failed.
@@ -72,6 +74,7 @@ impl Default for Metrics {
             search_plans,
             // Events carry milliseconds.
             delivery_lag_seconds: Histogram::new(exponential_buckets(1e-3, 2.0, 14)),
+            connections_refused: Counter::default(),
             snapshots: Counter::default(),
             snapshot_failures: Counter::default(),
         }
@@ -97,6 +100,11 @@ impl Metrics {
             "stream_delivery_lag_seconds",
             "From an event's time to a level stream taking it, sampled",
             self.delivery_lag_seconds.clone(),
+        );
+        registry.register(
+            "connections_refused",
+            "Connections refused beyond max_connections",
+            self.connections_refused.clone(),
         );
         registry.register("snapshots", "Snapshots taken", self.snapshots.clone());
         registry.register("snapshot_failures", "Snapshots that failed", self.snapshot_failures.clone());
