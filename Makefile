@@ -73,6 +73,8 @@ clients: build $(VENV)/ready $(NODE_DIR)/ready
 
 # What deploy/ says, held against the server and the programs it is written for.
 check-deploy: build $(VENV)/ready
+	$(call installed,prometheus caddy)
+	command -v systemd-analyze >/dev/null || (apt-get update && apt-get install -y --no-install-recommends systemd)
 	$(VENV)/bin/python tests/deploy.py $(BINARY)
 
 # Programs that are missing, by apt; each is named like its package.
