@@ -17,9 +17,10 @@
 //! - A subscription's `revision` covers everything up to it: delivered, or not matching.
 //!
 //! Locks, and why each: `ring` (pushed by the sequencer, read by streams, a few hundred nanoseconds); `registry` (changed
-//! when a filter comes or goes, read by the feed thread); in each topic `noted` (pushed by the feed thread, read by its
-//! streams) and `waiters` apart from it, so that waking thousands does not keep those already awake from reading; `history`
-//! (what was read from the log lately, copied out by those who come to the same place).
+//! when a filter comes or goes, read by the feed thread); in each topic `noted` (pushed by the feed thread, and at its other
+//! end by a stream that comes from before; read by its streams) and `waiters` apart from it, so that waking thousands does
+//! not keep those already awake from reading; `history` (what was read from the log lately, copied out by those who come to
+//! the same place).
 //!
 //! One thread: matching and waking 10,000 streams takes milliseconds, which must not stand between a write and its answer.
 
@@ -622,9 +623,38 @@ impl Topic {
         noted.positions.push_back(position);
         true
     }
-}
 
-impl Topic {
+    /// Notes what matches in the last frames before those it knows, towards `position`: streams that come back together look
+    /// through the ring once for all. False when the ring begins later, or another stream was faster.
+    fn reach_back(&self, ring: &RwLock<Ring>, position: u64) -> bool {
+        let end = self.noted.lock().complete_from;
+        let start = position.max(end.saturating_sub(RING_SCAN_FRAMES as u64));
+        let found: Vec<u64> = {
+            let ring = ring.read();
+            if start < ring.first {
+                return false;
+            }
+            let wanted = |&at: &u64| ring.get(at).is_some_and(|frame| self.filter.wants(&frame.facets()));
+            (start..end).filter(wanted).collect()
+        };
+        let mut noted = self.noted.lock();
+        if noted.complete_from != end {
+            return false;
+        }
+        // Of before the ring ran ahead of the matching once, with a gap behind.
+        let stale = noted.positions.partition_point(|&p| p < end);
+        noted.positions.drain(..stale);
+        noted.complete_from = start;
+        for position in found.into_iter().rev() {
+            if noted.positions.len() == TOPIC_NOTED_MAX {
+                noted.complete_from = position + 1;
+                break;
+            }
+            noted.positions.push_front(position);
+        }
+        noted.complete_from < end
+    }
+
     /// Keeps what was read for the other streams of this topic that are behind.
     fn keep_history(&self, read: Read, frames: &[Arc<Frame>], reached: Revision, head: Revision) {
         let bytes: usize = frames.iter().map(|frame| frame.weight()).sum();
@@ -793,7 +823,11 @@ impl Subscription {
         let positions: Vec<u64> = {
             let noted = self.topic.noted.lock();
             if position < noted.complete_from || self.by_ring {
+                let can_reach_back = !self.by_ring && noted.positions.len() < TOPIC_NOTED_MAX;
                 drop(noted);
+                if can_reach_back && self.topic.reach_back(&self.feed.ring, position) {
+                    return Look::Again;
+                }
                 return self.look_at_ring(position, frames_max, bytes_max);
             }
             let from = noted.positions.partition_point(|&p| p < position);
@@ -835,7 +869,7 @@ impl Subscription {
         if frames.is_empty() { Look::Again } else { Look::Frames(frames) }
     }
 
-    /// Filters the ring itself: for a stream whose topic does not reach back that far.
+    /// Filters the ring itself: for a stream whose topic cannot reach back that far.
     fn look_at_ring(&mut self, position: u64, frames_max: usize, bytes_max: usize) -> Look {
         let ring = self.feed.ring.read();
         if position < ring.first {
