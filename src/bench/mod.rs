@@ -800,7 +800,7 @@ impl<'a> Bench<'a> {
                 "rate": self.args.rate,
                 "is_complete": is_complete,
                 "phases": self.rows.iter().map(Row::to_json).collect::<Vec<_>>(),
-                "ratios": facts.iter().map(|(name, value)| ((*name).to_owned(), rounded(*value, 3))).collect::<serde_json::Map<_, _>>(),
+                "ratios": facts.iter().map(|(name, value)| (name.clone(), rounded(*value, 3))).collect::<serde_json::Map<_, _>>(),
                 "faults": self.faults,
             });
             println!("{}", serde_json::to_string_pretty(&report)?);
@@ -822,17 +822,17 @@ impl<'a> Bench<'a> {
     }
 
     /// The comparisons that can be made of what was measured.
-    fn facts(&self) -> Vec<(&'static str, f64)> {
+    fn facts(&self) -> Vec<(String, f64)> {
         let p50 = |name: &str| self.rows.iter().find(|row| row.name == name).map(|row| row.tally.micros(0.5));
-        let ratio =
-            |&(name, ratio): &(&str, f64)| (if name == "put" { "put / bare put" } else { "get / bare get" }, ratio);
-        let mut facts: Vec<_> = self.ratios.iter().map(ratio).collect();
+        let mut facts: Vec<_> =
+            self.ratios.iter().map(|(name, ratio)| (format!("{name} / bare {name}"), *ratio)).collect();
         // With more connections a PUT waits for others, and the comparison means nothing.
         if self.args.connections == 1
             && let (Some(put), Some(fsync)) = (p50("put"), p50("fsync"))
         {
-            facts.push(("put p50 / fsync p50", put / fsync));
-            facts.extend(p50("put bare").map(|bare| ("put p50 / (fsync p50 + bare put p50)", put / (fsync + bare))));
+            facts.push(("put p50 / fsync p50".to_owned(), put / fsync));
+            let both = "put p50 / (fsync p50 + bare put p50)".to_owned();
+            facts.extend(p50("put bare").map(|bare| (both, put / (fsync + bare))));
         }
         facts
     }
