@@ -3,6 +3,7 @@
 //! The third kind, a bug, is an `assert!`. Nothing here knows HTTP: status codes stand in `api/error.rs` alone.
 
 use crate::revision::Revision;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Why a request was refused. Nothing of it is visible; only after [`Rejection::Poisoned`] may it turn up after a restart.
@@ -143,6 +144,16 @@ pub enum Error {
         /// What shows that it is not.
         found: PathBuf,
     },
+    /// The data directory is not ours to write.
+    #[error("{what} {}: {cause}. The data directory (DATA_DIR) must be one that the user who runs the server may write: change its owner, or choose another", path.display())]
+    NotWritable {
+        /// What was attempted.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's word.
+        cause: std::io::Error,
+    },
     /// Another server owns the data directory.
     #[error("the data directory {} is in use by another server (its LOCK file is held); stop that one or choose another DATA_DIR", .0.display())]
     Locked(PathBuf),
@@ -166,6 +177,15 @@ impl Error {
     pub fn is_storage_full(&self) -> bool {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
         matches!(self, Self::Io { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
+    }
+
+    /// As [`Error::io`], for what needs a data directory that this user may write.
+    pub fn opening(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |cause| match cause.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Self::NotWritable { what, path, cause },
+            _ => Self::Io { what, path, cause },
+        }
     }
 
     /// Whether the process has as many files open as it may: that passes.

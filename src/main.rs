@@ -9,10 +9,11 @@ use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved};
 use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -242,22 +243,40 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
         runtime.worker_threads(config.worker_threads);
     }
     let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
+    // What can be wrong at once is told at once, and not after a recovery.
+    let socket = bind(SocketAddr::new(config.bind_addr, config.port))?;
+    let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
     give_back_memory();
-    let served = runtime.block_on(run(&config, engine, max_connections));
+    let served = runtime.block_on(run(&config, engine, max_connections, socket, tls));
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.
     runtime.shutdown_background();
     served
 }
 
-async fn run(config: &Config, engine: Engine, max_connections: usize) -> anyhow::Result<()> {
-    let address = SocketAddr::new(config.bind_addr, config.port);
-    let listener = serve::bind(address).with_context(|| {
-        format!("cannot listen on {address}: is another server using the port? Choose another with --port, or 0 for any free one")
-    })?;
+fn bind(address: SocketAddr) -> anyhow::Result<TcpSocket> {
+    serve::bind(address).map_err(|error| {
+        let cure = match error.kind() {
+            ErrorKind::AddrNotAvailable => {
+                "this machine has no such address; choose another with --bind-addr: 127.0.0.1 for this machine alone, 0.0.0.0 for all it has"
+            }
+            ErrorKind::PermissionDenied => "choose a port above 1023 with --port",
+            _ => "is another server using the port? Choose another with --port, or 0 for any free one",
+        };
+        anyhow::anyhow!("cannot listen on {address}: {cure}: {error}")
+    })
+}
+
+async fn run(
+    config: &Config,
+    engine: Engine,
+    max_connections: usize,
+    socket: TcpSocket,
+    tls: Option<Tls>,
+) -> anyhow::Result<()> {
+    let listener = serve::listen(socket).context("cannot listen")?;
     let app = App::new(engine, config)?;
-    let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let acceptor = tls.as_ref().map(Tls::acceptor).transpose()?;
     tokio::spawn(Auth::keep_fresh(app.clone()));
     if let Some(tls) = tls {

@@ -336,6 +336,39 @@ fn ctrl_c_ends_with_130_and_leaves_no_part_of_a_file() {
 
 /// `watch | head` that ends with the next event only is a process left behind for each use on a quiet server.
 #[test]
+fn watch_shows_values_as_they_were_sent() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    let value = r#"{"title":"t","b":1.50,"a":12345678901234567890123}"#;
+    run_ok(&url, &["put", "ord", value]);
+    assert_eq!(
+        run_ok(&url, &["watch", "--key", "ord", "--since", "0", "--count", "1"]),
+        format!("1\tstate_updated\tord\t{value}\n")
+    );
+}
+
+#[test]
+fn an_address_that_cannot_be_had_is_told_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let server = Server::start(&["--ephemeral"]);
+    let port = server.target.url().rsplit(':').next().unwrap().to_owned();
+    for (address, port, cure) in [
+        ("127.0.0.1", port.as_str(), "is another server using the port?"),
+        ("192.0.2.1", "0", "this machine has no such address; choose another with --bind-addr"),
+    ] {
+        let ran = Command::new(BINARY)
+            .args(["serve", "--bind-addr", address, "--port", port, "--allow-open", "--data-dir"])
+            .arg(&data)
+            .output()
+            .unwrap();
+        let err = String::from_utf8(ran.stderr).unwrap();
+        assert!(!ran.status.success() && err.contains(cure), "{err}");
+        assert!(!data.exists(), "{err}");
+    }
+}
+
+#[test]
 fn watch_ends_when_its_reader_goes_though_nothing_happens() {
     let server = Server::start(&["--ephemeral"]);
     let url = server.target.url();

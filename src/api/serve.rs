@@ -52,12 +52,17 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Streams one HTTP/2 connection may have open.
 const H2_STREAMS_MAX: u32 = 256;
 
-/// Binds the address.
-pub fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+/// Takes the address; nobody is let in before [`listen`].
+pub fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     // A restarted server must not wait for the old connections' TIME_WAIT.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
+    Ok(socket)
+}
+
+/// Has the kernel hold connections until they are accepted.
+pub fn listen(socket: TcpSocket) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 

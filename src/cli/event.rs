@@ -7,6 +7,8 @@ use crate::client::{CannotConnect, EventStream, Refused, ServerEvent, Target};
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use clap::Args;
+use serde_json::value::RawValue;
+use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::pin::pin;
 use std::time::Duration;
@@ -196,29 +198,37 @@ fn json_line(event: &ServerEvent) -> String {
 
 /// Revision, type, what it is about, what it says.
 pub(super) fn text_line(out: &Output, event: &ServerEvent) -> String {
-    let data = event.json().unwrap_or_default();
-    let text = |name: &str| data[name].as_str().unwrap_or_default();
+    // Its members as they were sent: numbers keep their digits, and objects their order.
+    let data: HashMap<String, &RawValue> = serde_json::from_str(&event.data).unwrap_or_default();
+    let text = |name: &str| -> String {
+        data.get(name).and_then(|value| serde_json::from_str(value.get()).ok()).unwrap_or_default()
+    };
     let colour = match event.event.as_str() {
         "reset" => Colour::Red,
         "state_deleted" | "vector_deleted" | "collection_deleted" => Colour::Yellow,
         "snapshot" | "snapshot_end" => Colour::Dim,
         _ => Colour::Green,
     };
-    let revision = out.paint(Colour::Dim, &data["revision"].as_u64().or(event.id).unwrap_or_default().to_string());
+    let revision = out.paint(
+        Colour::Dim,
+        data.get("revision").map_or_else(|| event.id.unwrap_or_default().to_string(), |r| r.get().to_owned()).as_str(),
+    );
     let event_type = out.paint(colour, &event.event);
     let mut line = format!("{revision}\t{event_type}");
-    let subject = match (text("collection"), text("id")) {
-        ("", _) => text("key").to_owned(),
-        (collection, "") => collection.to_owned(),
-        (collection, id) => format!("{collection}/{id}"),
+    let (collection, id) = (text("collection"), text("id"));
+    let subject = match (collection.as_str(), id.as_str()) {
+        ("", _) => text("key"),
+        (_, "") => collection,
+        _ => format!("{collection}/{id}"),
     };
     if !subject.is_empty() {
         push_fmt(&mut line, format_args!("\t{}", out.paint(Colour::Cyan, &subject)));
     }
     let about = ["value", "patch", "data", "reason", "count", "meta"].into_iter().find_map(|name| data.get(name));
     if let Some(about) = about {
-        let about = about.to_string();
-        push_fmt(&mut line, format_args!("\t{}", if out.is_terminal { short(&about, 200) } else { about }));
+        let about = about.get();
+        let about = if out.is_terminal { short(about, 200) } else { about.to_owned() };
+        push_fmt(&mut line, format_args!("\t{about}"));
     }
     line
 }

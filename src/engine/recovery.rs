@@ -53,7 +53,7 @@ impl Paths {
 
     pub(super) fn create(&self) -> Result<(), Error> {
         for dir in [&self.dir, &self.log, &self.snapshots, &self.vectors] {
-            disk::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
+            disk::create_dir_all(dir).map_err(Error::opening("cannot create", dir))?;
         }
         let parent = self.dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         for dir in [self.dir.as_path(), parent] {
@@ -71,7 +71,7 @@ pub(super) fn lock(dir: &Path) -> Result<File, Error> {
         .create(true)
         .truncate(false)
         .open(&path)
-        .map_err(Error::io("cannot open", &path))?;
+        .map_err(Error::opening("cannot open", &path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::Locked(dir.to_owned())),
