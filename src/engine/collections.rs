@@ -286,7 +286,7 @@ impl SharedCollection {
             self.inner.write().grow(chunks);
         }
         // Last: a graph that starts meanwhile makes room for as many slots as there are rows.
-        self.inner.read().reserve_graph(more)
+        self.inner.read().reserve_graph()
     }
 
     /// Applies one write of numbers and metadata. This and the next two serve measurements and tests; the engine applies
@@ -475,21 +475,23 @@ impl SharedCollection {
     /// Makes memory ready for what a bulk load writes next. Getting it from the kernel and clearing it was a third of what
     /// the writer did, and key writes waited for it.
     fn populate(&self, upkeep: &mut Upkeep) -> bool {
-        let slots = {
-            let inner = self.inner.read();
-            let row_bytes = inner.spec().dim * size_of::<f32>();
-            let ahead = (AHEAD_BYTES / row_bytes).min(inner.slot_count() / AHEAD_PART);
-            let piece = POPULATED_BYTES.div_ceil(row_bytes);
-            let start = upkeep.populated.max(inner.slot_count());
-            if !inner.graph_counts().is_full || start + piece > inner.slot_count() + ahead {
-                return false;
-            }
-            inner.populate(start..start + piece);
-            start..start + piece
-        };
-        upkeep.populated = slots.end;
+        let row_bytes = self.spec.dim * size_of::<f32>();
+        let piece = POPULATED_BYTES.div_ceil(row_bytes);
+        let (counts, slots, capacity) = self.read(|c| (c.graph_counts(), c.slot_count(), c.capacity()));
+        let ahead = (AHEAD_BYTES / row_bytes).min(slots / AHEAD_PART);
+        let start = upkeep.populated.max(slots);
+        let populated = start..start + piece;
+        if !counts.is_full || populated.end > slots + ahead {
+            return false;
+        }
+        if populated.end > capacity && self.reserve(ahead).is_err() {
+            // Whoever needs the room is told why there is none.
+            return false;
+        }
+        self.read(|c| c.populate(populated.clone()));
+        upkeep.populated = populated.end;
         if let Some(graph) = self.read(|c| c.graph().cloned()) {
-            graph.nodes().populate(slots);
+            graph.nodes().populate(populated);
         }
         true
     }

@@ -7,6 +7,7 @@
 //! - Nesting is bounded by [`DEPTH_MAX`] before anything recurses over it.
 
 use crate::error::Rejection;
+use memchr::memchr2;
 use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -80,14 +81,13 @@ pub fn check_surrogates(text: &[u8]) -> Result<(), Rejection> {
 
 /// Index of the closing quote of the string that opens at `at` (or the last byte when it never closes).
 fn skip_string(text: &[u8], at: usize) -> usize {
-    let mut i = at + 1;
-    while i < text.len() {
-        match text[i] {
-            b'\\' => i += 1,
-            b'"' => return i,
-            _ => {}
+    let mut from = at + 1;
+    while let Some(found) = text.get(from..).and_then(|rest| memchr2(b'"', b'\\', rest)) {
+        if text[from + found] == b'"' {
+            return from + found;
         }
-        i += 1;
+        // Whatever is escaped does not count.
+        from += found + 2;
     }
     text.len() - 1
 }

@@ -2,7 +2,8 @@
 //! metadata, loading graph files.
 //!
 //! Threads
-//! - `upkeep`, one: everything that takes a collection's lock, in slices of tens of microseconds, and hands out jobs.
+//! - `upkeep`, one, as batch work: everything that takes a collection's lock, in slices of tens of microseconds, and hands out
+//!   jobs.
 //! - `linker-N`, one for each core, at idle priority: the jobs, which take milliseconds and no lock that anything else waits
 //!   for. When writes and searches want all cores, linking waits and the tail grows; at [`TAIL_MAX`] vector writes wait for
 //!   it, and searches that meet a long tail do a job each. At a low but not idle priority linkers kept the cores long enough
@@ -19,6 +20,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use thread_priority::unix::NormalThreadSchedulePolicy;
 
 /// Vectors waiting to be linked before vector writes wait for them. A search scans the tail: at 384 numbers 50,000 take
 /// it half a millisecond.
@@ -126,25 +128,19 @@ impl Background {
     }
 
     fn keep_up(&self) {
+        super::stand_back(NormalThreadSchedulePolicy::Batch);
         while let Some(collection) = self.waiting.pop() {
             if let Some(collection) = collection.upgrade() {
                 collection.work();
             }
+            // Under a bulk load there is always more to do: whoever serves a request on this core shall not wait for the
+            // end of a time slice, milliseconds away.
+            std::thread::yield_now();
         }
     }
 
     fn run_jobs(&self) {
-        #[cfg(target_os = "linux")]
-        {
-            use thread_priority::unix as priority;
-            let idle = priority::ThreadSchedulePolicy::Normal(priority::NormalThreadSchedulePolicy::Idle);
-            let this = priority::thread_native_id();
-            if let Err(error) =
-                priority::set_thread_priority_and_policy(this, thread_priority::ThreadPriority::Min, idle)
-            {
-                tracing::debug!(?error, "linkers run at normal priority");
-            }
-        }
+        super::stand_back(NormalThreadSchedulePolicy::Idle);
         let mut scratch = Scratch::default();
         while let Some(job) = self.jobs.pop() {
             job.run(&mut scratch);

@@ -72,6 +72,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use thread_priority::unix::{
+    NormalThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id,
+};
+use thread_priority::{ThreadPriority, ThreadPriorityOsValue};
 use tokio::sync::oneshot;
 use view::View;
 use wal::Log;
@@ -523,6 +527,17 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
     #[cfg(test)]
     let run = crate::lab::inherited(run);
     std::thread::Builder::new().name(name.into()).spawn(run).expect("the system can start a thread")
+}
+
+/// Lets threads that serve requests go before this one: they do not wait for batch work that becomes ready while they run,
+/// and for idle work never. Where the system refuses, everything is slower under load and nothing else.
+fn stand_back(policy: NormalThreadSchedulePolicy) {
+    // Not nicer than others: what it holds a lock for must not wait long either.
+    let nice = ThreadPriority::Os(ThreadPriorityOsValue::default());
+    let policy = ThreadSchedulePolicy::Normal(policy);
+    if let Err(error) = set_thread_priority_and_policy(thread_native_id(), nice, policy) {
+        tracing::debug!(?error, ?policy, "a background thread runs like any other");
+    }
 }
 
 fn join(thread: JoinHandle<()>) {

@@ -312,17 +312,28 @@ impl Preparer {
 
     fn prepare_events(&mut self, state: &State, first_revision: Revision, events: &[Event]) -> Result<(), Error> {
         let mut revision = first_revision;
-        for event in events {
+        let mut events = events.iter().peekable();
+        while let Some(event) = events.next() {
             match event {
                 Event::CollectionCreated { collection, spec } if revision > state.revision() => {
                     let files = SharedCollection::open(self.vectors.as_deref(), *spec, revision, &self.background)?;
                     self.created.push((collection.clone(), files));
                 }
                 Event::VectorWritten { collection, vector: Some(_), .. } => {
+                    // Mostly all that follow go there too: room is made for them together.
+                    let mut count = 1;
+                    let is_one_more = |next: &&Event| {
+                        let is_write = matches!(next, Event::VectorWritten { vector: Some(_), .. });
+                        is_write && next.vector_collection() == Some(collection)
+                    };
+                    while events.next_if(is_one_more).is_some() {
+                        count += 1;
+                    }
+                    revision = revision.plus(count as u64 - 1);
                     let created = self.created.iter().rev().find(|(name, _)| name == collection).map(|(_, c)| c);
                     if let Some(collection) = created.or_else(|| state.collections().get(collection)) {
                         let pending = self.pending.entry(collection.created()).or_insert(0);
-                        *pending += 1;
+                        *pending += count;
                         collection.reserve(*pending)?;
                     }
                 }

@@ -1,7 +1,8 @@
 //! The one writer: a thread that owns order.
 //!
 //! ```text
-//! drain what waits ─▶ decide each ─▶ prepare ─▶ stage ─▶ flush ─▶ sync ─▶ apply ─▶ publish ─▶ reply
+//! drain what waits ─▶ decide each ─▶ prepare ─▶ stage ─▶ flush ─▶ sync ─▶ apply ─▶ publish ─▶ reply   keys
+//!                                                                   └─▶ apply ─▶ publish ─▶ reply   vectors
 //! ```
 //!
 //! One batch at a time; while the disk syncs, the next one gathers in the queue, so the batch grows with the load and a
@@ -41,6 +42,10 @@ const BATCH_OPS_MAX: usize = 16_384;
 /// Vectors after which a batch takes no further command that writes vectors. A vector takes a hundred times as long as a key
 /// to write and apply, so key writes wait for about this many at most, and vector writes share a sync all the same.
 const BATCH_VECTORS: usize = 64;
+/// While key writes keep coming (the last not longer ago than this), vector writes wait for the next so long, to go into one
+/// batch with it. Begun in between, they would be what the next key write finds in its way from beginning to end.
+const KEYS_RECENT: Duration = Duration::from_millis(1);
+const VECTORS_WAIT: Duration = Duration::from_micros(200);
 /// Bytes after which a batch decides no further command: bounds memory and how long its first command waits.
 const BATCH_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
@@ -63,6 +68,13 @@ pub enum Request {
 type Waiting = (Command, oneshot::Sender<Result<Committed, Rejection>>);
 type Reply = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, Rejection>);
 
+/// What was decided for a batch, or for a part of it: what is staged, and what will be answered.
+#[derive(Default)]
+struct Decided {
+    records: Vec<Arc<Record>>,
+    answers: Vec<Reply>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Sequencer {
@@ -74,6 +86,8 @@ pub struct Sequencer {
     /// [`super::QUEUE_COMMANDS_MAX`]; more are refused, so that key writes never wait behind them.
     vector_writes: VecDeque<Waiting>,
     fsync: Fsync,
+    /// When key writes were last committed.
+    last_keys: Instant,
     last_tick: Instant,
     unsynced: bool,
     full_since_check: Option<Instant>,
@@ -103,6 +117,7 @@ impl Sequencer {
             queue,
             vector_writes: VecDeque::new(),
             fsync,
+            last_keys: Instant::now(),
             last_tick: Instant::now(),
             unsynced: false,
             full_since_check: None,
@@ -114,16 +129,16 @@ impl Sequencer {
     /// Runs until told to stop, or until every handle to the engine is gone.
     pub fn run(mut self) {
         loop {
-            let first = if self.vector_writes.is_empty() {
-                match self.queue.recv_timeout(self.patience()) {
-                    Ok(request) => Some(request),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => break,
-                }
-            } else {
-                self.queue.try_recv().ok()
+            let first = match self.queue.recv_timeout(self.patience()) {
+                Ok(request) => Some(request),
+                Err(RecvTimeoutError::Disconnected) if self.vector_writes.is_empty() => break,
+                Err(_) => None,
             };
+            let has_come = first.is_some();
             let (commands, stop) = self.gather(first);
+            if commands.is_empty() && has_come && !stop && self.last_keys.elapsed() < KEYS_RECENT {
+                continue;
+            }
             let is_busy = commands.len() > 1;
             self.commit(commands);
             if is_busy {
@@ -160,8 +175,11 @@ impl Sequencer {
         self.inner.poisoned.load(Ordering::Acquire)
     }
 
-    /// How long to wait for a command: until the next deadline or tick.
+    /// How long to wait for a command: until the next deadline or tick, or for company for vector writes.
     fn patience(&self) -> Duration {
+        if !self.vector_writes.is_empty() {
+            return if self.last_keys.elapsed() < KEYS_RECENT { VECTORS_WAIT } else { Duration::ZERO };
+        }
         let tick = TICK.saturating_sub(self.last_tick.elapsed());
         let Some(deadline) = self.inner.state.read().next_deadline() else { return tick };
         if self.is_poisoned() || self.full_since_check.is_some() {
@@ -203,6 +221,9 @@ impl Sequencer {
     /// them is answered at the same time, but what comes next does not wait for all of them.
     fn commit(&mut self, commands: Vec<Waiting>) {
         let mut commands = VecDeque::from(commands);
+        if !commands.is_empty() {
+            self.last_keys = Instant::now();
+        }
         let mut vectors = 0;
         while vectors < BATCH_VECTORS
             && let Some(waiting) = self.vector_writes.pop_front()
@@ -230,32 +251,33 @@ impl Sequencer {
             self.refuse(error, head, answers);
             return;
         }
-        let (records, answers) = self.decide(commands, head, now_ms, is_full);
-        let is_early = faults::is_on(Bug::PublishBeforeDurable) && !records.is_empty();
+        let parts = self.decide(commands, head, now_ms, is_full);
+        let is_early = faults::is_on(Bug::PublishBeforeDurable);
         if is_early {
-            self.make_visible(&records);
+            parts.iter().for_each(|part| self.make_visible(&part.records));
         }
         let is_late = faults::is_on(Bug::StaleRead);
-        let result = if records.is_empty() { Ok(()) } else { self.write(&records) };
-        match result {
+        match self.write(&parts) {
             Ok(()) => {
-                if !records.is_empty() && !is_early && !is_late {
-                    self.make_visible(&records);
-                }
-                for (reply, answer) in answers {
-                    tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
-                    // A client that has hung up gets no answer; its commit stands.
-                    reply.send(answer).ok();
-                }
-                if is_late && !records.is_empty() {
-                    std::thread::sleep(Duration::from_millis(5));
-                    self.make_visible(&records);
+                for part in parts {
+                    if !is_early && !is_late {
+                        self.make_visible(&part.records);
+                    }
+                    for (reply, answer) in part.answers {
+                        tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
+                        // A client that has hung up gets no answer; its commit stands.
+                        reply.send(answer).ok();
+                    }
+                    if is_late && !part.records.is_empty() {
+                        std::thread::sleep(Duration::from_millis(5));
+                        self.make_visible(&part.records);
+                    }
                 }
                 if faults::is_on(Bug::AnswerBeforeSync) {
                     self.wal.sync().ok();
                 }
             }
-            Err(error) => self.refuse(error, head, answers),
+            Err(error) => self.refuse(error, head, parts.into_iter().flat_map(|part| part.answers).collect()),
         }
     }
 
@@ -301,15 +323,10 @@ impl Sequencer {
         self.inner.storage_full.store(true, Ordering::Relaxed);
     }
 
-    fn decide(
-        &mut self,
-        commands: &mut VecDeque<Waiting>,
-        head: Revision,
-        now_ms: u64,
-        is_full: bool,
-    ) -> (Vec<Arc<Record>>, Vec<Reply>) {
-        let mut records = Vec::new();
-        let mut answers = Vec::with_capacity(commands.len());
+    /// Decides commands one after the other. Vector writes come last and are a part of their own: they take long to apply,
+    /// and what is before them need not wait for it.
+    fn decide(&mut self, commands: &mut VecDeque<Waiting>, head: Revision, now_ms: u64, is_full: bool) -> [Decided; 2] {
+        let mut parts = [Decided::default(), Decided::default()];
         let mut overlay = Overlay::default();
         let state = self.inner.state.read();
         let mut decider = Decider {
@@ -323,7 +340,7 @@ impl Sequencer {
             bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
-        let mut stage = |wal: &mut Wal, mut first_revision: Revision, mut events: Vec<_>, answer| {
+        let stage = |wal: &mut Wal, records: &mut Vec<_>, mut first_revision: Revision, mut events: Vec<_>, answer| {
             while faults::is_on(Bug::SplitBatch) && events.len() > 1 {
                 let record = Record { first_revision, ts_ms, events: vec![events.remove(0)], answer: None };
                 let record = Arc::new(record);
@@ -341,9 +358,14 @@ impl Sequencer {
         let due = if is_full { Vec::new() } else { state.due(now_ms, EXPIRIES_MAX) };
         let expired = decider.decide_expiry(due);
         if !expired.is_empty() {
-            stage(&mut self.wal, first, expired, None);
+            stage(&mut self.wal, &mut parts[0].records, first, expired, None);
         }
+        let mut at = 0;
         while let Some((mut command, reply)) = commands.pop_front() {
+            if at == 0 && command.ops.iter().any(Op::is_about_vectors) {
+                at = 1;
+            }
+            let Decided { records, answers } = &mut parts[at];
             let retry = command.retry.take();
             if let Some(known) = retry.as_ref().and_then(|retry| decider.remembered(retry)) {
                 answers.push((reply, known));
@@ -370,7 +392,7 @@ impl Sequencer {
             let answer = answer.map(|(decision, first_revision, last_revision)| {
                 if !decision.events.is_empty() {
                     let answer = retry.map(|retry| Answer { retry: *retry, outcomes: decision.outcomes.clone() });
-                    let record = stage(&mut self.wal, first_revision, decision.events, answer.map(Box::new));
+                    let record = stage(&mut self.wal, records, first_revision, decision.events, answer.map(Box::new));
                     decider.remember(&record);
                 }
                 Committed { outcomes: decision.outcomes, first_revision, last_revision }
@@ -380,13 +402,17 @@ impl Sequencer {
                 break;
             }
         }
-        (records, answers)
+        parts
     }
 
-    fn write(&mut self, records: &[Arc<Record>]) -> Result<(), AppendError> {
+    fn write(&mut self, parts: &[Decided]) -> Result<(), AppendError> {
+        let records = parts.iter().map(|part| part.records.len()).sum::<usize>();
+        if records == 0 {
+            return Ok(());
+        }
         let started = Instant::now();
         self.wal.flush()?;
-        tracing::trace!(target: EFFECTS, records = records.len(), "append");
+        tracing::trace!(target: EFFECTS, records, "append");
         if self.fsync == Fsync::Always && !faults::is_on(Bug::AnswerBeforeSync) {
             self.wal.sync()?;
             tracing::trace!(target: EFFECTS, "sync");
@@ -395,11 +421,14 @@ impl Sequencer {
             self.unsynced = true;
         }
         self.wal.publish();
-        self.inner.metrics.batch_records.observe(records.len() as f64);
+        self.inner.metrics.batch_records.observe(records as f64);
         Ok(())
     }
 
     fn make_visible(&mut self, records: &[Arc<Record>]) {
+        if records.is_empty() {
+            return;
+        }
         {
             let mut state = self.inner.state.write();
             self.preparer.hand_over(&mut state);

@@ -19,6 +19,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use thread_priority::unix::NormalThreadSchedulePolicy;
 
 /// Zeros are kept written this far ahead of the log's end.
 pub const AHEAD_BYTES: u64 = 2 << 20;
@@ -121,6 +122,7 @@ impl Shared {
     }
 
     fn run(&self) {
+        super::stand_back(NormalThreadSchedulePolicy::Batch);
         let mut file = None;
         let mut failed_in = None;
         let mut state = self.state.lock();

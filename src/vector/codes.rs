@@ -24,7 +24,7 @@ const STEPS: f32 = 127.0;
 /// Writes the bytes of a row and returns its figures. `longest` is the largest squared length in the collection, for the
 /// lift of inner products.
 pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) -> Figures {
-    let largest = numbers.iter().fold(0f32, |m, n| m.max(n.abs()));
+    let largest = largest(numbers);
     if largest == 0.0 {
         code.fill(BIAS as u8);
         return Figures { scale: 0.0, square: 0.0, lift: lift(metric, 0.0, longest) };
@@ -47,6 +47,19 @@ pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) ->
             Figures { scale, square, lift: lift(metric, square, longest) }
         }
     }
+}
+
+/// The largest of their sizes; several side by side, as one comparison would wait for the one before.
+fn largest(numbers: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let (chunks, rest) = numbers.as_chunks::<LANES>();
+    let mut largest = [0f32; LANES];
+    for chunk in chunks {
+        for (largest, n) in largest.iter_mut().zip(chunk) {
+            *largest = largest.max(n.abs());
+        }
+    }
+    rest.iter().chain(&largest).fold(0f32, |m, n| m.max(n.abs()))
 }
 
 /// Rounds to steps. Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the float: one instruction for many

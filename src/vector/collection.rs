@@ -392,9 +392,15 @@ impl Collection {
         self.rows.allocate(self.slots.len() + more)
     }
 
-    /// Room for `more` vectors in the graph, if there is one.
-    pub fn reserve_graph(&self, more: usize) -> Result<(), Error> {
-        self.graph.as_ref().map_or(Ok(()), |graph| graph.nodes().reserve(self.slots.len() + more))
+    /// Room in the graph, if there is one, for as many vectors as there are rows for.
+    pub fn reserve_graph(&self) -> Result<(), Error> {
+        self.graph.as_ref().map_or(Ok(()), |graph| graph.nodes().reserve(self.rows.capacity()))
+    }
+
+    /// Rows there is room for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.rows.capacity()
     }
 
     /// Has the memory of rows of some slots given to this process now. Keep it small: the writer waits.

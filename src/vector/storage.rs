@@ -44,9 +44,12 @@ pub struct RowStore {
     file: Option<(PathBuf, File)>,
 }
 
-/// A chunk that is allocated but not yet part of its store.
+/// A chunk that is allocated but not yet part of its store, and the row it begins with.
 #[derive(Debug)]
-pub struct NewChunk(MmapMut);
+pub struct NewChunk {
+    first: usize,
+    map: MmapMut,
+}
 
 impl RowStore {
     /// Opens or creates the file; `None` keeps everything in memory.
@@ -115,7 +118,7 @@ impl RowStore {
                         .map_err(Error::io("cannot map", path))?
                 }
             };
-            fresh.push(NewChunk(map));
+            fresh.push(NewChunk { first: capacity, map });
             capacity += chunk_rows;
         }
         Ok(fresh)
@@ -132,9 +135,13 @@ impl RowStore {
         Ok(())
     }
 
-    /// Takes allocated chunks into use.
+    /// Takes allocated chunks into use. Where another thread was first with the same, they are unmapped again.
     pub fn grow(&mut self, chunks: Vec<NewChunk>) {
-        self.chunks.extend(chunks.into_iter().map(|c| c.0));
+        for NewChunk { first, map } in chunks {
+            if first == self.capacity() {
+                self.chunks.push(map);
+            }
+        }
     }
 
     /// The numbers in a slot.
