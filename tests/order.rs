@@ -65,7 +65,7 @@ async fn with_a_vector(engine: &Engine, told: impl Fn() -> String) -> String {
         };
         told();
         let (vector, key) = tokio::join!(engine.submit(Command::one(vector)), engine.submit(put("e", None)));
-        (key.unwrap(), vector.unwrap());
+        key.and(vector).unwrap();
         let told = told();
         if told.contains("records=2") {
             return told.lines().fold(String::new(), |text, line| {
