@@ -57,6 +57,8 @@ const MADE_UP_QUERIES: usize = 1000;
 const INDEX_TIMEOUT: Duration = Duration::from_secs(600);
 /// The sync probe needs no more than this.
 const FSYNC_SECONDS_MAX: f64 = 2.0;
+/// What a second of processor time of the thread that sends is enough for; for streams beside what it is for bare sends.
+const PER_CPU_SECOND: &str = "per_cpu_second";
 
 /// One thing that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -659,7 +661,7 @@ impl<'a> Bench<'a> {
         let args = self.args;
         let (tally, per_second) = sends::measure(args.streams, args.events_per_second, args.seconds)?;
         let mut row = Row::new(format!("{} sends", args.streams), tally);
-        row.more.push(("sends_per_second_of_sending", rounded(per_second, 0)));
+        row.more.push((PER_CPU_SECOND, rounded(per_second, 0)));
         self.add(row);
         Ok(())
     }
@@ -682,12 +684,18 @@ impl<'a> Bench<'a> {
         };
         let before = self.resident_bytes()?;
         let mut opened = None;
+        let cpu_seconds = || self.server.as_ref().map(|server| server.cpu_seconds("streams-")).transpose();
+        let mut cpu_opened = None;
         let report = load.run(|| {
             opened = self.resident_bytes()?;
+            cpu_opened = cpu_seconds()?;
             Ok(())
         })?;
-        let after = self.resident_bytes()?;
+        let (after, cpu_after) = (self.resident_bytes()?, cpu_seconds()?);
         let mut row = Row::new(format!("{} streams", args.streams), report.delivery);
+        if let (Some(before), Some(after)) = (cpu_opened, cpu_after) {
+            row.more.push((PER_CPU_SECOND, rounded(row.tally.latency.len() as f64 / (after - before), 0)));
+        }
         if let (Some(before), Some(opened), Some(after)) = (before, opened, after) {
             let kib_each = |bytes: u64| rounded(bytes.saturating_sub(before) as f64 / args.streams as f64 / 1024.0, 1);
             row.more.push(("kib_per_stream_opened", kib_each(opened)));
@@ -826,6 +834,13 @@ impl<'a> Bench<'a> {
         let p50 = |name: &str| self.rows.iter().find(|row| row.name == name).map(|row| row.tally.micros(0.5));
         let mut facts: Vec<_> =
             self.ratios.iter().map(|(name, ratio)| (format!("{name} / bare {name}"), *ratio)).collect();
+        let sent = |what: &str| {
+            let row = self.rows.iter().find(|row| row.name == format!("{} {what}", self.args.streams))?;
+            row.more.iter().find(|(name, _)| *name == PER_CPU_SECOND)?.1.as_f64()
+        };
+        if let (Some(streams), Some(sends)) = (sent("streams"), sent("sends")) {
+            facts.push(("streams / sends, each a second of the sending thread".to_owned(), streams / sends));
+        }
         // With more connections a PUT waits for others, and the comparison means nothing.
         if self.args.connections == 1
             && let (Some(put), Some(fsync)) = (p50("put"), p50("fsync"))

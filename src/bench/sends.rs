@@ -8,6 +8,7 @@
 
 use super::load::Tally;
 use anyhow::{Context, anyhow, ensure};
+use rustix::time::{ClockId, clock_gettime};
 use std::cell::RefCell;
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -33,7 +34,7 @@ struct Shared {
 }
 
 /// Rounds of one frame to each of `sockets`, so many a second, or one after the other where they take longer: when each
-/// frame was there, from the beginning of its round, and frames sent a second of sending.
+/// frame was there, from the beginning of its round, and frames sent a second of the sender's processor time.
 pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64) -> anyhow::Result<(Tally, f64)> {
     ensure!(sockets > 0, "at least one socket");
     let rounds = (rounds_per_second * seconds).ceil().max(1.0) as u64;
@@ -61,10 +62,11 @@ pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64) -> a
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let began = Instant::now();
         shared.began.store(began.duration_since(shared.origin).as_nanos() as u64, Ordering::Release);
+        let before = cpu_time();
         for sender in &mut senders {
             sender.write_all(&frame).context("cannot send")?;
         }
-        spent += began.elapsed();
+        spent += cpu_time() - before;
         while shared.received.load(Ordering::Acquire) < (round + 1) * sockets as u64 {
             ensure!(began.elapsed() < ROUND_TIMEOUT, "not every frame was received");
             std::thread::sleep(LOOK_EVERY);
@@ -75,6 +77,13 @@ pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64) -> a
     let mut tally = receiving.join().map_err(|_| anyhow!("the receiving thread panicked"))??;
     tally.elapsed = start.elapsed();
     Ok((tally, (rounds * sockets as u64) as f64 / spent.as_secs_f64()))
+}
+
+/// Processor time of this thread.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    // The casts: neither is ever negative.
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn receive(receivers: Vec<TcpStream>, shared: &Arc<Shared>) -> anyhow::Result<Tally> {

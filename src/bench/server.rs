@@ -93,6 +93,20 @@ impl Server {
         Ok(kib << 10)
     }
 
+    /// Seconds of processor time of its threads whose name begins so; of one that is running, up to the last tick.
+    pub(super) fn cpu_seconds(&self, threads: &str) -> anyhow::Result<f64> {
+        let mut seconds = 0.0;
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let thread = thread?.path();
+            if std::fs::read_to_string(thread.join("comm"))?.starts_with(threads) {
+                let text = std::fs::read_to_string(thread.join("schedstat"))?;
+                let nanoseconds: u64 = text.split(' ').next().unwrap_or_default().parse().context("schedstat")?;
+                seconds += nanoseconds as f64 / 1e9;
+            }
+        }
+        Ok(seconds)
+    }
+
     fn kill(&mut self) {
         // It may have ended by itself.
         self.child.kill().ok();
