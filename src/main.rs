@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::net::TcpSocket;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -242,13 +243,15 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     if config.worker_threads > 0 {
         runtime.worker_threads(config.worker_threads);
     }
-    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
+    let runtime = runtime.enable_all().build().context("cannot start the threads for requests")?;
+    // On this thread: connections are accepted apart from where requests are served.
+    let accepting = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
     // What can be wrong at once is told at once, and not after a recovery.
     let socket = bind(SocketAddr::new(config.bind_addr, config.port))?;
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
     give_back_memory();
-    let served = runtime.block_on(run(&config, engine, max_connections, socket, tls));
+    let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.
     runtime.shutdown_background();
@@ -274,6 +277,7 @@ async fn run(
     max_connections: usize,
     socket: TcpSocket,
     tls: Option<Tls>,
+    requests: Handle,
 ) -> anyhow::Result<()> {
     let listener = serve::listen(socket).context("cannot listen")?;
     let app = App::new(engine, config)?;
@@ -296,7 +300,8 @@ async fn run(
     print_banner(config, listener.local_addr()?)?;
     notify_ready();
     let streams = StreamThreads::start(config.stream_threads).context("cannot start the threads for streams")?;
-    serve::serve(listener, service(app.clone(), config), app, max_connections, acceptor, streams, stopped).await;
+    let runtimes = serve::Runtimes { requests, streams };
+    serve::serve(listener, service(app.clone(), config), app, max_connections, acceptor, runtimes, stopped).await;
     Ok(())
 }
 

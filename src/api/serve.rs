@@ -5,6 +5,9 @@
 //!   can live on while one of its answers stands still, the connection is cut after twice that.
 //! - Beyond `max_connections` a connection is answered 503 and closed, so that the rest goes on.
 //! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS; with a certificate both over TLS, as ALPN says.
+//! - Connections are accepted, and wait for their first bytes, on a runtime of one thread. From there a few at a time go to the
+//!   threads that serve requests: when thousands of streams come back at once they wait in a line of their own, and
+//!   not in front of whoever is connected already.
 //!
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
@@ -31,6 +34,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
@@ -43,8 +47,8 @@ pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
-/// Connections accepted before the requests of others get their turn: thousands come at once when streams reconnect.
-const ACCEPTED_IN_A_ROW: usize = 4;
+/// Connections on their way to the threads that serve requests.
+const FIRST_TURNS: usize = 8;
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it.
@@ -95,24 +99,34 @@ impl Drop for Connected {
     }
 }
 
+/// Where connections live once they have begun to speak.
+#[derive(Debug)]
+pub struct Runtimes {
+    /// Threads that serve requests.
+    pub requests: Handle,
+    /// Threads for streams.
+    pub streams: StreamThreads,
+}
+
 /// What a connection needs, shared by all.
 struct Server {
     service: Service,
     http1: http1::Builder,
     http2: http2::Builder<TokioExecutor>,
     tls: Option<TlsAcceptor>,
-    streams: StreamThreads,
+    runtimes: Runtimes,
+    first_turns: Arc<Semaphore>,
     stop: watch::Receiver<bool>,
 }
 
-/// Serves until `stop` turns true, then drains.
+/// Serves until `stop` turns true, then drains. Accepts on this runtime, answers on the others.
 pub async fn serve(
     listener: TcpListener,
     service: Service,
     app: App,
     max_connections: usize,
     tls: Option<TlsAcceptor>,
-    streams: StreamThreads,
+    runtimes: Runtimes,
     mut stop: watch::Receiver<bool>,
 ) {
     let mut http1 = http1::Builder::new();
@@ -124,10 +138,10 @@ pub async fn serve(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let server = Arc::new(Server { service, http1, http2, tls, streams, stop: stop.clone() });
+    let first_turns = Arc::new(Semaphore::new(FIRST_TURNS));
+    let server = Arc::new(Server { service, http1, http2, tls, runtimes, first_turns, stop: stop.clone() });
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let (alive, mut all_gone) = mpsc::channel(1);
-    let mut accepted_in_a_row = 0;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -162,12 +176,7 @@ pub async fn serve(
             continue;
         }
         tune(&tcp);
-        tokio::spawn(Arc::clone(&server).connection(tcp, peer.ip(), connected));
-        accepted_in_a_row += 1;
-        if accepted_in_a_row == ACCEPTED_IN_A_ROW {
-            accepted_in_a_row = 0;
-            tokio::task::yield_now().await;
-        }
+        tokio::spawn(Arc::clone(&server).begin(tcp, peer.ip(), connected));
     }
     drop((listener, alive));
     app.engine.feed().drain();
@@ -177,36 +186,74 @@ pub async fn serve(
 }
 
 impl Server {
-    async fn connection(self: Arc<Self>, tcp: TcpStream, peer: IpAddr, connected: Connected) {
-        let service = self.service.of(peer);
+    /// Waits for a connection's first bytes, and for its turn.
+    async fn begin(self: Arc<Self>, tcp: TcpStream, peer: IpAddr, connected: Connected) {
         let mut stop = self.stop.clone();
-        if let Some(tls) = &self.tls {
-            let shaken = tokio::select! {
-                shaken = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(tcp)) => shaken,
-                _ = stop.wait_for(|stop| *stop) => return,
-            };
-            // A handshake that fails is the client's affair.
-            let Ok(Ok(stream)) = shaken else { return };
-            return if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-                Box::pin(self.http2(stream, service)).await;
-            } else {
-                Box::pin(self.http1(stream, service, false)).await;
-            };
-        }
         // hyper's own timer starts with the first byte, so the wait for that one is ours.
         let protocol = tokio::select! {
-            protocol = tokio::time::timeout(HEAD_TIMEOUT, protocol(&tcp)) => protocol.ok().flatten(),
+            protocol = tokio::time::timeout(HEAD_TIMEOUT, self.protocol(&tcp)) => protocol.ok().flatten(),
             _ = stop.wait_for(|stop| *stop) => None,
         };
+        let Some(protocol) = protocol else { return };
+        let Ok(turn) = Arc::clone(&self.first_turns).acquire_owned().await else { return };
+        // Without the runtime it was accepted on. What fails here is a connection that is gone.
+        let Ok(tcp) = tcp.into_std() else { return };
+        let requests = self.runtimes.requests.clone();
+        requests.spawn(async move {
+            drop(turn);
+            if let Ok(tcp) = TcpStream::from_std(tcp) {
+                self.connection(tcp, protocol, peer, connected).await;
+            }
+        });
+    }
+
+    /// Waits for the first bytes and tells which protocol they begin; `None` when there are none. HTTP/2 without TLS begins
+    /// with `PRI`, which no method of HTTP/1.1 does.
+    async fn protocol(&self, tcp: &TcpStream) -> Option<Protocol> {
+        let mut first = [0; 3];
+        loop {
+            let count = tcp.peek(&mut first).await.ok().filter(|&count| count > 0)?;
+            if self.tls.is_some() {
+                return Some(Protocol::Tls);
+            }
+            if first[..count] != b"PRI"[..count] {
+                return Some(Protocol::Http1);
+            }
+            if count == first.len() {
+                return Some(Protocol::Http2);
+            }
+            // Less than three bytes in the first packet: nobody does, but nobody shall spin here.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn connection(&self, tcp: TcpStream, protocol: Protocol, peer: IpAddr, connected: Connected) {
+        let service = self.service.of(peer);
         match protocol {
-            Some(Protocol::Http1) => {
+            Protocol::Http1 => {
                 if let Some((tcp, stream)) = self.http1(tcp, service, true).await {
-                    self.streams.spawn(tcp, stream, connected);
+                    self.runtimes.streams.spawn(tcp, stream, connected);
                 }
             }
-            // Boxed, so that the many others need not have room for it.
-            Some(Protocol::Http2) => Box::pin(self.http2(tcp, service)).await,
-            None => {}
+            // Boxed, so that the many others need not have room for them.
+            Protocol::Http2 => Box::pin(self.http2(tcp, service)).await,
+            Protocol::Tls => Box::pin(self.tls(tcp, service)).await,
+        }
+    }
+
+    async fn tls(&self, tcp: TcpStream, service: Service) {
+        let Some(tls) = &self.tls else { return };
+        let mut stop = self.stop.clone();
+        let shaken = tokio::select! {
+            shaken = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(tcp)) => shaken,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        // A handshake that fails is the client's affair.
+        let Ok(Ok(stream)) = shaken else { return };
+        if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+            Box::pin(self.http2(stream, service)).await;
+        } else {
+            self.http1(stream, service, false).await;
         }
     }
 
@@ -337,26 +384,11 @@ fn take_stream(response: &mut Response) -> Option<EventStream> {
     Some(stream)
 }
 
+#[derive(Clone, Copy, Debug)]
 enum Protocol {
     Http1,
     Http2,
-}
-
-/// Waits for the first bytes and tells which protocol they begin; `None` when there are none. HTTP/2 without TLS begins
-/// with `PRI`, which no method of HTTP/1.1 does.
-async fn protocol(tcp: &TcpStream) -> Option<Protocol> {
-    let mut first = [0; 3];
-    loop {
-        let count = tcp.peek(&mut first).await.ok().filter(|&count| count > 0)?;
-        if first[..count] != b"PRI"[..count] {
-            return Some(Protocol::Http1);
-        }
-        if count == first.len() {
-            return Some(Protocol::Http2);
-        }
-        // Less than three bytes in the first packet: nobody does, but nobody shall spin here.
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    Tls,
 }
 
 fn tune(stream: &TcpStream) {
