@@ -1081,7 +1081,10 @@ fn completions_and_the_manual_know_every_verb() {
             assert!(text.contains(verb), "{arguments:?} without {verb}");
         }
     }
+    // One page for all: it sends nobody to pages that are not there.
+    assert!(!run_ok("", &["man"]).contains("kiss\\-vdb\\-get(1)"));
     assert_eq!(run("", &["completions", "tcsh"]).code, 2);
+    assert_eq!(run("", &["list", "--limit", "0"]).code, 2);
     for verb in verbs {
         let help = run_ok("", &[verb, "--help"]);
         let is_ours = !matches!(verb, "serve" | "check");

@@ -14,6 +14,7 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::io::Read;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -332,7 +333,7 @@ pub struct ListArgs {
     prefix: String,
     /// At most this many
     #[arg(long, value_name = "N")]
-    limit: Option<usize>,
+    limit: Option<NonZeroUsize>,
     /// Without values
     #[arg(long)]
     keys_only: bool,
@@ -352,7 +353,7 @@ pub(super) struct Page<'a> {
 pub async fn list(args: ListArgs) -> anyhow::Result<()> {
     let mut client = args.server.client()?;
     let mut out = Output::new();
-    let mut left = args.limit.unwrap_or(usize::MAX);
+    let mut left = args.limit.map_or(usize::MAX, NonZeroUsize::get);
     let mut cursor = None;
     while left > 0 {
         let query = query([

@@ -34,7 +34,13 @@ pub fn completions(args: &CompletionsArgs, mut command: clap::Command) -> anyhow
 pub fn man(command: clap::Command) -> anyhow::Result<()> {
     let mut page = Vec::new();
     let verbs: Vec<clap::Command> = command.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
-    Man::new(command).render(&mut page)?;
+    // Without the list of verbs, which would name pages of their own: each has its section here.
+    let man = Man::new(command);
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
     for verb in verbs {
         let name = format!("kiss-vdb {}", verb.get_name());
         writeln!(page, ".SH \"{}\"", name.to_uppercase())?;
