@@ -245,12 +245,15 @@ impl Sequencer {
         let head = self.wal.head();
         let now_ms = self.inner.clock.now_ms();
         self.last_ts_ms = self.last_ts_ms.max(now_ms);
-        let is_full = self.is_full();
-        if let Err(error) = self.reserve(head) {
-            let answers = commands.drain(..).map(|(_, reply)| (reply, Err(Rejection::Poisoned))).collect();
-            self.refuse(error, head, answers);
-            return;
-        }
+        let ready = self.is_full().and_then(|is_full| self.reserve(head).map(|()| is_full));
+        let is_full = match ready {
+            Ok(is_full) => is_full,
+            Err(error) => {
+                let answers = commands.drain(..).map(|(_, reply)| (reply, Err(Rejection::Poisoned))).collect();
+                self.refuse(error, head, answers);
+                return;
+            }
+        };
         let parts = self.decide(commands, head, now_ms, is_full);
         let is_early = faults::is_on(Bug::PublishBeforeDurable);
         if is_early {
@@ -290,28 +293,19 @@ impl Sequencer {
         self.wal.reserve(head.plus(super::wal::RESERVED_REVISIONS / 2))
     }
 
-    fn is_full(&mut self) -> bool {
+    fn is_full(&mut self) -> Result<bool, AppendError> {
         // While full, ask again now and then; while not, asking costs a comparison.
         if self.full_since_check.is_some_and(|since| since.elapsed() < FULL_RETRY) {
-            return true;
+            return Ok(true);
         }
-        match self.wal.is_full() {
-            Ok(true) => {
-                self.note_full(None);
-                true
-            }
-            Ok(false) => {
-                if self.full_since_check.take().is_some() {
-                    self.inner.storage_full.store(false, Ordering::Relaxed);
-                    tracing::info!("there is disk space again: writes go on");
-                }
-                false
-            }
-            Err(error) => {
-                self.poison(&error);
-                true
-            }
+        let is_full = self.wal.is_full().map_err(AppendError::Failed)?;
+        if is_full {
+            self.note_full(None);
+        } else if self.full_since_check.take().is_some() {
+            self.inner.storage_full.store(false, Ordering::Relaxed);
+            tracing::info!("there is disk space again: writes go on");
         }
+        Ok(is_full)
     }
 
     fn note_full(&mut self, error: Option<&Error>) {

@@ -155,7 +155,8 @@ fn fail_everywhere(settings: Settings, bug: Option<Bug>) -> Result<Counts, Strin
 
 #[test]
 fn every_operation_may_fail_once() {
-    for seed in seeds() {
+    // In the second, deletes wait when a new segment's name cannot be synced.
+    for seed in 1..seeds().end.max(3) {
         for fsync in ["always", "never"] {
             let settings = Settings { seed, fsync, waits: false };
             let counts = fail_everywhere(settings, None).unwrap_or_else(|e| panic!("{e}"));
