@@ -12,7 +12,7 @@ use crate::keys::{Grant, Right};
 use crate::revision::Revision;
 use crate::vector::{Vector, VectorMeta};
 use axum::body::Body;
-use axum::extract::FromRequestParts;
+use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, Method, Uri, header};
 use base64::Engine as _;
@@ -43,6 +43,22 @@ pub struct Head {
 }
 
 impl Head {
+    /// Takes a request apart.
+    pub fn take(request: Request) -> (Self, Body) {
+        let (mut parts, body) = request.into_parts();
+        (Self::of(&mut parts), body)
+    }
+
+    fn of(parts: &mut Parts) -> Self {
+        Self {
+            method: std::mem::take(&mut parts.method),
+            uri: std::mem::take(&mut parts.uri),
+            headers: std::mem::take(&mut parts.headers),
+            grant: parts.extensions.remove(),
+            client: parts.extensions.remove(),
+        }
+    }
+
     /// Refuses a caller without this right to a key.
     pub fn need_key(&self, right: Right, key: &str) -> Result<(), Rejection> {
         self.grant.as_ref().map_or(Ok(()), |grant| grant.need_key(right, key))
@@ -109,13 +125,7 @@ impl<S: Sync> FromRequestParts<S> for Head {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self {
-            method: std::mem::take(&mut parts.method),
-            uri: std::mem::take(&mut parts.uri),
-            headers: std::mem::take(&mut parts.headers),
-            grant: parts.extensions.remove(),
-            client: parts.extensions.remove(),
-        })
+        Ok(Self::of(parts))
     }
 }
 
