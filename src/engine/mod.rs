@@ -529,14 +529,14 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
     std::thread::Builder::new().name(name.into()).spawn(run).expect("the system can start a thread")
 }
 
-/// Lets threads that serve requests go before this one: they do not wait for batch work that becomes ready while they run,
-/// and for idle work never. Where the system refuses, everything is slower under load and nothing else.
-fn stand_back(policy: NormalThreadSchedulePolicy) {
+/// Lets other threads go before this one: batch work that becomes ready does not take the core of whoever runs, and idle work
+/// gets one when nobody else wants it. Where the system refuses, everything is slower under load and nothing else.
+pub fn stand_back(policy: NormalThreadSchedulePolicy) {
     // Not nicer than others: what it holds a lock for must not wait long either.
     let nice = ThreadPriority::Os(ThreadPriorityOsValue::default());
     let policy = ThreadSchedulePolicy::Normal(policy);
     if let Err(error) = set_thread_priority_and_policy(thread_native_id(), nice, policy) {
-        tracing::debug!(?error, ?policy, "a background thread runs like any other");
+        tracing::debug!(?error, ?policy, "a thread runs like any other");
     }
 }
 
