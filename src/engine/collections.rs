@@ -505,7 +505,7 @@ impl SharedCollection {
         }
         let (has_graph, vectors, counts) = self.read(|c| (c.graph().is_some(), c.len(), c.graph_counts()));
         if !has_graph && vectors >= self.background.graph_from {
-            let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim));
+            let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.read(Collection::centre)));
             if let Err(error) = self.write(|inner, _| inner.start_graph(graph)) {
                 tracing::warn!(%error, "no memory for a graph; searches stay exact");
                 return false;
@@ -631,7 +631,7 @@ impl SharedCollection {
         }
         // From here on no slot that is live now is reused.
         let number = self.begin();
-        let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim));
+        let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.read(Collection::centre)));
         if let Err(error) = graph.nodes().reserve(self.read(Collection::slot_count).max(file.slots())) {
             tracing::warn!(%error, "no memory for the graph file; searches stay exact");
             self.end_search(number);

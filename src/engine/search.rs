@@ -13,7 +13,7 @@ use crate::vector::graph::{Graph, Scratch};
 use crate::vector::meta_index::select;
 use crate::vector::plan::{self, Way};
 use crate::vector::topk::{Candidate, TopK};
-use crate::vector::{Hit, VectorId};
+use crate::vector::{Hit, Metric, VectorId};
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
 use std::cell::RefCell;
@@ -33,6 +33,10 @@ const CODES_PER_NUMBER: usize = 4;
 /// Candidates scored again beyond a quarter more than there are hits: what rounding may have put behind. Measured: twelve
 /// for ten hits lose no recall that forty find.
 const SPARE: usize = 4;
+/// Hits whose rounding is looked at.
+const ROUNDINGS: usize = 64;
+/// Numbers scored as they were sent where the graph's bytes do not tell apart what lies near a query: some milliseconds.
+const EXACT_INSTEAD: usize = 1 << 24;
 /// Hits up to which matches are scanned in the graph's rows.
 const SCANNED_MAX: usize = 512;
 /// A search that had to scan a tail longer than this does a linker's job: else, on a machine busy with searches, the tail
@@ -314,7 +318,7 @@ impl SearchTicket {
             plan.way = Way::Exact;
         }
         let found = SCRATCH.with_borrow_mut(|(probe, scratch)| {
-            probe.of_query(graph.metric(), search.query.numbers());
+            probe.of_query(graph.metric(), search.query.numbers(), graph.centre());
             if plan.way == Way::Exact {
                 return None;
             }
@@ -338,11 +342,22 @@ impl SearchTicket {
                 let slots = slots_of(selected);
                 plan.scored += graph.scan(probe, 2 * wanted + SPARE, &slots, scratch).scored;
             }
-            // The rows of the graph are rounded: the best are scored again with the numbers as sent.
-            let best: Vec<u32> = scratch.found().take(wanted + wanted / 4 + SPARE).collect();
-            let mut scan = Self::new_scan(search);
-            for slice in best.chunks(SLICE_METAS) {
-                self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
+            // The rows of the graph are rounded: the best are scored again with the numbers as sent. Where the rounding is more
+            // than what lies between hits and the rest, more of them; where it is more than all that was found lies apart,
+            // everything, unless that is much.
+            let found: Vec<(u32, f32)> = scratch.found_distances().collect();
+            let mut rescored = (wanted + wanted / 4 + SPARE).min(found.len());
+            let mut scan = self.rescore(search, &found[..rescored]);
+            if !tells_apart(graph.metric(), search, &scan, &found, rescored, scratch.is_full()) {
+                rescored = found.len();
+                scan = self.rescore(search, &found);
+                let dim = self.collection.spec().dim;
+                if matches * dim <= EXACT_INSTEAD
+                    && !tells_apart(graph.metric(), search, &scan, &found, rescored, scratch.is_full())
+                {
+                    plan.given_up = Some(plan.way);
+                    return None;
+                }
             }
             Some(Answer { found: self.finish(search, scan), plan })
         });
@@ -357,6 +372,16 @@ impl SearchTicket {
                 }
             }
         })
+    }
+
+    /// Scores what was found with the numbers as sent.
+    fn rescore(&self, search: &Search, found: &[(u32, f32)]) -> Scan {
+        let slots: Vec<u32> = found.iter().map(|&(slot, _)| slot).collect();
+        let mut scan = Self::new_scan(search);
+        for slice in slots.chunks(SLICE_METAS) {
+            self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
+        }
+        scan
     }
 
     /// Walks the graph, then scans what of the tail the walk has not met. False when it was given up; then nothing is found.
@@ -430,6 +455,37 @@ impl SearchTicket {
             )
         })
     }
+}
+
+/// Whether what was found but not `rescored`, or not even kept as the pool was full, can be no hit. The rounding of what is not
+/// known is taken to be at most what it is seen to be for the hits.
+fn tells_apart(
+    metric: Metric,
+    search: &Search,
+    scan: &Scan,
+    found: &[(u32, f32)],
+    rescored: usize,
+    is_full: bool,
+) -> bool {
+    let next = match found.get(rescored) {
+        Some(&(_, distance)) => distance,
+        None if is_full => found.last().map_or(f32::MAX, |&(_, distance)| distance),
+        None => return true,
+    };
+    let kept = scan.top.kept();
+    if kept.len() < search.offset + search.k {
+        // All that reaches `min_score`, or hits that died meanwhile.
+        return true;
+    }
+    let distance = |hit: &Candidate| Probe::distance_of(metric, hit.score);
+    let last = scan.top.kept().map(distance).fold(f32::MIN, f32::max);
+    // Some of very many tell as much.
+    let some = kept.step_by(found.len() / ROUNDINGS + 1);
+    let rounding = some.filter_map(|hit| {
+        let (_, rounded) = found.iter().find(|(slot, _)| *slot == hit.slot.0)?;
+        Some((rounded - distance(hit)).abs())
+    });
+    last + rounding.fold(0f32, f32::max) <= next
 }
 
 /// All slots of a bitmap.

@@ -2,15 +2,16 @@
 //!
 //! Each row is scaled by its own largest number to -127..=127 and stored with 128 added, because the widest
 //! instructions multiply unsigned by signed bytes (scalar quantisation as in LVQ, Aguerrebere et al. 2023, with one
-//! scale for each vector and no mean taken off). With `scale` and `square` beside the bytes the distance of what two rows stand for
+//! scale for each vector). With `scale` and `square` beside the bytes the distance of what two rows stand for
 //! is exact; only the rounding to bytes is lost, and the best candidates are scored again with the numbers as sent.
 //!
-//! One notion of distance serves all metrics, so that there is one graph algorithm:
-//! - `l2`: the squared distance.
+//! One notion of distance serves all metrics, smaller is nearer:
+//! - `l2`: the squared distance. A centre, the mean of some of the vectors, is taken off all of them first: distances stay
+//!   what they are, and the bytes tell apart what lies close together far from zero (places of one city, say).
 //! - `cosine`: the squared distance of the unit vectors, which orders as cosine does.
-//! - `dot`: queries go by the inner product itself; among themselves vectors are compared after a further coordinate,
-//!   the lift `sqrt(M^2 - |x|^2)`, has brought all to the largest length M (Bachrach et al. 2014): there the nearest by
-//!   distance is the largest inner product, and links can be pruned by the triangle inequality.
+//! - `dot`: minus twice the inner product, which is no distance, between rows too (as ip-NSW, Morozov and Babenko 2018). Lifted to
+//!   one length by a further coordinate (Bachrach et al. 2014) the longest vectors, which are most answers, were outliers that few
+//!   links led to: of 6,000 x 96 whose lengths differ by a quarter, a search found one answer in twelve.
 
 use super::Metric;
 use super::distance::kernels;
@@ -21,13 +22,20 @@ const BIAS: i32 = 128;
 /// Largest step.
 const STEPS: f32 = 127.0;
 
-/// Writes the bytes of a row and returns its figures. `longest` is the largest squared length in the collection, for the
-/// lift of inner products.
-pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) -> Figures {
+/// Writes the bytes of a row and returns its figures. `centre` is taken off first; empty for none.
+pub fn encode(metric: Metric, numbers: &[f32], centre: &[f32], code: &mut [u8]) -> Figures {
+    if centre.is_empty() {
+        return encode_centred(metric, numbers, code);
+    }
+    let numbers: Vec<f32> = numbers.iter().zip(centre).map(|(n, centre)| n - centre).collect();
+    encode_centred(metric, &numbers, code)
+}
+
+fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
     let largest = largest(numbers);
     if largest == 0.0 {
         code.fill(BIAS as u8);
-        return Figures { scale: 0.0, square: 0.0, lift: lift(metric, 0.0, longest) };
+        return Figures::default();
     }
     let inverse = STEPS / largest;
     if inverse.is_finite() {
@@ -40,11 +48,10 @@ pub fn encode(metric: Metric, numbers: &[f32], longest: f32, code: &mut [u8]) ->
     // The cast: at most DIM_MAX * 127^2, and f32 keeps seven digits of it.
     let squares = squares as f32;
     match metric {
-        Metric::Cosine => Figures { scale: 1.0 / squares.sqrt(), square: 1.0, lift: 0.0 },
+        Metric::Cosine => Figures { scale: 1.0 / squares.sqrt(), square: 1.0 },
         Metric::L2 | Metric::Dot => {
             let scale = largest / STEPS;
-            let square = scale * scale * squares;
-            Figures { scale, square, lift: lift(metric, square, longest) }
+            Figures { scale, square: scale * scale * squares }
         }
     }
 }
@@ -72,10 +79,6 @@ fn quantise(steps: impl Iterator<Item = f32>, code: &mut [u8]) {
     }
 }
 
-fn lift(metric: Metric, square: f32, longest: f32) -> f32 {
-    if metric == Metric::Dot { (longest - square).max(0.0).sqrt() } else { 0.0 }
-}
-
 /// What rows are compared with: the bytes of a query or of another row, signed.
 #[derive(Clone, Debug, Default)]
 pub struct Probe {
@@ -88,27 +91,27 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// For a query of these numbers.
-    pub fn of_query(&mut self, metric: Metric, numbers: &[f32]) {
+    /// For a query of these numbers, among rows that the same centre was taken off.
+    pub fn of_query(&mut self, metric: Metric, numbers: &[f32], centre: &[f32]) {
         let mut code = vec![0; numbers.len()];
-        let figures = encode(metric, numbers, 0.0, &mut code);
-        self.set(&code, Figures { lift: 0.0, ..figures }, if metric == Metric::Dot { 0.0 } else { 1.0 });
+        let figures = encode(metric, numbers, centre, &mut code);
+        self.set(metric, &code, figures);
     }
 
     /// For a row, to compare it with other rows.
-    pub fn of_row(&mut self, nodes: &Nodes, slot: u32) {
-        self.set(nodes.code(slot), nodes.figures(slot), 1.0);
+    pub fn of_row(&mut self, metric: Metric, nodes: &Nodes, slot: u32) {
+        self.set(metric, nodes.code(slot), nodes.figures(slot));
     }
 
-    fn set(&mut self, code: &[u8], figures: Figures, weight: f32) {
+    fn set(&mut self, metric: Metric, code: &[u8], figures: Figures) {
         self.code.clear();
         self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
         self.correction = BIAS * self.code.iter().map(|&step| i32::from(step)).sum::<i32>();
         self.figures = figures;
-        self.weight = weight;
+        self.weight = if metric == Metric::Dot { 0.0 } else { 1.0 };
     }
 
-    /// The distances of rows, smaller is nearer, never NaN. They order alike; for `dot` queries they are no distances.
+    /// The distances of rows, never NaN.
     pub fn distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
         scratch.dots.resize(slots.len(), 0);
         scratch.keys.resize(slots.len(), 0.0);
@@ -126,10 +129,20 @@ impl Probe {
         }
     }
 
-    /// Distances up to this are rounding: the rows are equal.
+    /// Distances up to this are rounding: the rows are equal. No inner product says so.
     #[must_use]
     pub fn equal(&self) -> f32 {
-        8.0 * f32::EPSILON * self.figures.square
+        if self.weight == 0.0 { f32::NEG_INFINITY } else { 8.0 * f32::EPSILON * self.figures.square }
+    }
+
+    /// The distance that a score computed with the numbers as sent stands for.
+    #[must_use]
+    pub fn distance_of(metric: Metric, score: f32) -> f32 {
+        match metric {
+            Metric::Cosine => 2.0 - 2.0 * score,
+            Metric::L2 => score * score,
+            Metric::Dot => -2.0 * score,
+        }
     }
 
     /// The distance of one row.
@@ -144,8 +157,7 @@ impl Probe {
     fn key(&self, row: Figures, dot: i32) -> f32 {
         // The cast: f32 keeps seven digits, more than the bytes do.
         let product = self.figures.scale * row.scale * (dot - self.correction) as f32;
-        let lift = row.lift - self.figures.lift;
-        let key = self.weight * (self.figures.square + row.square + lift * lift) - 2.0 * product;
+        let key = self.weight * (self.figures.square + row.square) - 2.0 * product;
         // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
         key.min(f32::MAX)
     }

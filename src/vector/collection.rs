@@ -38,6 +38,8 @@ const SLOT_OVERHEAD_BYTES: usize = 140;
 
 /// Metadata put into the index under one hold of the lock: some tens of microseconds.
 const SLICE_META_BYTES: usize = 8 << 10;
+/// Numbers looked at for the mean of a collection.
+const CENTRE_NUMBERS: usize = 1 << 18;
 /// Slots moved from one list to another under one hold of the lock, where each takes a microsecond or more.
 const CODED_SLOTS: usize = 32;
 
@@ -458,12 +460,11 @@ impl Collection {
     unsafe fn write_code(&self, graph: &Graph, slot: Slot) {
         let row = self.rows.row(slot);
         let metric = self.spec.metric;
-        let longest = if metric == Metric::Dot { graph.note_length((kernels().dot)(row, row)) } else { 0.0 };
         let state = &self.slots[slot.index()];
         // SAFETY: this function's contract.
         unsafe {
             graph.nodes().write(slot.0, state.born, ALIVE, |code| {
-                let figures = encode(metric, row, longest, code);
+                let figures = encode(metric, row, graph.centre(), code);
                 graph.note_figures(figures);
                 figures
             });
@@ -627,6 +628,24 @@ impl Collection {
     /// Of some slots, removes those whose metadata does not satisfy a filter.
     pub fn retain_matching(&self, slots: &mut Vec<u32>, filter: &Filter) {
         slots.retain(|&slot| filter.matches(&self.slots[slot as usize].meta.parse()));
+    }
+
+    /// About where the vectors lie, for the codes of a graph of them: the mean of some, where distances allow for it; else empty.
+    #[must_use]
+    pub fn centre(&self) -> Vec<f32> {
+        if self.spec.metric != Metric::L2 {
+            return Vec::new();
+        }
+        // Some hundred microseconds of reading.
+        let rows = (CENTRE_NUMBERS / self.spec.dim).max(64);
+        let mut sums = vec![0f64; self.spec.dim];
+        let mut count = 0.0;
+        for slot in self.live.iter().step_by(self.ids.len() / rows + 1) {
+            sums.iter_mut().zip(self.rows.row(Slot(slot))).for_each(|(sum, &n)| *sum += f64::from(n));
+            count += 1.0;
+        }
+        // The cast: a mean of numbers that fit fits.
+        sums.into_iter().map(|sum| (sum / f64::max(count, 1.0)) as f32).collect()
     }
 
     /// Starts a graph over what is here; everything live has yet to be put into it.

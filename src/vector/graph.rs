@@ -76,8 +76,8 @@ pub struct Graph {
     entries: RwLock<Arc<Vec<u32>>>,
     /// Entry points are the slots whose hash has none of these bits.
     entry_mask: AtomicU32,
-    /// Largest squared length seen, as f32 bits, for the lift of inner products.
-    longest: AtomicU32,
+    /// Taken off all rows and queries; empty for none.
+    centre: Box<[f32]>,
     /// A row's squared length does not fit f32: distances between rows mean nothing.
     is_unfit: AtomicBool,
 }
@@ -201,6 +201,17 @@ impl Scratch {
         self.pool.spots.iter().filter(|spot| spot.is_result()).map(|spot| spot.slot())
     }
 
+    /// The results with their distances, nearest first.
+    pub fn found_distances(&self) -> impl Iterator<Item = (u32, f32)> + '_ {
+        self.pool.spots.iter().filter(|spot| spot.is_result()).map(|spot| (spot.slot(), spot.key))
+    }
+
+    /// Whether there may be results that were not kept: they are no nearer than the last that was.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.pool.results >= self.pool.ef
+    }
+
     /// Forgets what was found.
     pub fn forget(&mut self) {
         let ef = self.pool.ef;
@@ -218,16 +229,16 @@ fn hash(slot: u32) -> u32 {
 }
 
 impl Graph {
-    /// An empty graph.
+    /// An empty graph. `centre` is about where its vectors lie, see `codes.rs`; empty for none.
     #[must_use]
-    pub fn new(metric: Metric, dim: usize) -> Self {
+    pub fn new(metric: Metric, dim: usize, centre: Vec<f32>) -> Self {
         Self {
             metric,
             nodes: Nodes::new(dim),
             stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
             entries: RwLock::new(Arc::new(Vec::new())),
             entry_mask: AtomicU32::new(0),
-            longest: AtomicU32::new(0),
+            centre: centre.into(),
             is_unfit: AtomicBool::new(false),
         }
     }
@@ -238,11 +249,10 @@ impl Graph {
         &self.nodes
     }
 
-    /// Notes a vector's squared length and returns the largest so far. Lengths are not negative, so their bits order as
-    /// they do.
-    pub fn note_length(&self, square: f32) -> f32 {
-        let bits = square.min(f32::MAX).to_bits();
-        f32::from_bits(self.longest.fetch_max(bits, Ordering::Relaxed).max(bits))
+    /// What is taken off all rows and queries; empty for none.
+    #[must_use]
+    pub fn centre(&self) -> &[f32] {
+        &self.centre
     }
 
     /// Notes what a row was coded to. One whose squared length is beyond f32, or so small that f32 has no digits for it,
@@ -390,7 +400,7 @@ impl Graph {
         }
         let mut probe = std::mem::take(&mut scratch.probe);
         let mut list = std::mem::take(&mut scratch.list);
-        probe.of_row(&self.nodes, slot);
+        probe.of_row(self.metric, &self.nodes, slot);
         let is_candidate = |other| other != slot && self.nodes.is_live(other);
         self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
         list.clear();
@@ -424,7 +434,7 @@ impl Graph {
         if self.nodes.push_link(from, to) {
             return true;
         }
-        probe.of_row(&self.nodes, from);
+        probe.of_row(self.metric, &self.nodes, from);
         scratch.fresh.clear();
         scratch.fresh.extend(self.nodes.neighbours(from));
         scratch.fresh.push(to);
@@ -442,7 +452,7 @@ impl Graph {
     /// a link there. Returns whether the slot had been lost.
     pub fn find_again(&self, slot: u32, scratch: &mut Scratch) -> bool {
         let mut probe = std::mem::take(&mut scratch.probe);
-        probe.of_row(&self.nodes, slot);
+        probe.of_row(self.metric, &self.nodes, slot);
         let best = self.nearest(&probe, scratch);
         let is_lost = best
             .is_none_or(|best| best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot));
@@ -532,10 +542,12 @@ impl Graph {
         if chosen.is_empty() {
             return false;
         }
-        scratch.other.of_row(&self.nodes, slot);
+        scratch.other.of_row(self.metric, &self.nodes, slot);
         chosen.chunks(PRUNE_GROUP).any(|group| {
             scratch.other.distances(&self.nodes, group, &mut scratch.distances);
-            scratch.distances.keys.iter().any(|&between| SLACK * between <= distance)
+            // Of inner products, which may be negative, no multiple is an allowance.
+            let slack = if self.metric == Metric::Dot { 1.0 } else { SLACK };
+            scratch.distances.keys.iter().any(|&between| slack * between <= distance)
         })
     }
 
@@ -615,7 +627,7 @@ impl Graph {
         }
         let mut probe = std::mem::take(&mut scratch.probe);
         let mut list = std::mem::take(&mut scratch.list);
-        probe.of_row(&self.nodes, slot);
+        probe.of_row(self.metric, &self.nodes, slot);
         self.sorted_by_distance(&probe, &mut list, scratch);
         let room = kept.len() + gone.len();
         for &(distance, candidate) in &list {

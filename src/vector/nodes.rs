@@ -1,4 +1,4 @@
-//! What the graph keeps of each slot: a row of one byte for each number, three figures that go with it, when the slot
+//! What the graph keeps of each slot: a row of one byte for each number, two figures that go with it, when the slot
 //! was born and died, and its links. Addressed by slot, never moved, in anonymous memory.
 //!
 //! A row takes `dim` bytes and a trailer of [`TRAILER_BYTES`], rounded up to cache lines; links take
@@ -43,8 +43,6 @@ pub struct Figures {
     pub scale: f32,
     /// Squared length of what the bytes stand for.
     pub square: f32,
-    /// The further coordinate that makes inner products comparable as distances; 0 for other metrics.
-    pub lift: f32,
 }
 
 #[repr(C)]

@@ -71,6 +71,11 @@ impl TopK {
         self.heap.iter().any(|c| c.slot == slot)
     }
 
+    /// What is kept, in no order.
+    pub fn kept(&self) -> impl ExactSizeIterator<Item = &Candidate> {
+        self.heap.iter()
+    }
+
     /// The best one's score and id.
     #[must_use]
     pub fn best(&self) -> Option<&Candidate> {
