@@ -298,6 +298,49 @@ fn recall_holds_for_every_metric_and_filter_on_clustered_data() {
     }
 }
 
+/// One byte a number has no steps left for what lies close together far from zero, and the longest vectors, which are most
+/// answers under dot, lie apart from all others.
+#[test]
+fn recall_holds_far_from_zero_and_for_vectors_of_differing_lengths() {
+    let place = |random: &mut Random| vec![40.4168 + random.number() * 0.1, -3.7038 + random.number() * 0.1];
+    let raw_units = |random: &mut Random| (-1..4).map(|power| random.number() * 10f32.powi(power)).collect();
+    let steady = |random: &mut Random| (0..16).map(|_| 1000.0 + random.number() * 0.01).collect();
+    let any_length = |random: &mut Random| {
+        let length = (random.number() + random.number()).exp();
+        (0..24).map(|_| (random.number() + random.number() + random.number()) * length).collect()
+    };
+    type Make<'a> = &'a dyn Fn(&mut Random) -> Vec<f32>;
+    let positive = |random: &mut Random| (0..16).map(|_| (1.0 + random.number()).abs()).collect();
+    let sets: [(&str, Metric, Make<'_>); 5] = [
+        ("places of a city", Metric::L2, &place),
+        ("columns in raw units", Metric::L2, &raw_units),
+        ("little around a large mean", Metric::L2, &steady),
+        ("lengths from 1/7 to 7", Metric::Dot, &any_length),
+        ("nothing below zero", Metric::Dot, &positive),
+    ];
+    for (name, metric, make) in sets {
+        let mut random = Random(7);
+        let mut live = Live::open(None, metric, make(&mut random).len());
+        for id in 0..6000 {
+            live.put(&format!("v{id}"), make(&mut random), meta(&mut random));
+        }
+        live.work(usize::MAX);
+        live.assert_sound();
+        for filter in [None, Some(json!({ "on": true }))] {
+            let (mut found, mut of) = (0, 0);
+            for _ in 0..200 {
+                let (f, o) = live.check(&make(&mut random), 10, filter.as_ref(), false);
+                (found, of) = (found + f, of + o);
+            }
+            assert!(of > 0 && found as f64 >= 0.95 * of as f64, "{name} {filter:?}: {found} of {of}");
+        }
+        if metric == Metric::Dot {
+            let way = live.search(&make(&mut random), 10, None, false, None).plan.way;
+            assert_eq!(way.as_str(), "graph", "the walk is what was measured");
+        }
+    }
+}
+
 /// All vectors leave and others come, ten times; then as clusters, where whole regions empty and fill.
 #[test]
 fn churn_leaves_recall_and_memory_as_a_fresh_build_has_them() {

@@ -166,7 +166,11 @@ async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiRes
     let at = |revision| Some(Resume { after: Revision(revision), before_oldest: false });
     if let Some(value) = headers.get("last-event-id").filter(|v| !v.is_empty()) {
         let id = value.to_str().ok().filter(|v| v.bytes().all(|b| b.is_ascii_digit())).and_then(|v| v.parse().ok());
-        return id.map(at).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"));
+        let resume = id.map(at).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"))?;
+        // The id of an empty server: whoever has it has seen nothing, and is told when the first events are gone. As `since`, 0
+        // asks for what there is.
+        let oldest = app.engine.feed().oldest();
+        return Ok(resume.map(|r| Resume { before_oldest: r.after == Revision::ZERO && oldest > Revision(1), ..r }));
     }
     let Some(since) = params.one("since")? else { return Ok(None) };
     if !since.is_empty() && since.bytes().all(|b| b.is_ascii_digit()) {
@@ -195,8 +199,10 @@ async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiRes
 fn wants_json(headers: &HeaderMap) -> bool {
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let weight = |wanted: &str| {
-        let part =
-            accept.split(',').map(str::trim).find(|part| part.split(';').next().is_some_and(|t| t.trim() == wanted))?;
+        let part = accept
+            .split(',')
+            .map(str::trim)
+            .find(|part| part.split(';').next().is_some_and(|t| t.trim().eq_ignore_ascii_case(wanted)))?;
         let q = part.split(';').skip(1).find_map(|p| p.trim().strip_prefix("q="));
         Some(q.and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0)).filter(|q| *q > 0.0)
     };

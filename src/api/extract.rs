@@ -23,6 +23,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
@@ -300,6 +301,21 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
 /// Parses a body that is an object.
 pub fn parse_object<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> ApiResult<T> {
     parse_json::<Object<T>>(bytes).map(|object| object.0)
+}
+
+/// Parses a body that is an object with a list of objects. When one of these is the fault, the error names its place as `op`.
+pub fn parse_list<'a, T: Deserialize<'a>, I: Deserialize<'a>>(bytes: &'a [u8], list: &str) -> ApiResult<T> {
+    parse_object(bytes).map_err(|error| faulty_item::<I>(bytes, list).map_or(error, ApiError::Rejected))
+}
+
+/// Why the first item of a list in a body is not what it should be. Only for bodies that were refused: parses them anew.
+fn faulty_item<'a, I: Deserialize<'a>>(bytes: &'a [u8], list: &str) -> Option<Rejection> {
+    let members: HashMap<&str, &RawValue> = serde_json::from_slice(bytes).ok()?;
+    let items: Vec<&RawValue> = serde_json::from_str(members.get(list)?.get()).ok()?;
+    items.into_iter().enumerate().find_map(|(index, item)| {
+        let error = serde_json::from_str::<Object<I>>(item.get()).err()?;
+        Some(Rejection::invalid(format!("it is not what this route takes: {}", in_plain_words(&error))).at(index))
+    })
 }
 
 /// The parser's words without its type names.

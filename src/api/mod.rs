@@ -373,7 +373,7 @@ impl Guard {
             Method::GET => state::get(app, head).await,
             Method::PUT => state::put(app, head, body).await,
             Method::PATCH => state::patch(app, head, body).await,
-            Method::DELETE => state::delete(app, head).await,
+            Method::DELETE => state::delete(app, head, body).await,
             _ => Err(ApiError::MethodNotAllowed),
         };
         answer.into_response()

@@ -2,8 +2,8 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Head, Object, Params, body_type, condition, etags, meta, parse_json, parse_object, path_tail, read_body,
-    read_json, vector,
+    BodyType, Head, Object, Params, body_type, condition, etags, meta, parse_json, parse_list, parse_object, path_tail,
+    read_body, read_json, vector,
 };
 use super::{App, json, json_with_etag};
 use crate::engine::codec::Entry;
@@ -22,6 +22,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use base64::Engine as _;
 use bytes::Bytes;
+use http_body::Body as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::num::NonZeroU64;
@@ -55,6 +56,12 @@ struct PutBody<'a> {
     ttl_ms: Option<u64>,
     if_revision: Option<Revision>,
     meta: Option<Object<MetaBody>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeleteBody {
+    if_revision: Option<Revision>,
 }
 
 fn key_of(uri: &Uri) -> ApiResult<Key> {
@@ -268,12 +275,19 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
 }
 
 /// `DELETE /v1/state/{key}`
-pub async fn delete(State(app): State<App>, head: Head) -> ApiResult {
+pub async fn delete(State(app): State<App>, head: Head, body: Body) -> ApiResult {
     let Head { uri, headers, .. } = &head;
     let key = key_of(uri)?;
     let params = Params::parse(uri, &["if_revision"])?;
-    let condition = condition(headers, params.revision("if_revision")?)?;
-    commit_one(&app, &head, &[], Op::Delete { key, condition }).await
+    let asked = params.revision("if_revision")?;
+    let bytes = if body.is_end_stream() { Bytes::new() } else { read_json(headers, body, app.max_body_bytes).await? };
+    // A condition in the body that was overlooked would delete what its sender wants to keep.
+    let body: DeleteBody = if bytes.is_empty() { DeleteBody::default() } else { parse_object(&bytes)? };
+    if asked.is_some() && body.if_revision.is_some() {
+        return Err(invalid("give if_revision in the query or in the body, not in both"));
+    }
+    let condition = condition(headers, asked.or(body.if_revision))?;
+    commit_one(&app, &head, &bytes, Op::Delete { key, condition }).await
 }
 
 /// Makes a cursor of the last item's name.
@@ -516,7 +530,7 @@ impl BatchOp<'_> {
 pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult {
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
-    let body: BatchBody<'_> = parse_object(&bytes)?;
+    let body: BatchBody<'_> = parse_list::<_, BatchOp<'_>>(&bytes, "ops")?;
     if body.ops.is_empty() || body.ops.len() > BATCH_OPS_MAX {
         return Err(invalid(format!("a batch has 1 to {BATCH_OPS_MAX} ops, this one has {}", body.ops.len())));
     }

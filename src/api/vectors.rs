@@ -1,7 +1,7 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, meta, parse_object, read_json, vector};
+use super::extract::{Head, Object, Params, meta, parse_list, parse_object, read_json, vector};
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::SharedCollection;
@@ -193,7 +193,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
     let collection = name(path)?;
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
-    let body: WriteBody<'_> = parse_object(&bytes)?;
+    let body: WriteBody<'_> = parse_list::<_, ItemBody<'_>>(&bytes, "items")?;
     let Some(items) = body.items else {
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
@@ -579,7 +579,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
     head.need_collection(Right::Read, collection.as_str())?;
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
-    let body: SearchBody<'_> = parse_object(&bytes)?;
+    let body: SearchBody<'_> = parse_list::<_, SearchBody<'_>>(&bytes, "queries")?;
     let prepare = |shared: &SharedCollection| match &body.queries {
         None => Ok(vec![body.prepare(shared)?]),
         Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),

@@ -27,12 +27,12 @@ use crate::vector::collection::{Collection, Horizon, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
 use crate::vector::storage::{NewChunk, SlotEntry, SlotLog, encode_frame};
-use crate::vector::{CollectionSpec, VectorId, VectorMeta};
+use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 /// Ids encoded under one hold of the lock during a checkpoint, and bytes of rows read there for their checksums.
 const CHECKPOINT_IDS: usize = 1000;
@@ -58,6 +58,8 @@ const RECLAIM_SLOTS: usize = 32;
 const SAVE_PART: u64 = 20;
 /// Repaired slots moved under one hold of the lock.
 const REPAIRED_SLOTS: usize = 256;
+/// Rows added up under one hold of the lock.
+const CENTRE_ROWS: usize = 16;
 /// Slots looked at under one hold of the lock where each takes nanoseconds.
 const LISTED_SLOTS: usize = 4096;
 /// Rows whose memory is made ready under one hold of the lock, in bytes, and how much is made ready ahead of the writer: so
@@ -141,6 +143,9 @@ impl Walk {
 #[derive(Debug)]
 struct SearchParty {
     walk: Walk,
+    /// By slot, whether links lead there; the first who looks finds out, once for all. Waiting for that, some nanoseconds a
+    /// link, costs linkers less than a queue for it would.
+    reached: Arc<OnceLock<Vec<bool>>>,
     found: usize,
     /// A party that found some is followed by another, but not for ever.
     parties_left: usize,
@@ -151,7 +156,7 @@ struct SearchParty {
 enum Piece {
     Link(Vec<u32>),
     Repair(Arc<Repair>, std::ops::Range<usize>),
-    Find(Vec<u32>, usize),
+    Find(Vec<u32>, usize, Arc<OnceLock<Vec<bool>>>),
 }
 
 /// What became of it.
@@ -190,8 +195,11 @@ impl Job {
                 }
                 Done::Repaired(count)
             }
-            Piece::Find(slots, count) => {
-                let is_lost = |&slot: &u32| graph.nodes().is_live(slot) && graph.find_again(slot, scratch);
+            Piece::Find(slots, count, reached) => {
+                let reached = reached.get_or_init(|| graph.reach(graph.nodes().capacity()));
+                let was_reached = |slot: u32| reached.get(slot as usize).is_none_or(|&reached| reached);
+                let is_lost =
+                    |&slot: &u32| graph.nodes().is_live(slot) && graph.find_again(slot, was_reached(slot), scratch);
                 Done::Found(count, slots.into_iter().filter(is_lost).count())
             }
         };
@@ -505,7 +513,7 @@ impl SharedCollection {
         }
         let (has_graph, vectors, counts) = self.read(|c| (c.graph().is_some(), c.len(), c.graph_counts()));
         if !has_graph && vectors >= self.background.graph_from {
-            let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.read(Collection::centre)));
+            let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.centre()));
             if let Err(error) = self.write(|inner, _| inner.start_graph(graph)) {
                 tracing::warn!(%error, "no memory for a graph; searches stay exact");
                 return false;
@@ -571,9 +579,10 @@ impl SharedCollection {
         if !slots.is_empty() {
             return Some(Piece::Link(slots));
         }
-        let piece = upkeep.search_party.as_mut()?.walk.claim()?;
+        let party = upkeep.search_party.as_mut()?;
+        let piece = party.walk.claim()?;
         let slots = self.read(|c| c.linked_slots(piece.clone())).into_iter().map(|(slot, _)| slot).collect();
-        Some(Piece::Find(slots, piece.len()))
+        Some(Piece::Find(slots, piece.len(), Arc::clone(&party.reached)))
     }
 
     fn begin_repair(&self, graph: &Graph) -> (Arc<Repair>, Walk) {
@@ -591,8 +600,24 @@ impl SharedCollection {
         }
     }
 
+    /// About where the vectors lie, for the bytes of a graph of them: the mean of some, where distances allow for it; else empty.
+    /// The rows are read a few at a time, as they may have to come from disk.
+    fn centre(&self) -> Vec<f32> {
+        if self.spec.metric != Metric::L2 {
+            return Vec::new();
+        }
+        let slots = self.read(Collection::sample);
+        let mut sums = vec![0f64; self.spec.dim];
+        for some in slots.chunks(CENTRE_ROWS) {
+            self.read(|c| c.add_rows(some, &mut sums));
+        }
+        // The cast: a mean of numbers that fit fits. A slot that changed hands meanwhile lies where others do.
+        sums.into_iter().map(|sum| (sum / slots.len().max(1) as f64) as f32).collect()
+    }
+
     fn search_party(&self, parties_left: usize) -> SearchParty {
-        SearchParty { walk: Walk::over(self.read(Collection::slot_count)), found: 0, parties_left }
+        let walk = Walk::over(self.read(Collection::slot_count));
+        SearchParty { walk, reached: Arc::default(), found: 0, parties_left }
     }
 
     /// Does all background work there is, on this thread, and looks for lost vectors whether it is time or not: for tests and
@@ -631,7 +656,7 @@ impl SharedCollection {
         }
         // From here on no slot that is live now is reused.
         let number = self.begin();
-        let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.read(Collection::centre)));
+        let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.centre()));
         if let Err(error) = graph.nodes().reserve(self.read(Collection::slot_count).max(file.slots())) {
             tracing::warn!(%error, "no memory for the graph file; searches stay exact");
             self.end_search(number);

@@ -35,8 +35,8 @@ const CODES_PER_NUMBER: usize = 4;
 const SPARE: usize = 4;
 /// Hits whose rounding is looked at.
 const ROUNDINGS: usize = 64;
-/// Numbers scored as they were sent where the graph's bytes do not tell apart what lies near a query: some milliseconds.
-const EXACT_INSTEAD: usize = 1 << 24;
+/// Numbers scored as they were sent where the graph's bytes do not tell apart what lies near a query: a millisecond.
+const EXACT_INSTEAD: usize = 1 << 23;
 /// Hits up to which matches are scanned in the graph's rows.
 const SCANNED_MAX: usize = 512;
 /// A search that had to scan a tail longer than this does a linker's job: else, on a machine busy with searches, the tail
@@ -304,7 +304,9 @@ impl SearchTicket {
         let vectors = self.vectors;
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
-        let ef = plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64);
+        // What is scored again must be in the pool.
+        let ef =
+            plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64).max(wanted + wanted / 4 + SPARE);
         let mut plan = Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
         let graph = self.graph.as_ref().filter(|_| !search.is_exact && search.group.is_none());
         let (graph, tail) = match (graph, &selected) {
@@ -347,18 +349,20 @@ impl SearchTicket {
             // everything, unless that is much.
             let found: Vec<(u32, f32)> = scratch.found_distances().collect();
             let mut rescored = (wanted + wanted / 4 + SPARE).min(found.len());
+            let is_full = scratch.is_full();
+            let metric = graph.metric();
             let mut scan = self.rescore(search, &found[..rescored]);
-            if !tells_apart(graph.metric(), search, &scan, &found, rescored, scratch.is_full()) {
+            let mut is_clear = tells_apart(metric, wanted, &scan, &found, rescored, is_full);
+            if !is_clear && rescored < found.len() {
                 rescored = found.len();
                 scan = self.rescore(search, &found);
-                let dim = self.collection.spec().dim;
-                if matches * dim <= EXACT_INSTEAD
-                    && !tells_apart(graph.metric(), search, &scan, &found, rescored, scratch.is_full())
-                {
-                    plan.given_up = Some(plan.way);
-                    return None;
-                }
+                is_clear = tells_apart(metric, wanted, &scan, &found, rescored, is_full);
             }
+            if !is_clear && matches * self.collection.spec().dim <= EXACT_INSTEAD {
+                plan.given_up = Some(plan.way);
+                return None;
+            }
+            scan.top.drop_below(search.min_score);
             Some(Answer { found: self.finish(search, scan), plan })
         });
         found.unwrap_or_else(|| {
@@ -377,7 +381,9 @@ impl SearchTicket {
     /// Scores what was found with the numbers as sent.
     fn rescore(&self, search: &Search, found: &[(u32, f32)]) -> Scan {
         let slots: Vec<u32> = found.iter().map(|&(slot, _)| slot).collect();
+        // Whatever its score: how much rounding there is shows in all of them.
         let mut scan = Self::new_scan(search);
+        scan.top = TopK::new(search.offset + search.k, None);
         for slice in slots.chunks(SLICE_METAS) {
             self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
         }
@@ -458,10 +464,10 @@ impl SearchTicket {
 }
 
 /// Whether what was found but not `rescored`, or not even kept as the pool was full, can be no hit. The rounding of what is not
-/// known is taken to be at most what it is seen to be for the hits.
+/// known is taken to be like that of the hits: what is common to all of them (that of the query, say) moves nobody.
 fn tells_apart(
     metric: Metric,
-    search: &Search,
+    wanted: usize,
     scan: &Scan,
     found: &[(u32, f32)],
     rescored: usize,
@@ -473,19 +479,22 @@ fn tells_apart(
         None => return true,
     };
     let kept = scan.top.kept();
-    if kept.len() < search.offset + search.k {
-        // All that reaches `min_score`, or hits that died meanwhile.
+    if kept.len() < wanted {
+        // Some died meanwhile.
         return true;
     }
     let distance = |hit: &Candidate| Probe::distance_of(metric, hit.score);
     let last = scan.top.kept().map(distance).fold(f32::MIN, f32::max);
     // Some of very many tell as much.
-    let some = kept.step_by(found.len() / ROUNDINGS + 1);
-    let rounding = some.filter_map(|hit| {
+    let some = kept.len() / ROUNDINGS + 1;
+    let roundings = kept.step_by(some).filter_map(|hit| {
         let (_, rounded) = found.iter().find(|(slot, _)| *slot == hit.slot.0)?;
-        Some((rounded - distance(hit)).abs())
+        Some(rounded - distance(hit))
     });
-    last + rounding.fold(0f32, f32::max) <= next
+    let (least, most) = roundings.fold((f32::MAX, f32::MIN), |(least, most), r| (least.min(r), most.max(r)));
+    // In the middle, and from there as far as any hit is off.
+    let (common, spread) = ((least + most) / 2.0, (most - least) / 2.0);
+    last + common + spread <= next + 4.0 * f32::EPSILON * next.abs()
 }
 
 /// All slots of a bitmap.

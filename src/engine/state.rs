@@ -380,10 +380,16 @@ impl Decider<'_> {
             });
             match result {
                 Ok(outcome) => decision.outcomes.push(outcome),
-                Err(rejection) => {
+                Err(mut rejection) => {
                     self.overlay.roll_back();
                     self.overlay.growth = growth;
                     self.next = first;
+                    if let Rejection::RevisionConflict { actual, .. } = &mut rejection
+                        && let Some(place) = actual.0.checked_sub(first.0)
+                    {
+                        // Of this very command: it was never handed out, and somebody else will get it.
+                        *actual = self.revision_before(&decision.events, place);
+                    }
                     return Err(if command.is_batch { rejection.at(index) } else { rejection });
                 }
             }
@@ -391,6 +397,22 @@ impl Decider<'_> {
         self.next = first.plus(decision.events.len() as u64);
         self.bytes += bytes;
         Ok(decision)
+    }
+
+    /// The revision of what a rolled back event was about, zero when absent.
+    fn revision_before(&self, events: &[Event], place: u64) -> Revision {
+        let event = usize::try_from(place).ok().and_then(|place| events.get(place));
+        let revision = match event {
+            Some(Event::StateUpdated { key, .. } | Event::StateDeleted { key, .. }) => {
+                self.entry(key).filter(|entry| is_live(entry, self.now_ms)).map(|entry| entry.revision)
+            }
+            Some(Event::VectorWritten { collection, id, .. } | Event::VectorDeleted { collection, id, .. }) => {
+                let vector = self.shape(collection).ok().and_then(|(_, created)| self.vector(collection, created, id));
+                vector.map(|(revision, _)| revision)
+            }
+            _ => None,
+        };
+        revision.unwrap_or(Revision::ZERO)
     }
 
     /// Decides the removal of keys whose deadline has passed.

@@ -5,13 +5,14 @@
 //! scale for each vector). With `scale` and `square` beside the bytes the distance of what two rows stand for
 //! is exact; only the rounding to bytes is lost, and the best candidates are scored again with the numbers as sent.
 //!
-//! One notion of distance serves all metrics, smaller is nearer:
+//! Smaller is nearer:
 //! - `l2`: the squared distance. A centre, the mean of some of the vectors, is taken off all of them first: distances stay
 //!   what they are, and the bytes tell apart what lies close together far from zero (places of one city, say).
 //! - `cosine`: the squared distance of the unit vectors, which orders as cosine does.
-//! - `dot`: minus twice the inner product, which is no distance, between rows too (as ip-NSW, Morozov and Babenko 2018). Lifted to
-//!   one length by a further coordinate (Bachrach et al. 2014) the longest vectors, which are most answers, were outliers that few
-//!   links led to: of 6,000 x 96 whose lengths differ by a quarter, a search found one answer in twelve.
+//! - `dot`: minus twice the inner product for queries, the squared distance between rows, and for some of their links the product
+//!   as well ([`Probe::go_by_products`]; as ip-NSW+, Liu et al. 2020). Lifted to one length by a further coordinate (Bachrach et
+//!   al. 2014) the longest vectors, which are most answers, were outliers that few links led to: of 6,000 x 96 whose lengths differ
+//!   by a quarter, a search found one answer in twelve.
 
 use super::Metric;
 use super::distance::kernels;
@@ -95,20 +96,28 @@ impl Probe {
     pub fn of_query(&mut self, metric: Metric, numbers: &[f32], centre: &[f32]) {
         let mut code = vec![0; numbers.len()];
         let figures = encode(metric, numbers, centre, &mut code);
-        self.set(metric, &code, figures);
+        self.set(&code, figures);
+        if metric == Metric::Dot {
+            self.go_by_products();
+        }
     }
 
     /// For a row, to compare it with other rows.
-    pub fn of_row(&mut self, metric: Metric, nodes: &Nodes, slot: u32) {
-        self.set(metric, nodes.code(slot), nodes.figures(slot));
+    pub fn of_row(&mut self, nodes: &Nodes, slot: u32) {
+        self.set(nodes.code(slot), nodes.figures(slot));
     }
 
-    fn set(&mut self, metric: Metric, code: &[u8], figures: Figures) {
+    /// From here on nearer is what has the larger inner product.
+    pub fn go_by_products(&mut self) {
+        self.weight = 0.0;
+    }
+
+    fn set(&mut self, code: &[u8], figures: Figures) {
         self.code.clear();
         self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
         self.correction = BIAS * self.code.iter().map(|&step| i32::from(step)).sum::<i32>();
         self.figures = figures;
-        self.weight = if metric == Metric::Dot { 0.0 } else { 1.0 };
+        self.weight = 1.0;
     }
 
     /// The distances of rows, never NaN.
@@ -129,10 +138,16 @@ impl Probe {
         }
     }
 
-    /// Distances up to this are rounding: the rows are equal. No inner product says so.
+    /// Distances up to this are rounding: the rows are equal. No product says so.
     #[must_use]
     pub fn equal(&self) -> f32 {
         if self.weight == 0.0 { f32::NEG_INFINITY } else { 8.0 * f32::EPSILON * self.figures.square }
+    }
+
+    /// Whether it goes by products.
+    #[must_use]
+    pub fn is_by_products(&self) -> bool {
+        self.weight == 0.0
     }
 
     /// The distance that a score computed with the numbers as sent stands for.
@@ -157,7 +172,9 @@ impl Probe {
     fn key(&self, row: Figures, dot: i32) -> f32 {
         // The cast: f32 keeps seven digits, more than the bytes do.
         let product = self.figures.scale * row.scale * (dot - self.correction) as f32;
-        let key = self.weight * (self.figures.square + row.square) - 2.0 * product;
+        // A length whose square is beyond f32 is no matter where only products count.
+        let squares = if self.weight == 0.0 { 0.0 } else { self.figures.square + row.square };
+        let key = squares - 2.0 * product;
         // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
         key.min(f32::MAX)
     }

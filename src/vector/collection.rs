@@ -218,8 +218,10 @@ impl Groups {
         });
         values.retain(|v| !v.is_object() && !v.is_array() && !v.is_null());
         for value in values {
+            // `1` and `1.0` are one value, as for filters. The cast: whole numbers that f64 holds exactly.
+            let whole = value.as_f64().filter(|n| value.is_f64() && n.fract() == 0.0 && n.abs() < 9e15);
+            let name = whole.map_or_else(|| value.to_string(), |n| (n as i64).to_string());
             // Offered twice for an array that repeats a value: the heap would keep both.
-            let name = value.to_string();
             let (size, min_score) = (self.size, self.min_score);
             let (_, top) = self.best.entry(name).or_insert_with(|| (value, TopK::new(size, min_score)));
             if !top.holds(slot) {
@@ -630,22 +632,18 @@ impl Collection {
         slots.retain(|&slot| filter.matches(&self.slots[slot as usize].meta.parse()));
     }
 
-    /// About where the vectors lie, for the codes of a graph of them: the mean of some, where distances allow for it; else empty.
+    /// Some live slots, evenly: enough to tell where the vectors lie.
     #[must_use]
-    pub fn centre(&self) -> Vec<f32> {
-        if self.spec.metric != Metric::L2 {
-            return Vec::new();
-        }
-        // Some hundred microseconds of reading.
+    pub fn sample(&self) -> Vec<u32> {
         let rows = (CENTRE_NUMBERS / self.spec.dim).max(64);
-        let mut sums = vec![0f64; self.spec.dim];
-        let mut count = 0.0;
-        for slot in self.live.iter().step_by(self.ids.len() / rows + 1) {
+        self.live.iter().step_by(self.ids.len() / rows + 1).collect()
+    }
+
+    /// Adds the rows of some slots up.
+    pub fn add_rows(&self, slots: &[u32], sums: &mut [f64]) {
+        for &slot in slots {
             sums.iter_mut().zip(self.rows.row(Slot(slot))).for_each(|(sum, &n)| *sum += f64::from(n));
-            count += 1.0;
         }
-        // The cast: a mean of numbers that fit fits.
-        sums.into_iter().map(|sum| (sum / f64::max(count, 1.0)) as f32).collect()
     }
 
     /// Starts a graph over what is here; everything live has yet to be put into it.

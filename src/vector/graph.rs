@@ -49,6 +49,8 @@ const LINK_EF: usize = 100;
 /// squared). 1.05 squared: at 1.2, usual for disks, the longest links crowd out near ones and a search for recall 0.95
 /// scores a third more rows; at 1.0 hard queries miss.
 const SLACK: f32 = 1.05 * 1.05;
+/// Under dot, links chosen by distance; the rest are by inner products.
+const NEAR_LINKS: usize = LINKS_MAX / 2 + 1;
 /// Entry points are between this many and twice as many. More cost every search: at twice as many a quick search of
 /// Fashion-MNIST spends a third of its scores on them. That none of a small cluster is among them, lost vectors bear,
 /// which are looked for.
@@ -400,12 +402,21 @@ impl Graph {
         }
         let mut probe = std::mem::take(&mut scratch.probe);
         let mut list = std::mem::take(&mut scratch.list);
-        probe.of_row(self.metric, &self.nodes, slot);
+        probe.of_row(&self.nodes, slot);
         let is_candidate = |other| other != slot && self.nodes.is_live(other);
         self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
         list.clear();
-        list.extend(scratch.pool.spots.iter().filter(|s| s.is_result()).map(|s| (s.key, s.slot())));
-        self.prune(&list, probe.equal(), scratch);
+        list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
+        scratch.chosen.clear();
+        self.prune(&list, &probe, scratch);
+        if self.metric == Metric::Dot {
+            // Long vectors are near to nobody, but what most are looked for: links by products as well.
+            probe.go_by_products();
+            self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
+            list.clear();
+            list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
+            self.prune(&list, &probe, scratch);
+        }
         let chosen = std::mem::take(&mut scratch.chosen);
         self.nodes.set_links(slot, &chosen);
         for (place, &from) in chosen.iter().enumerate() {
@@ -434,7 +445,7 @@ impl Graph {
         if self.nodes.push_link(from, to) {
             return true;
         }
-        probe.of_row(self.metric, &self.nodes, from);
+        probe.of_row(&self.nodes, from);
         scratch.fresh.clear();
         scratch.fresh.extend(self.nodes.neighbours(from));
         scratch.fresh.push(to);
@@ -443,19 +454,28 @@ impl Graph {
             // Among equals there is nothing to choose, and those given up would be found by nobody.
             return false;
         }
-        self.prune(list, probe.equal(), scratch);
+        scratch.chosen.clear();
+        self.prune(list, probe, scratch);
+        if self.metric == Metric::Dot {
+            probe.go_by_products();
+            self.sorted_by_distance(probe, list, scratch);
+            self.prune(list, probe, scratch);
+        }
         self.nodes.set_links(from, &scratch.chosen);
         scratch.chosen.contains(&to)
     }
 
-    /// Looks for a linked slot by its own row, as a search of default effort would. If that fails the nearest it came to gets
-    /// a link there. Returns whether the slot had been lost.
-    pub fn find_again(&self, slot: u32, scratch: &mut Scratch) -> bool {
+    /// Looks for a linked slot by its own row, as a search of default effort would. If that fails, or if no links led there
+    /// when it was last looked ([`Graph::reach`]) and none does now, the nearest it
+    /// came to gets a link there. Returns whether the slot had been lost.
+    pub fn find_again(&self, slot: u32, was_reached: bool, scratch: &mut Scratch) -> bool {
         let mut probe = std::mem::take(&mut scratch.probe);
-        probe.of_row(self.metric, &self.nodes, slot);
+        probe.of_row(&self.nodes, slot);
         let best = self.nearest(&probe, scratch);
-        let is_lost = best
-            .is_none_or(|best| best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot));
+        let is_lost = (!was_reached && scratch.is_new(slot))
+            || best.is_none_or(|best| {
+                best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot)
+            });
         scratch.probe = probe;
         if is_lost {
             // One with room costs no other link.
@@ -511,26 +531,29 @@ impl Graph {
         list.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     }
 
-    /// From candidates sorted by distance, chooses those that no nearer chosen one makes superfluous. At a distance up to
-    /// `equal` rounding is all there is between two rows.
-    fn prune(&self, list: &[(f32, u32)], equal: f32, scratch: &mut Scratch) {
+    /// From candidates sorted by distance, adds to the chosen those that no nearer one of them makes superfluous. At a distance
+    /// up to `probe.equal()` rounding is all there is between two rows.
+    fn prune(&self, list: &[(f32, u32)], probe: &Probe, scratch: &mut Scratch) {
         let mut chosen = std::mem::take(&mut scratch.chosen);
-        chosen.clear();
+        let before = chosen.len();
+        let links_max = if self.metric == Metric::Dot && !probe.is_by_products() { NEAR_LINKS } else { LINKS_MAX };
         let mut equals = 0;
         for &(distance, slot) in list {
-            if chosen.len() >= LINKS_MAX {
+            if chosen.len() >= links_max {
                 break;
             }
-            if distance <= equal {
+            if distance <= probe.equal() {
                 // One equal makes all others superfluous, and a crowd of equals would fall apart. Half of the links hold it
                 // together, the others lead out of it.
                 equals += 1;
-                if equals <= LINKS_MAX / 2 {
+                if equals <= links_max / 2 {
                     chosen.push(slot);
                 }
                 continue;
             }
-            if !self.is_superfluous(distance, slot, &chosen, scratch) {
+            // What was chosen by another notion of nearness makes nothing superfluous.
+            let is_chosen = chosen[..before].contains(&slot);
+            if !is_chosen && !self.is_superfluous(distance, slot, &chosen[before..], probe.is_by_products(), scratch) {
                 chosen.push(slot);
             }
         }
@@ -538,15 +561,26 @@ impl Graph {
     }
 
     /// Whether one of `chosen` is so near to a candidate that the way to it leads through there.
-    fn is_superfluous(&self, distance: f32, slot: u32, chosen: &[u32], scratch: &mut Scratch) -> bool {
+    fn is_superfluous(
+        &self,
+        distance: f32,
+        slot: u32,
+        chosen: &[u32],
+        by_products: bool,
+        scratch: &mut Scratch,
+    ) -> bool {
         if chosen.is_empty() {
             return false;
         }
-        scratch.other.of_row(self.metric, &self.nodes, slot);
+        scratch.other.of_row(&self.nodes, slot);
+        // Of products, which may be negative, no multiple is an allowance.
+        let mut slack = SLACK;
+        if by_products {
+            scratch.other.go_by_products();
+            slack = 1.0;
+        }
         chosen.chunks(PRUNE_GROUP).any(|group| {
             scratch.other.distances(&self.nodes, group, &mut scratch.distances);
-            // Of inner products, which may be negative, no multiple is an allowance.
-            let slack = if self.metric == Metric::Dot { 1.0 } else { SLACK };
             scratch.distances.keys.iter().any(|&between| slack * between <= distance)
         })
     }
@@ -627,14 +661,14 @@ impl Graph {
         }
         let mut probe = std::mem::take(&mut scratch.probe);
         let mut list = std::mem::take(&mut scratch.list);
-        probe.of_row(self.metric, &self.nodes, slot);
+        probe.of_row(&self.nodes, slot);
         self.sorted_by_distance(&probe, &mut list, scratch);
         let room = kept.len() + gone.len();
         for &(distance, candidate) in &list {
             if kept.len() >= room.min(LINKS_MAX) {
                 break;
             }
-            if !self.is_superfluous(distance, candidate, &kept, scratch) {
+            if !self.is_superfluous(distance, candidate, &kept, false, scratch) {
                 kept.push(candidate);
             }
         }

@@ -76,6 +76,13 @@ impl TopK {
         self.heap.iter()
     }
 
+    /// Forgets what scores lower.
+    pub fn drop_below(&mut self, min_score: Option<f32>) {
+        if let Some(floor) = min_score {
+            self.heap.retain(|c| c.score >= floor);
+        }
+    }
+
     /// The best one's score and id.
     #[must_use]
     pub fn best(&self) -> Option<&Candidate> {
