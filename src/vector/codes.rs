@@ -110,6 +110,8 @@ impl Probe {
     /// From here on nearer is what has the larger inner product.
     pub fn go_by_products(&mut self) {
         self.weight = 0.0;
+        // Beyond f32 it would be no number times nothing.
+        self.figures.square = 0.0;
     }
 
     fn set(&mut self, code: &[u8], figures: Figures) {
@@ -172,9 +174,7 @@ impl Probe {
     fn key(&self, row: Figures, dot: i32) -> f32 {
         // The cast: f32 keeps seven digits, more than the bytes do.
         let product = self.figures.scale * row.scale * (dot - self.correction) as f32;
-        // A length whose square is beyond f32 is no matter where only products count.
-        let squares = if self.weight == 0.0 { 0.0 } else { self.figures.square + row.square };
-        let key = squares - 2.0 * product;
+        let key = self.weight * (self.figures.square + row.square) - 2.0 * product;
         // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
         key.min(f32::MAX)
     }
