@@ -384,6 +384,12 @@ async fn history_beyond_the_log_is_compacted_and_says_so() {
     assert!(contains(&answer.json().unwrap(), &json!({"code":"revision_compacted","oldest":oldest,"head":41})));
     let mut stream = server.target.events("?since=0", None).await.unwrap();
     assert_eq!(next(&mut stream).await.id, Some(oldest), "0 means from the oldest");
+    let mut stream = server.target.events("", Some(0)).await.unwrap();
+    let reset = next(&mut stream).await;
+    assert!(
+        contains(&reset.json().unwrap(), &json!({"reason":"compacted","requested":0})),
+        "an empty server's id: {reset:?}"
+    );
 }
 
 #[tokio::test]
