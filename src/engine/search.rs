@@ -304,9 +304,12 @@ impl SearchTicket {
         let vectors = self.vectors;
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
-        // What is scored again must be in the pool.
-        let ef =
-            plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64).max(wanted + wanted / 4 + SPARE);
+        let needed = wanted + wanted / 4 + SPARE;
+        let mut ef = plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64);
+        if search.ef.is_none() {
+            // What is scored again must be in the pool.
+            ef = ef.max(needed);
+        }
         let mut plan = Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
         let graph = self.graph.as_ref().filter(|_| !search.is_exact && search.group.is_none());
         let (graph, tail) = match (graph, &selected) {
@@ -348,11 +351,13 @@ impl SearchTicket {
             // than what lies between hits and the rest, more of them; where it is more than all that was found lies apart,
             // everything, unless that is much.
             let found: Vec<(u32, f32)> = scratch.found_distances().collect();
-            let mut rescored = (wanted + wanted / 4 + SPARE).min(found.len());
+            let mut rescored = needed.min(found.len());
             let is_full = scratch.is_full();
             let metric = graph.metric();
             let mut scan = self.rescore(search, &found[..rescored]);
-            let mut is_clear = tells_apart(metric, wanted, &scan, &found, rescored, is_full);
+            // Whoever asks for so little effort gets it.
+            let is_meagre = plan.way != Way::Scan && ef < needed;
+            let mut is_clear = is_meagre || tells_apart(metric, wanted, &scan, &found, rescored, is_full);
             if !is_clear && rescored < found.len() {
                 rescored = found.len();
                 scan = self.rescore(search, &found);
