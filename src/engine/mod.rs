@@ -22,7 +22,7 @@
 //! at a time), `replay_needed` (bookkeeping of kept snapshots). Those of streams stand in `feed.rs`, of vectors in
 //! `collections.rs`, of consistent walks in `view.rs`.
 //!
-//! Threads: `sequencer`, `zeros` (ahead of the log), `feed`, `snapshots` (periodic), `upkeep` and `linker-N` (`linker.rs`), and rayon's pool for large scans. Queues: commands
+//! Threads: `sequencer`, `zeros` (ahead of the log), `feed`, `snapshots` (periodic), `upkeep` and `linker-N` (`linker.rs`), and `scan-N`, rayon's pool for large scans. Queues: commands
 //! ([`QUEUE_COMMANDS_MAX`]) and searches ([`SEARCHES_WAITING_MAX`]), both refused with `overloaded` when full.
 //!
 //! Deliberately absent: HTTP, a second writer, a lock held over I/O on the way of a read.
