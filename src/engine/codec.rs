@@ -153,7 +153,11 @@ mod outcome_tag {
 /// Appends a record's payload: time, then events.
 pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
     out.put_u64(record.ts_ms);
-    for event in &record.events {
+    for (at, event) in record.events.iter().enumerate() {
+        if let Some(Event::VectorWritten { vector: Some(next), .. }) = record.events.get(at + 1) {
+            // Whoever parsed it did so on another core: fetched one after the other its lines take three times as long.
+            next.prefetch();
+        }
         encode_event(event, out);
     }
     if let Some(answer) = &record.answer {

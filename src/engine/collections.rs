@@ -23,7 +23,7 @@ use crate::disk;
 use crate::error::{Error, Rejection};
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
-use crate::vector::collection::{Collection, Horizon, SearchNumber};
+use crate::vector::collection::{Changes, Collection, Horizon, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
 use crate::vector::storage::{NewChunk, SlotEntry, SlotLog, encode_frame};
@@ -771,8 +771,7 @@ impl SharedCollection {
         if changes.is_empty() {
             return Ok(false);
         }
-        let ids: Vec<VectorId> = changes.iter().cloned().collect();
-        let result = self.write_checkpoint(log, revision, &ids, sync_log);
+        let result = self.write_checkpoint(log, revision, &changes, sync_log);
         let mut inner = self.inner.write();
         match result {
             Ok(()) => inner.set_checkpoint(revision),
@@ -785,7 +784,7 @@ impl SharedCollection {
         &self,
         log: &mut SlotLog,
         revision: Revision,
-        changes: &[VectorId],
+        changes: &Changes,
         sync_log: impl Fn() -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (previous, newest, rewrite, rows) = {
@@ -816,7 +815,7 @@ impl SharedCollection {
                     let page = inner.list(after.as_ref().map(VectorId::as_str), ids_at_a_time, false);
                     let ids: Vec<VectorId> = page.into_iter().map(|item| item.id).collect();
                     after = ids.last().cloned();
-                    inner.slot_entries(&ids)
+                    inner.entries_of(&ids)
                 };
                 let is_last = entries.len() < ids_at_a_time;
                 successor.write(&encode_frame(if is_last { revision } else { previous }, newest, &entries))?;
@@ -828,11 +827,14 @@ impl SharedCollection {
             sync_rows()?;
             return log.replace(successor);
         }
+        let slots: Vec<u32> = changes.slots.iter().collect();
+        let gone: Vec<VectorId> = changes.gone.iter().cloned().collect();
+        let written = slots.chunks(ids_at_a_time).map(|slots| self.inner.read().entries_in(slots));
+        let deleted = gone.chunks(ids_at_a_time).map(|ids| self.inner.read().entries_of(ids));
+        let mut pages = written.chain(deleted).peekable();
         let mut frames = Vec::new();
-        let pages: Vec<_> = changes.chunks(ids_at_a_time).collect();
-        for (at, page) in pages.iter().enumerate() {
-            let entries = self.inner.read().slot_entries(page);
-            let is_last = at + 1 == pages.len();
+        while let Some(entries) = pages.next() {
+            let is_last = pages.peek().is_none();
             frames.extend_from_slice(&encode_frame(if is_last { revision } else { previous }, newest, &entries));
         }
         sync_log()?;

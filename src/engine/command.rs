@@ -5,6 +5,7 @@
 use super::answers::Retry;
 use crate::error::Rejection;
 use crate::revision::Revision;
+use crate::vector::distance::prefetch;
 use crate::vector::filter::Filter;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use bytes::Bytes;
@@ -355,6 +356,15 @@ impl Op {
                 | Self::DeleteVector { .. }
                 | Self::DeleteVectors { .. }
         )
+    }
+
+    /// Asks the processor to fetch what deciding it looks at: worth it where another core wrote it.
+    pub fn prefetch(&self) {
+        if let Self::WriteVector { id, vector, meta, .. } = self {
+            prefetch(id.as_str().as_ptr());
+            meta.iter().for_each(|meta| prefetch(meta.text().as_ptr()));
+            vector.iter().for_each(|vector| prefetch(vector.as_slice().as_ptr().cast()));
+        }
     }
 
     /// Whether it concerns collections rather than keys.

@@ -142,11 +142,11 @@ struct Ring {
 
 impl Ring {
     fn push(&mut self, frame: Arc<Frame>) {
-        self.bytes += frame.weight();
+        self.bytes += frame.weight;
         self.frames.push_back(frame);
         while self.frames.len() > RING_FRAMES_MAX || (self.bytes > RING_BYTES_MAX && self.frames.len() > 1) {
             let Some(gone) = self.frames.pop_front() else { break };
-            self.bytes -= gone.weight();
+            self.bytes -= gone.weight;
             self.first += 1;
             self.complete_after = gone.revision;
         }
@@ -657,7 +657,7 @@ impl Topic {
 
     /// Keeps what was read for the other streams of this topic that are behind.
     fn keep_history(&self, read: Read, frames: &[Arc<Frame>], reached: Revision, head: Revision) {
-        let bytes: usize = frames.iter().map(|frame| frame.weight()).sum();
+        let bytes: usize = frames.iter().map(|frame| frame.weight).sum();
         // What reaches the head may be more for the next one to read. Looked at under the lock, so that nothing is kept once
         // the last stream is level.
         let mut history = self.history.lock();
@@ -860,7 +860,7 @@ impl Subscription {
                 continue;
             }
             self.revision = self.revision.max(frame.revision);
-            bytes += frame.weight();
+            bytes += frame.weight;
             frames.push(Arc::clone(frame));
             if bytes >= bytes_max {
                 break;
@@ -885,7 +885,7 @@ impl Subscription {
             at += 1;
             let is_new = !frame.is_logged() || frame.revision > self.revision;
             if is_new && self.topic.filter.wants(&frame.facets()) {
-                bytes += frame.weight();
+                bytes += frame.weight;
                 frames.push(Arc::clone(frame));
             }
             self.revision = self.revision.max(frame.revision);

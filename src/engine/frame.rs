@@ -18,6 +18,9 @@ pub struct Frame {
     /// Its revision; of an ephemeral one, the head when it was published.
     pub revision: Revision,
     source: Source,
+    /// About how much memory it keeps alive, for the ring's bound. Noted, as what it is summed from is long out of the
+    /// processor's caches when the frame goes.
+    pub weight: usize,
     plain: OnceLock<Rendered>,
     with_vector: OnceLock<Rendered>,
 }
@@ -60,6 +63,25 @@ pub struct Facets<'a> {
     pub on_request: bool,
 }
 
+fn weight(source: &Source) -> usize {
+    const OVERHEAD: usize = 400;
+    OVERHEAD
+        + match source {
+            Source::Logged(record, at) => match &record.events[*at] {
+                // The value is the state's own as long as it is current; what is rendered from it is not.
+                Event::StateUpdated { entry, patch, .. } => {
+                    2 * entry.value.len() + patch.as_ref().map_or(0, |p| p.len())
+                }
+                Event::Published { data, .. } => 2 * data.as_ref().map_or(0, |d| d.len()),
+                Event::VectorWritten { vector, meta, .. } => {
+                    vector.as_ref().map_or(0, |v| v.as_slice().len() * 16) + 2 * meta.text().len()
+                }
+                _ => 0,
+            },
+            Source::Ephemeral(event) => 2 * event.members.len(),
+        }
+}
+
 #[derive(Debug)]
 struct Rendered {
     /// The SSE frame as a chunk of an HTTP/1.1 body, and where in it the frame is.
@@ -73,24 +95,18 @@ impl Frame {
     /// The events of a record, each as a frame.
     pub fn of_record(record: &Arc<Record>) -> impl Iterator<Item = Arc<Self>> + '_ {
         (0..record.events.len()).map(|at| {
-            Arc::new(Self {
-                revision: record.first_revision.plus(at as u64),
-                source: Source::Logged(Arc::clone(record), at),
-                plain: OnceLock::new(),
-                with_vector: OnceLock::new(),
-            })
+            Arc::new(Self::new(record.first_revision.plus(at as u64), Source::Logged(Arc::clone(record), at)))
         })
     }
 
     /// An ephemeral event published at `head`.
     #[must_use]
     pub fn ephemeral(event: Ephemeral, head: Revision) -> Arc<Self> {
-        Arc::new(Self {
-            revision: head,
-            source: Source::Ephemeral(Box::new(event)),
-            plain: OnceLock::new(),
-            with_vector: OnceLock::new(),
-        })
+        Arc::new(Self::new(head, Source::Ephemeral(Box::new(event))))
+    }
+
+    fn new(revision: Revision, source: Source) -> Self {
+        Self { revision, weight: weight(&source), source, plain: OnceLock::new(), with_vector: OnceLock::new() }
     }
 
     /// Whether it is in the log.
@@ -115,27 +131,6 @@ impl Frame {
             Source::Logged(record, at) => *at + 1 == record.events.len(),
             Source::Ephemeral(_) => true,
         }
-    }
-
-    /// About how much memory it keeps alive, for the ring's bound.
-    #[must_use]
-    pub fn weight(&self) -> usize {
-        const OVERHEAD: usize = 400;
-        OVERHEAD
-            + match &self.source {
-                Source::Logged(record, at) => match &record.events[*at] {
-                    // The value is the state's own as long as it is current; what is rendered from it is not.
-                    Event::StateUpdated { entry, patch, .. } => {
-                        2 * entry.value.len() + patch.as_ref().map_or(0, |p| p.len())
-                    }
-                    Event::Published { data, .. } => 2 * data.as_ref().map_or(0, |d| d.len()),
-                    Event::VectorWritten { vector, meta, .. } => {
-                        vector.as_ref().map_or(0, |v| v.as_slice().len() * 16) + 2 * meta.text().len()
-                    }
-                    _ => 0,
-                },
-                Source::Ephemeral(event) => 2 * event.members.len(),
-            }
     }
 
     /// What filters look at.

@@ -332,6 +332,9 @@ pub struct Decider<'a> {
     pub bytes: usize,
 }
 
+/// How far ahead of what is decided the processor fetches.
+const PREFETCHED_OPS: usize = 4;
+
 /// About the bytes an event takes in the log and in memory.
 fn event_bytes(event: &Event) -> usize {
     ENTRY_OVERHEAD_BYTES
@@ -366,8 +369,13 @@ impl Decider<'_> {
         let growth = self.overlay.growth;
         let first = self.next;
         let mut bytes = 0;
-        let mut decision = Decision { events: Vec::new(), outcomes: Vec::with_capacity(command.ops.len()) };
-        for (index, op) in command.ops.into_iter().enumerate() {
+        let count = command.ops.len();
+        let mut decision = Decision { events: Vec::with_capacity(count), outcomes: Vec::with_capacity(count) };
+        let mut ops = command.ops.into_iter();
+        for index in 0.. {
+            // Whoever parsed it did so on another core: ask for the next ones while this one is decided.
+            ops.as_slice().get(PREFETCHED_OPS).into_iter().for_each(Op::prefetch);
+            let Some(op) = ops.next() else { break };
             self.next = first.plus(decision.events.len() as u64);
             let before = decision.events.len();
             let result = self.decide_op(op, &mut decision.events).and_then(|outcome| {

@@ -18,7 +18,7 @@
 //! Deliberately absent: compression, per-record syncing, retries. A failed write or sync is final (see `sequencer.rs`).
 
 use super::codec::{Record, decode_record, encode_record};
-use super::zeros::{ZeroAhead, write_zeros};
+use super::zeros::{Spare, ZeroAhead, write_zeros};
 use crate::disk::{self, File};
 use crate::error::Error;
 use crate::faults::{self, Bug};
@@ -229,6 +229,11 @@ fn segment_path(dir: &Path, first_revision: Revision) -> PathBuf {
     dir.join(format!("{:020}.log", first_revision.0))
 }
 
+/// Where the next segment is made ahead of time. A name like a segment's, of a revision that does not exist.
+fn spare_path(dir: &Path) -> PathBuf {
+    segment_path(dir, Revision::ZERO).with_extension("tmp")
+}
+
 /// A number that differs from segment to segment, so that a frame left over from another file is never taken for ours.
 fn new_salt() -> u32 {
     use std::hash::{BuildHasher, Hasher};
@@ -237,26 +242,31 @@ fn new_salt() -> u32 {
 }
 
 impl Segment {
-    /// Creates a segment whose first bytes are `frames` (not yet sealed with a salt).
+    /// Creates a segment whose first bytes are `frames` (not yet sealed with a salt), of the spare if there is one. Tells where
+    /// the next frame goes.
     fn create(
         dir: Option<&Path>,
         first_revision: Revision,
         size: u64,
         mut frames: FrameBuffer,
+        spare: Option<Spare>,
     ) -> Result<(Self, u64), AppendError> {
         let salt = new_salt();
         frames.seal(salt);
         let header = segment_header(VERSION, first_revision, salt, size);
         let end = (header.len() + frames.bytes.len()) as u64;
+        let begin = |file: &File| -> io::Result<()> {
+            file.write_all_at(&header, 0)?;
+            file.write_all_at(&frames.bytes, header.len() as u64)?;
+            file.sync()
+        };
         let fill = |file: &File| -> io::Result<()> {
             if !file.allocate(0, size)? {
                 // Some file systems cannot preallocate; the log then grows into a hole and finds a full disk when it writes.
                 file.set_length(size)?;
             }
-            file.write_all_at(&header, 0)?;
-            file.write_all_at(&frames.bytes, header.len() as u64)?;
             write_zeros(file, end, (end + FIRST_ZEROS_BYTES).min(size))?;
-            file.sync()
+            begin(file)
         };
         let (path, file) = match dir {
             None => {
@@ -266,8 +276,14 @@ impl Segment {
             }
             Some(dir) => {
                 let path = segment_path(dir, first_revision);
-                let beside = path.with_extension("tmp");
-                let file = File::create(&beside).and_then(|file| fill(&file).map(|()| file));
+                let (beside, file) = match spare {
+                    Some(Spare { path, file }) => (path, begin(&file).map(|()| file)),
+                    None => {
+                        let beside = path.with_extension("tmp");
+                        let file = File::create(&beside).and_then(|file| fill(&file).map(|()| file));
+                        (beside, file)
+                    }
+                };
                 let file = file.map_err(|e| {
                     // What is left of it would only take the space that is missing.
                     disk::remove_file(&beside).ok();
@@ -714,7 +730,7 @@ impl Wal {
                 return Err(Error::corrupt(dir, 0, "there is a snapshot but no log segment"));
             }
             let first = Revision::ZERO.next();
-            let (segment, at) = Segment::create(dir, first, segment_bytes, FrameBuffer { bytes: Vec::new() })?;
+            let (segment, at) = Segment::create(dir, first, segment_bytes, FrameBuffer { bytes: Vec::new() }, None)?;
             return Ok(Self::assemble(
                 dir,
                 vec![Arc::new(segment)],
@@ -807,7 +823,7 @@ impl Wal {
             log: Arc::clone(&log),
             active,
             at,
-            zeros: dir.is_some().then(ZeroAhead::start),
+            zeros: dir.map(|dir| ZeroAhead::start(spare_path(dir), segment_bytes)),
             appended: head,
             durable: head,
             vouched: Revision::ZERO,
@@ -990,7 +1006,9 @@ impl Wal {
         let needed = (SEGMENT_HEADER_BYTES + carried.bytes.len() + 2 * FRAME_HEADER_BYTES) as u64 + length;
         let size = self.segment_bytes.max((needed + reserve_of(self.segment_bytes)).next_multiple_of(4096));
         let replaces_empty = staged_from == self.active.first_revision;
-        let (segment, at) = Segment::create(self.dir.as_deref(), staged_from, size, carried)?;
+        let spare = self.zeros.as_mut().and_then(|zeros| zeros.take_spare(size));
+        let is_zero = spare.is_some();
+        let (segment, at) = Segment::create(self.dir.as_deref(), staged_from, size, carried, spare)?;
         if let Some(zeros) = &mut self.zeros {
             zeros.claim(self.active.size);
         }
@@ -1008,7 +1026,7 @@ impl Wal {
         }
         self.active = segment;
         self.at = at;
-        self.begin_zeros(at + FIRST_ZEROS_BYTES);
+        self.begin_zeros(if is_zero { size } else { at + FIRST_ZEROS_BYTES });
         Ok(())
     }
 
@@ -1038,7 +1056,7 @@ pub fn create_behind(dir: &Path, head: Revision) -> Result<Gap, Error> {
     let gap = Gap { from: head.next(), to: Revision((head.0 / RESTORE_STEP + 1) * RESTORE_STEP) };
     let mut frames = FrameBuffer { bytes: Vec::new() };
     frames.push(Kind::Gap, gap.from, 0, head, |out| out.put_revision(gap.to));
-    Segment::create(Some(dir), gap.from, *SEGMENT_BYTES.start(), frames)?;
+    Segment::create(Some(dir), gap.from, *SEGMENT_BYTES.start(), frames, None)?;
     Ok(gap)
 }
 

@@ -2,7 +2,9 @@
 //!
 //! An fdatasync that also has to convert unwritten extents costs the file system's journal; overwriting zeros does not. But
 //! whoever writes and syncs the zeros waits for them: done by the writer, a mebibyte of them forty times a second was one
-//! batch in a hundred that took a millisecond longer.
+//! batch in a hundred that took a millisecond longer. So does whoever syncs the same file meanwhile: one sync in ten took twice
+//! as long. Therefore the next segment is made ready while this one is in its second half, all zeros, as a file of its own, and
+//! only a log's first segment after a start, or one that fills faster than that, has its zeros written ahead in it.
 //!
 //! Invariants
 //! - Bytes below `zeroed` are the writer's, those from there on this thread's: the writer claims what it is about to write,
@@ -13,10 +15,10 @@
 //! The lock is never held over I/O. The writer takes it to say that it needs more; it waits only when it overtakes the zeros
 //! while a piece is being written there, for that piece.
 
-use crate::disk::File;
+use crate::disk::{self, File};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use thread_priority::unix::NormalThreadSchedulePolicy;
@@ -26,11 +28,23 @@ pub const AHEAD_BYTES: u64 = 2 << 20;
 /// Zeros written and synced at a time: what a sync of the writer may have to wait for.
 const PIECE_BYTES: u64 = 128 << 10;
 
+/// A file for the next segment: of its size, and zero, on disk.
+#[derive(Debug)]
+pub struct Spare {
+    /// Where it is until it has a name. A start removes what is there.
+    pub path: PathBuf,
+    /// Its handle.
+    pub file: File,
+}
+
 /// The writer's end.
 #[derive(Debug)]
 pub struct ZeroAhead {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    spare_bytes: u64,
+    /// A spare was asked for since the segment began.
+    has_asked: bool,
     /// The zeros reach at least so far.
     known: u64,
 }
@@ -53,31 +67,43 @@ struct State {
     /// A piece from `zeroed` on is being written.
     is_writing: bool,
     wanted: u64,
+    /// A spare is to be made, unless there is one.
+    is_spare_wanted: bool,
+    /// The spare, made.
+    spare: Option<Spare>,
     is_stopped: bool,
 }
 
+/// A spare that is being made.
+#[derive(Debug)]
+struct Unfinished {
+    spare: Spare,
+    zeroed: u64,
+}
+
 impl ZeroAhead {
-    /// Starts the thread.
+    /// Starts the thread, for a log whose segments have `segment_bytes` as a rule; the next one is made at `spare`.
     #[must_use]
-    pub fn start() -> Self {
+    pub fn start(spare: PathBuf, segment_bytes: u64) -> Self {
         let shared = Arc::<Shared>::default();
         let thread = super::spawn("zeros", {
             let shared = Arc::clone(&shared);
-            move || shared.run()
+            move || shared.run(&spare, segment_bytes)
         });
-        Self { shared, thread: Some(thread), known: 0 }
+        Self { shared, thread: Some(thread), spare_bytes: segment_bytes, has_asked: false, known: 0 }
     }
 
     /// Goes over to a segment of `size` bytes that is written up to `at` and zero up to `zeroed`.
     pub fn begin(&mut self, path: PathBuf, at: u64, zeroed: u64, size: u64) {
         {
             let mut state = self.shared.idle();
-            state.path = Some(path);
+            state.path = (zeroed < size).then_some(path);
             state.segment += 1;
             state.zeroed = zeroed;
             state.wanted = zeroed;
         }
         self.known = zeroed;
+        self.has_asked = false;
         self.advance(at, size);
     }
 
@@ -90,8 +116,18 @@ impl ZeroAhead {
         }
     }
 
-    /// The log of a segment of `size` bytes ends at `at`: zeros are wanted from there on.
+    /// The file for a segment of `size` bytes, if there is one. It has to have its name before [`Self::begin`].
+    pub fn take_spare(&mut self, size: u64) -> Option<Spare> {
+        if size == self.spare_bytes { self.shared.state.lock().spare.take() } else { None }
+    }
+
+    /// The log of a segment of `size` bytes ends at `at`: zeros are wanted from there on, and behind the middle the next segment.
     pub fn advance(&mut self, at: u64, size: u64) {
+        if at > size / 2 && !self.has_asked {
+            self.has_asked = true;
+            self.shared.state.lock().is_spare_wanted = true;
+            self.shared.changed.notify_one();
+        }
         if self.known >= size || at + AHEAD_BYTES / 2 < self.known {
             return;
         }
@@ -121,18 +157,30 @@ impl Shared {
         state
     }
 
-    fn run(&self) {
+    fn run(&self, spare_path: &Path, spare_bytes: u64) {
         super::stand_back(NormalThreadSchedulePolicy::Batch);
         let mut file = None;
         let mut failed_in = None;
+        let mut unfinished = None;
         let mut state = self.state.lock();
         while !state.is_stopped {
             if let Some(path) = state.path.take() {
                 file = File::open_to_write(&path).ok();
             }
-            let Some(file) = file.as_ref().filter(|_| state.zeroed < state.wanted && failed_in != Some(state.segment))
-            else {
-                self.changed.wait(&mut state);
+            let is_behind = state.zeroed < state.wanted && failed_in != Some(state.segment);
+            let Some(file) = file.as_ref().filter(|_| is_behind) else {
+                let is_wanted = std::mem::take(&mut state.is_spare_wanted) && state.spare.is_none();
+                if unfinished.is_none() && !is_wanted {
+                    self.changed.wait(&mut state);
+                    continue;
+                }
+                drop(state);
+                unfinished = match unfinished {
+                    Some(spare) => go_on(spare, spare_bytes),
+                    None => begin_spare(spare_path, spare_bytes),
+                };
+                state = self.state.lock();
+                state.spare = unfinished.take_if(|spare| spare.zeroed == spare_bytes).map(|made| made.spare);
                 continue;
             };
             let from = state.zeroed;
@@ -153,6 +201,48 @@ impl Shared {
             }
             state = self.state.lock();
         }
+        let spare = state.spare.take().or(unfinished.map(|unfinished| unfinished.spare));
+        drop(state);
+        if let Some(spare) = spare {
+            give_up(&spare.path, None);
+        }
+    }
+}
+
+fn begin_spare(path: &Path, size: u64) -> Option<Unfinished> {
+    let file = File::create(path).and_then(|file| {
+        // Where it cannot be preallocated, writing the zeros takes the room.
+        file.allocate(0, size)?;
+        Ok(file)
+    });
+    match file {
+        Ok(file) => Some(Unfinished { spare: Spare { path: path.to_owned(), file }, zeroed: 0 }),
+        Err(error) => {
+            give_up(path, Some(&error));
+            None
+        }
+    }
+}
+
+/// Writes a piece of it, on to the disk: what is left for the end would hold up syncs of other files.
+fn go_on(mut unfinished: Unfinished, size: u64) -> Option<Unfinished> {
+    let Unfinished { spare, zeroed } = &mut unfinished;
+    let to = (*zeroed + PIECE_BYTES).min(size);
+    if let Err(error) = write_zeros(&spare.file, *zeroed, to).and_then(|()| spare.file.sync()) {
+        give_up(&spare.path, Some(&error));
+        return None;
+    }
+    *zeroed = to;
+    Some(unfinished)
+}
+
+/// Without a spare the writer makes the next segment, and is told of a full disk. The room is given back: others may need it.
+fn give_up(path: &Path, error: Option<&io::Error>) {
+    if let Some(error) = error {
+        tracing::debug!(%error, "no file was made ahead for the log's next segment");
+    }
+    if let Err(error) = disk::remove_file(path) {
+        tracing::debug!(%error, "the file for the log's next segment was not removed");
     }
 }
 
@@ -176,7 +266,7 @@ mod tests {
     #[test]
     fn zeros_never_fall_on_what_was_claimed() {
         let dir = tempfile::tempdir().unwrap();
-        let mut zeros = ZeroAhead::start();
+        let mut zeros = ZeroAhead::start(dir.path().join("spare"), 1 << 20);
         for name in ["a", "b"] {
             let path = dir.path().join(name);
             let size = 3 * AHEAD_BYTES + 4097;
@@ -199,5 +289,40 @@ mod tests {
             let wrong = bytes[100..].iter().position(|&b| b != 7).map(|p| p + 100);
             assert!(wrong.is_none_or(|p| p as u64 == at), "a zero at {wrong:?}, written up to {at}");
         }
+    }
+
+    #[test]
+    fn the_next_segment_is_made_ready_in_the_second_half_of_this_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = (1 << 20) + 4096;
+        let mut zeros = ZeroAhead::start(dir.path().join("spare"), size);
+        let path = dir.path().join("a");
+        File::create(&path).unwrap().set_length(size).unwrap();
+        zeros.begin(path, 0, 0, size);
+        zeros.advance(size / 2, size);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert!(zeros.take_spare(size).is_none(), "not asked for yet");
+        zeros.advance(size / 2 + 1, size);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let spare = loop {
+            assert!(zeros.take_spare(size + 1).is_none(), "of another size");
+            if let Some(spare) = zeros.take_spare(size) {
+                break spare;
+            }
+            assert!(std::time::Instant::now() < deadline, "no spare was made");
+            std::thread::yield_now();
+        };
+        let bytes = std::fs::read(&spare.path).unwrap();
+        assert!(bytes.len() as u64 == size && bytes.iter().all(|&b| b == 0));
+        let path = dir.path().join("b");
+        std::fs::rename(&spare.path, &path).unwrap();
+        // All of it is zero: what is written is all that changes.
+        zeros.begin(path, 100, size, size);
+        zeros.claim(size);
+        spare.file.write_all_at(&[7; 5], 100).unwrap();
+        zeros.advance(size - 1, size);
+        drop(zeros);
+        let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(names.iter().all(|name| name == "a" || name == "b"), "what nobody took is removed: {names:?}");
     }
 }

@@ -15,13 +15,8 @@
 //!   by a quarter, a search found one answer in twelve.
 
 use super::Metric;
-use super::distance::kernels;
+use super::distance::{BIAS, STEPS, Steps, kernels};
 use super::nodes::{Figures, Nodes};
-
-/// Added to a signed step to store it unsigned.
-const BIAS: i32 = 128;
-/// Largest step.
-const STEPS: f32 = 127.0;
 
 /// Writes the bytes of a row and returns its figures. `centre` is taken off first; empty for none.
 pub fn encode(metric: Metric, numbers: &[f32], centre: &[f32], code: &mut [u8]) -> Figures {
@@ -33,19 +28,10 @@ pub fn encode(metric: Metric, numbers: &[f32], centre: &[f32], code: &mut [u8]) 
 }
 
 fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
-    let largest = largest(numbers);
+    let Steps { largest, squares } = (kernels().to_steps)(numbers, code);
     if largest == 0.0 {
-        code.fill(BIAS as u8);
         return Figures::default();
     }
-    let inverse = STEPS / largest;
-    if inverse.is_finite() {
-        quantise(numbers.iter().map(|n| n * inverse), code);
-    } else {
-        // So small that its inverse is infinite.
-        quantise(numbers.iter().map(|n| n / largest * STEPS), code);
-    }
-    let squares: i32 = code.iter().map(|&byte| (i32::from(byte) - BIAS).pow(2)).sum();
     // The cast: at most DIM_MAX * 127^2, and f32 keeps seven digits of it.
     let squares = squares as f32;
     match metric {
@@ -54,29 +40,6 @@ fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
             let scale = largest / STEPS;
             Figures { scale, square: scale * scale * squares }
         }
-    }
-}
-
-/// The largest of their sizes; several side by side, as one comparison would wait for the one before.
-fn largest(numbers: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let (chunks, rest) = numbers.as_chunks::<LANES>();
-    let mut largest = [0f32; LANES];
-    for chunk in chunks {
-        for (largest, n) in largest.iter_mut().zip(chunk) {
-            *largest = largest.max(n.abs());
-        }
-    }
-    rest.iter().chain(&largest).fold(0f32, |m, n| m.max(n.abs()))
-}
-
-/// Rounds to steps. Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the float: one instruction for many
-/// numbers at once, where a call to round is one for each.
-fn quantise(steps: impl Iterator<Item = f32>, code: &mut [u8]) {
-    const MAGIC: f32 = 12_582_912.0;
-    for (code, step) in code.iter_mut().zip(steps) {
-        // The cast keeps the low byte: -127..=127 with the offset added is 1..=255.
-        *code = ((step + MAGIC).to_bits().wrapping_add(BIAS as u32)) as u8;
     }
 }
 

@@ -22,6 +22,7 @@ use crate::error::Error;
 use crate::revision::Revision;
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
@@ -51,8 +52,7 @@ pub struct Collection {
     rows: RowStore,
     /// Up to where the files are complete.
     checkpoint: Revision,
-    /// Ids that changed since then. Not hashed: a table of a million would be filled anew under the writer.
-    changed: BTreeSet<VectorId>,
+    changes: Changes,
     ids: BTreeMap<VectorId, Slot>,
     slots: Chunks<SlotState>,
     free: Vec<Slot>,
@@ -84,6 +84,24 @@ pub struct Collection {
     linked: usize,
     /// Links, deaths and repairs, to tell how old a graph file is.
     graph_changes: u64,
+}
+
+/// What changed since a checkpoint. Slots rather than ids, and nothing that is hashed: the writer notes every vector, and a table
+/// of a million would be filled anew under it.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Of ids that were written. Those who have left one since are in `gone` or in another slot.
+    pub slots: RoaringBitmap,
+    /// Ids that were deleted, and may be back.
+    pub gone: BTreeSet<VectorId>,
+}
+
+impl Changes {
+    /// Whether nothing changed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty() && self.gone.is_empty()
+    }
 }
 
 /// Searches are numbered as they begin.
@@ -175,7 +193,7 @@ impl Query {
         if spec.metric != Metric::Cosine {
             return Self { numbers: vector.to_vec() };
         }
-        let norm = dot_f64(vector, vector).sqrt();
+        let norm = (kernels().squares_f64)(vector).sqrt();
         // The cast: a component of a unit vector fits f32.
         let numbers = vector.iter().map(|&n| (f64::from(n) / norm) as f32).collect();
         Self { numbers }
@@ -258,7 +276,7 @@ impl Collection {
             created,
             rows: RowStore::open(dir.map(|d| d.join("rows.f32")), spec.dim)?,
             checkpoint: created,
-            changed: BTreeSet::new(),
+            changes: Changes::default(),
             ids: BTreeMap::new(),
             slots: Chunks::new(),
             free: Vec::new(),
@@ -347,7 +365,7 @@ impl Collection {
     /// Up to where its files are complete, and whether anything changed since.
     #[must_use]
     pub fn checkpoint(&self) -> (Revision, bool) {
-        (self.checkpoint, !self.changed.is_empty())
+        (self.checkpoint, !self.changes.is_empty())
     }
 
     /// Live vectors.
@@ -419,38 +437,52 @@ impl Collection {
 
     /// Applies a vector write. The room must have been allocated.
     pub fn put(&mut self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision, horizon: Horizon) {
-        let old = self.ids.get(id).copied();
-        if self.is_known(old, revision) {
-            return;
+        if self.free.is_empty() {
+            self.reclaim(1, horizon);
         }
+        let slot = self.free.last().copied().unwrap_or_else(|| to_slot(self.slots.len()));
+        // One way through the map: each looks at a dozen ids in memory that is not at hand.
+        let old = match self.ids.entry(id.clone()) {
+            Entry::Vacant(place) if revision > self.checkpoint => {
+                place.insert(slot);
+                None
+            }
+            Entry::Occupied(mut place) if revision > self.checkpoint.max(self.slots[place.get().index()].revision) => {
+                Some(place.insert(slot))
+            }
+            // The files already held what this revision did.
+            _ => return,
+        };
         self.revision = self.revision.max(revision);
-        let slot = self.take_slot(horizon, id);
-        self.rows.write(slot, numbers);
-        let norm = self.norm(numbers);
-        self.text_bytes += id.as_str().len() + meta.text().len();
-        self.slots[slot.index()] = SlotState {
+        let state = SlotState {
             born: revision,
             died: ALIVE,
-            norm,
+            norm: self.norm(numbers),
             stage: Stage::Outside,
             revision,
             id: id.clone(),
             meta: meta.clone(),
         };
-        self.ids.insert(id.clone(), slot);
+        if self.free.pop().is_some() {
+            self.slots[slot.index()] = state;
+        } else {
+            self.slots.push(state);
+        }
+        self.rows.write(slot, numbers);
+        self.text_bytes += id.as_str().len() + meta.text().len();
         self.live.insert(slot.0);
         self.unindexed.insert(slot.0);
         self.code(slot);
         if let Some(old) = old {
             self.bury(old, revision, horizon);
         }
-        self.changed.insert(id.clone());
+        self.changes.slots.insert(slot.0);
     }
 
     /// Puts a live slot that is outside into the graph's memory and the tail.
     fn code(&mut self, slot: Slot) {
         let Some(graph) = &self.graph else { return };
-        // SAFETY: the slot is outside: no link leads to it, it is not in the tail, and `take_slot` gave it out only when no
+        // SAFETY: the slot is outside: no link leads to it, it is not in the tail, and it was free, which it is only when no
         // search or linker was left that could know its last tenant. The collection's write lock keeps others away.
         unsafe { self.write_code(graph, slot) };
         self.slots[slot.index()].stage = Stage::Waiting;
@@ -496,7 +528,7 @@ impl Collection {
         let old = std::mem::replace(&mut state.meta, meta.clone());
         state.revision = revision;
         self.outdate(slot, old);
-        self.changed.insert(id.clone());
+        self.changes.slots.insert(slot.0);
     }
 
     /// Applies a delete.
@@ -508,7 +540,7 @@ impl Collection {
         self.revision = self.revision.max(revision);
         self.ids.remove(id);
         self.bury(slot, revision, horizon);
-        self.changed.insert(id.clone());
+        self.changes.gone.insert(id.clone());
     }
 
     /// Whether the files already held what this revision did.
@@ -521,7 +553,7 @@ impl Collection {
             return 1.0;
         }
         // The cast: out of range becomes infinite and then NaN below.
-        let norm = dot_f64(numbers, numbers).sqrt() as f32;
+        let norm = (kernels().squares_f64)(numbers).sqrt() as f32;
         if NORM_RANGE.contains(&norm) { norm } else { f32::NAN }
     }
 
@@ -544,17 +576,6 @@ impl Collection {
                 self.buried.push(slot.0);
             }
         }
-    }
-
-    fn take_slot(&mut self, horizon: Horizon, tenant: &VectorId) -> Slot {
-        if self.free.is_empty() {
-            self.reclaim(1, horizon);
-        }
-        self.free.pop().unwrap_or_else(|| {
-            let slot = to_slot(self.slots.len());
-            self.slots.push(SlotState::free(tenant.clone()));
-            slot
-        })
     }
 
     /// Frees up to so many dead slots that no search can know any more, and whose death no crash can undo. Returns
@@ -922,37 +943,45 @@ impl Collection {
         }
     }
 
-    /// Takes the ids that changed since the last call: what the next checkpoint has to write. O(1).
+    /// Takes what changed since the last call: what the next checkpoint has to write. O(1).
     #[must_use]
-    pub fn take_changes(&mut self) -> BTreeSet<VectorId> {
-        std::mem::take(&mut self.changed)
+    pub fn take_changes(&mut self) -> Changes {
+        std::mem::take(&mut self.changes)
     }
 
     /// Gives changes back whose checkpoint failed.
-    pub fn restore_changes(&mut self, ids: BTreeSet<VectorId>) {
-        self.changed.extend(ids);
+    pub fn restore_changes(&mut self, changes: Changes) {
+        self.changes.slots |= changes.slots;
+        self.changes.gone.extend(changes.gone);
+    }
+
+    /// What a checkpoint writes for these slots, as they are now; nothing for those that nobody lives in.
+    #[must_use]
+    pub fn entries_in(&self, slots: &[u32]) -> Vec<SlotEntry> {
+        slots.iter().filter(|&&slot| self.live.contains(slot)).map(|&slot| self.entry_in(Slot(slot))).collect()
     }
 
     /// What a checkpoint writes for these ids, as they are now.
     #[must_use]
-    pub fn slot_entries(&self, ids: &[VectorId]) -> Vec<SlotEntry> {
-        let entry = |id: &VectorId| match self.ids.get(id) {
-            Some(&slot) => {
-                let state = &self.slots[slot.index()];
-                let meta = state.meta.clone();
-                SlotEntry::Live {
-                    id: id.clone(),
-                    slot,
-                    born: state.born,
-                    revision: state.revision,
-                    norm: state.norm,
-                    row_crc: Some(self.rows.row_crc(slot)),
-                    meta,
-                }
-            }
-            None => SlotEntry::Gone { id: id.clone() },
+    pub fn entries_of(&self, ids: &[VectorId]) -> Vec<SlotEntry> {
+        let entry = |id: &VectorId| {
+            let slot = self.ids.get(id);
+            slot.map_or_else(|| SlotEntry::Gone { id: id.clone() }, |&slot| self.entry_in(slot))
         };
         ids.iter().map(entry).collect()
+    }
+
+    fn entry_in(&self, slot: Slot) -> SlotEntry {
+        let state = &self.slots[slot.index()];
+        SlotEntry::Live {
+            id: state.id.clone(),
+            slot,
+            born: state.born,
+            revision: state.revision,
+            norm: state.norm,
+            row_crc: Some(self.rows.row_crc(slot)),
+            meta: state.meta.clone(),
+        }
     }
 
     /// The checksum of the numbers that `id` has had since `born`, if it still has them; for `kiss-vdb check`.

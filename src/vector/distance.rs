@@ -1,9 +1,11 @@
-//! Inner product and squared Euclidean distance of two rows of f32, by the widest instructions the machine has.
+//! Inner product and squared Euclidean distance of two rows of f32, and their rounding to bytes, by the widest instructions the
+//! machine has.
 //!
 //! Each kernel has four independent accumulators so that the adds of one step do not wait for those of the step before
 //! (a fused multiply-add takes four cycles, two start each cycle). The scalar twin sums in sixteen lanes: it is the
 //! fallback and what the tests hold the others against. Results differ between kernels in the last bits, because the
-//! order of additions differs; on one machine they are reproducible.
+//! order of additions differs; on one machine they are reproducible. Norms and rounding to bytes are the scalar code, compiled
+//! again for wider instructions, and the same everywhere.
 //!
 //! `unsafe` stands here for these instructions; ARCHITECTURE.md lists where else.
 
@@ -12,6 +14,20 @@ use std::sync::OnceLock;
 type Kernel = fn(&[f32], &[f32]) -> f32;
 /// For each row of unsigned bytes, its inner product with a query of signed bytes.
 type CodeKernel = fn(&[i8], &[&[u8]], &mut [i32]);
+
+/// Added to a signed step to store it unsigned.
+pub const BIAS: i32 = 128;
+/// Largest step.
+pub const STEPS: f32 = 127.0;
+
+/// A row rounded to steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Steps {
+    /// The largest number, which is [`STEPS`] steps.
+    pub largest: f32,
+    /// Sum of the squares of the steps.
+    pub squares: i32,
+}
 
 /// The kernels chosen for this machine.
 #[derive(Clone, Copy)]
@@ -24,6 +40,10 @@ pub struct Kernels {
     pub l2_squared: Kernel,
     /// Inner products of a query of signed bytes with rows of unsigned bytes, all of the same length; one for each row.
     pub code_dots: CodeKernel,
+    /// Sum of the squares.
+    pub squares_f64: fn(&[f32]) -> f64,
+    /// Rounds a row to steps, each stored with [`BIAS`] added.
+    pub to_steps: fn(&[f32], &mut [u8]) -> Steps,
 }
 
 /// The kernels for this machine, detected once.
@@ -33,7 +53,14 @@ pub fn kernels() -> Kernels {
     *CHOSEN.get_or_init(|| supported().pop().unwrap_or(SCALAR))
 }
 
-const SCALAR: Kernels = Kernels { name: "scalar", dot: dot_scalar, l2_squared: l2_scalar, code_dots: code_dots_scalar };
+const SCALAR: Kernels = Kernels {
+    name: "scalar",
+    dot: dot_scalar,
+    l2_squared: l2_scalar,
+    code_dots: code_dots_scalar,
+    squares_f64: squares_f64_scalar,
+    to_steps: to_steps_scalar,
+};
 
 /// Every kernel set this machine can run, narrowest first.
 pub fn supported() -> Vec<Kernels> {
@@ -47,6 +74,8 @@ pub fn supported() -> Vec<Kernels> {
                 dot: x86::dot_avx2_checked,
                 l2_squared: x86::l2_avx2_checked,
                 code_dots: x86::code_dots_avx2_checked,
+                squares_f64: x86::squares_f64_avx2_checked,
+                to_steps: x86::to_steps_avx2_checked,
             });
         }
         if std::arch::is_x86_feature_detected!("avx512f") {
@@ -59,6 +88,8 @@ pub fn supported() -> Vec<Kernels> {
                 dot: x86::dot_avx512_checked,
                 l2_squared: x86::l2_avx512_checked,
                 code_dots: if has_vnni { x86::code_dots_vnni_checked } else { narrower },
+                squares_f64: x86::squares_f64_avx512_checked,
+                to_steps: x86::to_steps_avx512_checked,
             });
         }
     }
@@ -68,6 +99,7 @@ pub fn supported() -> Vec<Kernels> {
         dot: neon::dot_checked,
         l2_squared: neon::l2_checked,
         code_dots: neon::code_dots_checked,
+        ..SCALAR
     });
     sets
 }
@@ -118,6 +150,12 @@ pub fn prefetch(at: *const u8) {
     let _ = at;
 }
 
+/// The same for all lines of some numbers, at once.
+pub fn prefetch_numbers(numbers: &[f32]) {
+    const LINE_NUMBERS: usize = 64 / size_of::<f32>();
+    numbers.iter().step_by(LINE_NUMBERS).for_each(|number| prefetch(std::ptr::from_ref(number).cast()));
+}
+
 /// Inner product in f64: for rows whose f32 sum overflows, and for norms.
 #[must_use]
 pub fn dot_f64(a: &[f32], b: &[f32]) -> f64 {
@@ -131,6 +169,7 @@ pub fn l2_squared_f64(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Adds up in eight sums, side by side: in one, each addition would wait for the one before.
+#[inline(always)]
 fn sum_f64(a: &[f32], b: &[f32], term: impl Fn(f64, f64) -> f64) -> f64 {
     const SUMS: usize = 8;
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>());
@@ -142,6 +181,51 @@ fn sum_f64(a: &[f32], b: &[f32], term: impl Fn(f64, f64) -> f64) -> f64 {
     }
     let rest = a_rest.iter().zip(b_rest).map(|(&x, &y)| term(x.into(), y.into()));
     rest.chain(sums).sum()
+}
+
+#[inline(always)]
+fn squares_f64_scalar(numbers: &[f32]) -> f64 {
+    sum_f64(numbers, numbers, |x, y| x * y)
+}
+
+#[inline(always)]
+fn to_steps_scalar(numbers: &[f32], code: &mut [u8]) -> Steps {
+    let largest = largest(numbers);
+    let inverse = STEPS / largest;
+    if largest == 0.0 {
+        code.fill(BIAS as u8);
+        return Steps { largest, squares: 0 };
+    } else if inverse.is_finite() {
+        round(numbers.iter().map(|n| n * inverse), code);
+    } else {
+        // So small that its inverse is infinite.
+        round(numbers.iter().map(|n| n / largest * STEPS), code);
+    }
+    Steps { largest, squares: code.iter().map(|&byte| (i32::from(byte) - BIAS).pow(2)).sum() }
+}
+
+/// The largest of their sizes; several side by side, as one comparison would wait for the one before.
+#[inline(always)]
+fn largest(numbers: &[f32]) -> f32 {
+    let (chunks, rest) = numbers.as_chunks::<LANES>();
+    let mut largest = [0f32; LANES];
+    for chunk in chunks {
+        for (largest, n) in largest.iter_mut().zip(chunk) {
+            *largest = largest.max(n.abs());
+        }
+    }
+    rest.iter().chain(&largest).fold(0f32, |m, n| m.max(n.abs()))
+}
+
+/// Rounds to steps. Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the float: one instruction for many
+/// numbers at once, where a call to round is one for each.
+#[inline(always)]
+fn round(steps: impl Iterator<Item = f32>, code: &mut [u8]) {
+    const MAGIC: f32 = 12_582_912.0;
+    for (code, step) in code.iter_mut().zip(steps) {
+        // The cast keeps the low byte: -127..=127 with the offset added is 1..=255.
+        *code = ((step + MAGIC).to_bits().wrapping_add(BIAS as u32)) as u8;
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -162,6 +246,31 @@ mod x86 {
     checked!(l2_avx512_checked, l2_avx512, "avx512f");
     checked!(dot_avx2_checked, dot_avx2, "avx2,fma");
     checked!(l2_avx2_checked, l2_avx2, "avx2,fma");
+
+    /// The scalar code, compiled for these instructions.
+    macro_rules! widened {
+        ($squares:ident, $to_steps:ident, $feature:literal) => {
+            pub fn $squares(numbers: &[f32]) -> f64 {
+                #[target_feature(enable = $feature)]
+                fn wide(numbers: &[f32]) -> f64 {
+                    super::squares_f64_scalar(numbers)
+                }
+                // SAFETY: `supported` lists this function only after detecting its CPU features.
+                unsafe { wide(numbers) }
+            }
+
+            pub fn $to_steps(numbers: &[f32], code: &mut [u8]) -> super::Steps {
+                #[target_feature(enable = $feature)]
+                fn wide(numbers: &[f32], code: &mut [u8]) -> super::Steps {
+                    super::to_steps_scalar(numbers, code)
+                }
+                // SAFETY: `supported` lists this function only after detecting its CPU features.
+                unsafe { wide(numbers, code) }
+            }
+        };
+    }
+    widened!(squares_f64_avx512_checked, to_steps_avx512_checked, "avx512f");
+    widened!(squares_f64_avx2_checked, to_steps_avx2_checked, "avx2,fma");
 
     /// # Safety
     /// The CPU has AVX-512F and `a.len() == b.len()`.
@@ -462,6 +571,25 @@ mod tests {
                 let l2 = f64::from((set.l2_squared)(&a, &b));
                 assert!((dot - dot_f64(&a, &b)).abs() < 1e-5 * scale, "{} dot at {length}", set.name);
                 assert!((l2 - l2_squared_f64(&a, &b)).abs() < 1e-5 * scale, "{} l2 at {length}", set.name);
+            }
+        }
+    }
+
+    #[test]
+    fn norms_and_rounding_are_the_same_with_all_instructions() {
+        let number = |seed: usize| ((seed * 2_654_435_761) % 2001) as f32 / 1000.0 - 1.0;
+        for length in (1..=200).chain([383, 384, 385, 784, 8192]) {
+            for scale in [1.0, 0.0, 1e30, 1e-41] {
+                let numbers: Vec<f32> = (0..length).map(|i| number(i) * scale).collect();
+                let mut expected = vec![0; length];
+                let steps = to_steps_scalar(&numbers, &mut expected);
+                for set in supported() {
+                    let mut code = vec![0; length];
+                    assert_eq!((set.to_steps)(&numbers, &mut code), steps, "{} at {length}", set.name);
+                    assert_eq!(code, expected, "{} at {length}", set.name);
+                    let squares = (set.squares_f64)(&numbers);
+                    assert_eq!(squares.to_bits(), squares_f64_scalar(&numbers).to_bits(), "{} at {length}", set.name);
+                }
             }
         }
     }

@@ -201,6 +201,11 @@ impl Vector {
     pub fn as_slice(&self) -> &[f32] {
         &self.0
     }
+
+    /// Asks the processor to fetch the numbers: worth it where another core wrote them.
+    pub fn prefetch(&self) {
+        distance::prefetch_numbers(&self.0);
+    }
 }
 
 /// A vector's metadata: compact JSON text of an object. Cheap to clone.

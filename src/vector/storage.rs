@@ -10,7 +10,7 @@
 //!
 //! `unsafe` stands here for mapping files; ARCHITECTURE.md lists where else.
 
-use super::distance::prefetch;
+use super::distance::prefetch_numbers;
 use super::nodes::populate;
 use super::{CollectionSpec, Metric, Slot, VectorId, VectorMeta};
 use crate::disk::{self, File};
@@ -161,10 +161,7 @@ impl RowStore {
 
     /// Asks the processor to fetch a row: worth it where rows come in no order.
     pub fn prefetch(&self, slot: Slot) {
-        let row = self.row(slot);
-        for line in row.chunks(ROW_ALIGN / size_of::<f32>()) {
-            prefetch(line.as_ptr().cast());
-        }
+        prefetch_numbers(self.row(slot));
     }
 
     /// Replaces the numbers in a slot. The room must have been allocated.
