@@ -8,7 +8,7 @@ gzipped IDX of bytes): the base, the queries and the exact truth.
 
 Needs `pip install hnswlib numpy matplotlib` (hnswlib is compiled for this machine) and a release build. An example:
 
-    python benches/peers.py --dataset DIR --svg docs/recall.svg --csv recall.csv -- --rounds 3
+    python benches/peers.py --dataset DIR --svg docs/recall.svg --csv recall.csv -- --seconds 2
 
 What follows `--` goes to `kiss-vdb bench`; where it prints an ef more than once, the best counts, as for hnswlib.
 """

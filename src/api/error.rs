@@ -153,7 +153,7 @@ impl ApiError {
                 (StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail, String::new())
             }
             Self::UnsupportedMediaType(takes) => {
-                let detail = format!("this route takes a body of Content-Type: {takes}");
+                let detail = format!("this route takes a body {takes}");
                 (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail, String::new())
             }
             Self::BodyTimeout => {

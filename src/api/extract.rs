@@ -247,6 +247,11 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+    {
+        // Taken as it is, it would be stored as something else than what was meant.
+        return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
+    }
     let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
     let announced =
         headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
@@ -264,7 +269,7 @@ pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResu
 /// Reads a JSON body's text, after checking its type and depth.
 pub async fn read_json(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
     if body_type(headers)? != BodyType::Json {
-        return Err(ApiError::UnsupportedMediaType("application/json"));
+        return Err(ApiError::UnsupportedMediaType("of Content-Type: application/json"));
     }
     read_body(headers, body, limit).await
 }

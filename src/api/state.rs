@@ -227,7 +227,9 @@ pub async fn patch(State(app): State<App>, head: Head, body: Body) -> ApiResult 
     let key = key_of(uri)?;
     let params = Params::parse(uri, &["ttl_ms", "if_revision"])?;
     if let BodyType::Other(_) = body_type(headers)? {
-        return Err(ApiError::UnsupportedMediaType("application/merge-patch+json or application/json"));
+        return Err(ApiError::UnsupportedMediaType(
+            "of Content-Type: application/merge-patch+json or application/json",
+        ));
     }
     let bytes = read_body(headers, body, app.max_body_bytes.min(PATCH_BYTES_MAX)).await?;
     let patch: &RawValue = parse_json(&bytes)?;

@@ -532,11 +532,14 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
 /// Lets other threads go before this one: batch work that becomes ready does not take the core of whoever runs, and idle work
 /// gets one when nobody else wants it. Where the system refuses, everything is slower under load and nothing else.
 pub fn stand_back(policy: NormalThreadSchedulePolicy) {
-    // Not nicer than others: what it holds a lock for must not wait long either.
-    let nice = ThreadPriority::Os(ThreadPriorityOsValue::default());
+    // As nice as the rest of the process, whatever its operator chose: what it holds a lock for must not wait long either.
+    let nice = rustix::process::getpriority_process(None);
+    let neutral = ThreadPriority::Os(ThreadPriorityOsValue::default());
     let policy = ThreadSchedulePolicy::Normal(policy);
-    if let Err(error) = set_thread_priority_and_policy(thread_native_id(), nice, policy) {
-        tracing::debug!(?error, ?policy, "a thread runs like any other");
+    let changed = set_thread_priority_and_policy(thread_native_id(), neutral, policy);
+    let nice = nice.and_then(|nice| rustix::process::setpriority_process(None, nice));
+    if changed.is_err() || nice.is_err() {
+        tracing::debug!(?changed, ?nice, ?policy, "a thread runs like any other");
     }
 }
 
