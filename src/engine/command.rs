@@ -9,9 +9,9 @@ use crate::vector::distance::prefetch;
 use crate::vector::filter::Filter;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use bytes::Bytes;
+use smol_str::SmolStr;
 use std::borrow::Borrow;
 use std::num::NonZeroU64;
-use std::sync::Arc;
 
 /// Longest key in bytes. Long enough for paths and composed ids, short enough to keep a million in memory.
 pub const KEY_BYTES_MAX: usize = 1024;
@@ -47,9 +47,10 @@ pub const SERVER_TYPES: [&str; 11] = [
     "reset",
 ];
 
-/// A key: 1 to [`KEY_BYTES_MAX`] bytes of UTF-8 without control characters. Cheap to clone.
+/// A key: 1 to [`KEY_BYTES_MAX`] bytes of UTF-8 without control characters. Cheap to clone; up to 23 bytes stand in place, so that
+/// a lookup goes after no pointer for each of a dozen comparisons.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key(Arc<str>);
+pub struct Key(SmolStr);
 
 impl Key {
     /// Checks the limits.

@@ -34,6 +34,7 @@ pub mod topk;
 pub mod validate;
 
 use crate::error::Rejection;
+use smol_str::SmolStr;
 use std::borrow::Borrow;
 use std::sync::{Arc, LazyLock};
 
@@ -64,7 +65,7 @@ impl Slot {
 
 /// A collection's name: `[A-Za-z0-9][A-Za-z0-9_.-]{0,63}`. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CollectionName(Arc<str>);
+pub struct CollectionName(SmolStr);
 
 impl CollectionName {
     /// Checks the form.
@@ -93,7 +94,7 @@ impl Borrow<str> for CollectionName {
 
 /// A vector's id: 1 to [`ID_BYTES_MAX`] bytes of UTF-8. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct VectorId(Arc<str>);
+pub struct VectorId(SmolStr);
 
 impl VectorId {
     /// Checks the length.
