@@ -31,6 +31,8 @@ const CHUNKS_PER_POLL: usize = 16;
 const IGNORED_BYTES_MAX: usize = 16 << 10;
 /// What ends a chunked body.
 const END: &[u8] = b"0\r\n\r\n";
+/// Up to so many bytes, an answer's head and body are copied into one piece: that is dearer for the kernel in two.
+const ONE_PIECE: usize = 1024;
 
 /// An answer's stream, in the extensions of the response, until it is known which protocol carries it. One holder at a
 /// time; the lock is there because extensions are shared by type.
@@ -126,6 +128,16 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Socket<I> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.handoff.is_flushed.store(false, Ordering::Relaxed);
+        let length = slices.iter().map(|slice| slice.len()).sum::<usize>();
+        if length <= ONE_PIECE {
+            let mut piece = [0; ONE_PIECE];
+            let mut at = 0;
+            for slice in slices {
+                piece[at..at + slice.len()].copy_from_slice(slice);
+                at += slice.len();
+            }
+            return Pin::new(&mut self.io).poll_write(cx, &piece[..length]);
+        }
         Pin::new(&mut self.io).poll_write_vectored(cx, slices)
     }
 
