@@ -247,7 +247,10 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
-    if headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+    if headers
+        .get_all(header::CONTENT_ENCODING)
+        .iter()
+        .any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
     {
         // Taken as it is, it would be stored as something else than what was meant.
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));

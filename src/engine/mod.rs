@@ -532,7 +532,8 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
 /// Lets other threads go before this one: batch work that becomes ready does not take the core of whoever runs, and idle work
 /// gets one when nobody else wants it. Where the system refuses, everything is slower under load and nothing else.
 pub fn stand_back(policy: NormalThreadSchedulePolicy) {
-    // As nice as the rest of the process, whatever its operator chose: what it holds a lock for must not wait long either.
+    // As nice as the rest of the process, whatever its operator chose (less than 0 only where the process may choose that): what
+    // it holds a lock for must not wait long either.
     let nice = rustix::process::getpriority_process(None);
     let neutral = ThreadPriority::Os(ThreadPriorityOsValue::default());
     let policy = ThreadSchedulePolicy::Normal(policy);

@@ -134,7 +134,7 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Backg
         Some(snapshot) => load(snapshot, &paths.vectors, background)?,
         None => (State::default(), Vec::new()),
     };
-    if revision == Revision::ZERO && is_empty(&paths.log)? && !is_empty(&paths.vectors)? {
+    if revision == Revision::ZERO && !has_segments(&paths.log)? && !is_empty(&paths.vectors)? {
         return Err(Error::corrupt(&paths.log, 0, "there are vectors but neither log nor snapshot: both are missing"));
     }
     let mut preparer = Preparer::new(Some(paths.vectors.clone()), background);
@@ -254,6 +254,12 @@ fn remove_orphans(state: &State, vectors: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Files that are being made do not count.
+fn has_segments(log: &Path) -> Result<bool, Error> {
+    let files = disk::list(log).map_err(Error::io("cannot list", log))?;
+    Ok(files.iter().any(|path| path.extension().is_some_and(|ending| ending == "log")))
 }
 
 fn is_empty(dir: &Path) -> Result<bool, Error> {

@@ -371,8 +371,8 @@ impl Segment {
         self.path.as_deref().unwrap_or(Path::new("in-memory log"))
     }
 
-    /// The whole segment, and where the last of its data ends. Only what was ever written is read: most of a new segment
-    /// is a hole, and reading 64 MiB of zeros would be most of a restart.
+    /// The whole segment, and where the last of its data ends. Only what was ever written is read: most of a log's first
+    /// segment is a hole. (One made of a spare is all zeros: reading those takes some tens of milliseconds.)
     fn read_data(&self) -> Result<(Vec<u8>, usize), Error> {
         let size =
             usize::try_from(self.size).map_err(|_| Error::corrupt(self.name(), 24, "the segment is too large"))?;

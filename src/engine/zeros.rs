@@ -4,13 +4,16 @@
 //! whoever writes and syncs the zeros waits for them: done by the writer, a mebibyte of them forty times a second was one
 //! batch in a hundred that took a millisecond longer. So does whoever syncs the same file meanwhile: one sync in ten took twice
 //! as long. Therefore the next segment is made ready while this one is in its second half, all zeros, as a file of its own, and
-//! only a log's first segment after a start, or one that fills faster than that, has its zeros written ahead in it.
+//! only a log's first segment after a start, or one that follows before that was done, has its zeros written ahead in it.
 //!
 //! Invariants
 //! - Bytes below `zeroed` are the writer's, those from there on this thread's: the writer claims what it is about to write,
 //!   so no zero ever falls on a frame.
 //! - Nothing rests on the zeros: a failure here ends them for this segment. The thread has a file description of its own,
-//!   because a failed sync is reported once to each, and the writer must not miss it: it fails at its next sync.
+//!   because a failed sync is reported once to each, and the writer must not miss it: it fails at its next sync. (A spare's
+//!   description goes over to the writer; one whose sync failed does not.)
+//! - The spare's path is either the thread's or the writer's. The thread begins one when the writer has asked and none is left;
+//!   taking one takes back what was asked, and the writer asks again only in the segment that the spare has become.
 //!
 //! The lock is never held over I/O. The writer takes it to say that it needs more; it waits only when it overtakes the zeros
 //! while a piece is being written there, for that piece.
@@ -102,6 +105,8 @@ impl ZeroAhead {
             state.zeroed = zeroed;
             state.wanted = zeroed;
         }
+        // Whether there is work or not: the thread lets go of the segment before.
+        self.shared.changed.notify_one();
         self.known = zeroed;
         self.has_asked = false;
         self.advance(at, size);
@@ -116,9 +121,23 @@ impl ZeroAhead {
         }
     }
 
-    /// The file for a segment of `size` bytes, if there is one. It has to have its name before [`Self::begin`].
+    /// The file for a segment of `size` bytes, if there is one. It has to have its name before [`Self::begin`]. One of another
+    /// size is given up: its room may be needed.
     pub fn take_spare(&mut self, size: u64) -> Option<Spare> {
-        if size == self.spare_bytes { self.shared.state.lock().spare.take() } else { None }
+        let spare = {
+            let mut state = self.shared.state.lock();
+            let spare = state.spare.take();
+            if spare.is_some() {
+                // Asked for while this one was left over, and not looked at yet: the thread would make the next in its place.
+                state.is_spare_wanted = false;
+            }
+            spare?
+        };
+        if size == self.spare_bytes {
+            return Some(spare);
+        }
+        give_up(&spare.path, None);
+        None
     }
 
     /// The log of a segment of `size` bytes ends at `at`: zeros are wanted from there on, and behind the middle the next segment.
@@ -160,14 +179,18 @@ impl Shared {
     fn run(&self, spare_path: &Path, spare_bytes: u64) {
         super::stand_back(NormalThreadSchedulePolicy::Batch);
         let mut file = None;
+        let mut segment = 0;
         let mut failed_in = None;
         let mut unfinished = None;
         let mut state = self.state.lock();
         while !state.is_stopped {
-            if let Some(path) = state.path.take() {
-                file = File::open_to_write(&path).ok();
+            if segment != state.segment {
+                // The segment before is let go of also where there is nothing to do in this one: a file that is removed
+                // keeps its blocks as long as somebody has it open.
+                segment = state.segment;
+                file = state.path.take().and_then(|path| File::open_to_write(&path).ok());
             }
-            let is_behind = state.zeroed < state.wanted && failed_in != Some(state.segment);
+            let is_behind = state.zeroed < state.wanted && failed_in != Some(segment);
             let Some(file) = file.as_ref().filter(|_| is_behind) else {
                 let is_wanted = std::mem::take(&mut state.is_spare_wanted) && state.spare.is_none();
                 if unfinished.is_none() && !is_wanted {
@@ -185,7 +208,6 @@ impl Shared {
             };
             let from = state.zeroed;
             let to = (from + PIECE_BYTES).min(state.wanted);
-            let segment = state.segment;
             state.is_writing = true;
             drop(state);
             let written = write_zeros(file, from, to);
@@ -210,11 +232,9 @@ impl Shared {
 }
 
 fn begin_spare(path: &Path, size: u64) -> Option<Unfinished> {
-    let file = File::create(path).and_then(|file| {
-        // Where it cannot be preallocated, writing the zeros takes the room.
-        file.allocate(0, size)?;
-        Ok(file)
-    });
+    // Where a file cannot be preallocated, its zeros could use up the room that the log's own writes need.
+    let unsupported = || io::ErrorKind::Unsupported.into();
+    let file = File::create(path).and_then(|file| file.allocate(0, size)?.then_some(file).ok_or_else(unsupported));
     match file {
         Ok(file) => Some(Unfinished { spare: Spare { path: path.to_owned(), file }, zeroed: 0 }),
         Err(error) => {
@@ -305,7 +325,6 @@ mod tests {
         zeros.advance(size / 2 + 1, size);
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
         let spare = loop {
-            assert!(zeros.take_spare(size + 1).is_none(), "of another size");
             if let Some(spare) = zeros.take_spare(size) {
                 break spare;
             }
@@ -322,7 +341,61 @@ mod tests {
         spare.file.write_all_at(&[7; 5], 100).unwrap();
         zeros.advance(size - 1, size);
         drop(zeros);
+        assert_eq!(std::fs::read(dir.path().join("b")).unwrap()[100..105], [7; 5]);
         let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(names.iter().all(|name| name == "a" || name == "b"), "what nobody took is removed: {names:?}");
+    }
+
+    /// A spare that was left over is taken in the second half of a segment: what was asked for there must not be made in its place
+    /// before it has its name.
+    #[test]
+    fn what_was_taken_is_the_writers() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = 256 << 10;
+        let large = 8 << 20;
+        for round in 0..20 {
+            let mut zeros = ZeroAhead::start(dir.path().join("spare"), size);
+            let path = dir.path().join("a");
+            File::create(&path).unwrap().set_length(size).unwrap();
+            zeros.begin(path, 0, size, size);
+            zeros.advance(size, size);
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            while zeros.shared.state.lock().spare.is_none() {
+                assert!(std::time::Instant::now() < deadline, "no spare was made");
+                std::thread::yield_now();
+            }
+            // A segment of another size came next; in its second half the thread has zeros to write ahead.
+            let path = dir.path().join("large");
+            File::create(&path).unwrap().set_length(large).unwrap();
+            zeros.begin(path, 0, 0, large);
+            zeros.advance(large / 2 + 1, large);
+            let spare = zeros.take_spare(size).unwrap();
+            spare.file.write_all_at(&[7; 4096], 0).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(10 * (round % 3)));
+            let path = dir.path().join("b");
+            std::fs::rename(&spare.path, &path).unwrap();
+            zeros.begin(path.clone(), 4096, size, size);
+            drop(zeros);
+            assert_eq!(std::fs::read(&path).unwrap()[..4096], [7; 4096]);
+        }
+    }
+
+    #[test]
+    fn a_spare_of_another_size_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = 256 << 10;
+        let mut zeros = ZeroAhead::start(dir.path().join("spare"), size);
+        let path = dir.path().join("a");
+        File::create(&path).unwrap().set_length(size).unwrap();
+        zeros.begin(path, 0, size, size);
+        zeros.advance(size, size);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while zeros.shared.state.lock().spare.is_none() {
+            assert!(std::time::Instant::now() < deadline, "no spare was made");
+            std::thread::yield_now();
+        }
+        assert!(dir.path().join("spare").exists());
+        assert!(zeros.take_spare(2 * size).is_none());
+        assert!(!dir.path().join("spare").exists(), "its room is free");
     }
 }

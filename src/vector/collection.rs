@@ -955,7 +955,8 @@ impl Collection {
         self.changes.gone.extend(changes.gone);
     }
 
-    /// What a checkpoint writes for these slots, as they are now; nothing for those that nobody lives in.
+    /// What a checkpoint writes for these slots, as they are now; nothing for those that nobody lives in any more. What became of
+    /// them is newer than the checkpoint, so that the log replays it; it is synced after this, before the checkpoint is written.
     #[must_use]
     pub fn entries_in(&self, slots: &[u32]) -> Vec<SlotEntry> {
         slots.iter().filter(|&&slot| self.live.contains(slot)).map(|&slot| self.entry_in(Slot(slot))).collect()
