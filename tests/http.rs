@@ -578,6 +578,22 @@ async fn extreme_vectors_are_scored_and_not_lost() {
             assert!(scores[..3].iter().all(|s| (s - 1.0).abs() < 1e-6), "{found}");
         }
     }
+    // Distances whose squares are too small for 32 bits.
+    ok(c, r#"POST /v1/vector/near {"dim":1,"metric":"l2"}"#).await;
+    for (id, number) in [("a", "1.31e-22"), ("b", "1.29e-22"), ("c", "1e-30"), ("d", "1e-38")] {
+        ok(c, &format!("POST /v1/vector/near/add {{\"id\":\"{id}\",\"vector\":[{number}]}}")).await;
+    }
+    let found = ok(c, r#"POST /v1/vector/near/search {"id":"c","k":4}"#).await;
+    let ids: Vec<&str> = found["hits"].as_array().unwrap().iter().map(|h| h["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["c", "d", "b", "a"], "{found}");
+    let last = found["hits"][3]["score"].as_f64().unwrap();
+    assert!((last + 1.31e-22).abs() < 1e-27, "{found}");
+    // The count's revision is the collection's, with a filter and without.
+    ok(c, r#"PUT /v1/state/later {"value":1}"#).await;
+    let revision = ok(c, "GET /v1/vector/near").await["revision"].clone();
+    for filter in ["{}", r#"{"filters":{}}"#, r#"{"filters":{"x":1}}"#] {
+        assert_eq!(ok(c, &format!("POST /v1/vector/near/count {filter}")).await["revision"], revision, "{filter}");
+    }
 }
 
 #[tokio::test]

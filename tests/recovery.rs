@@ -425,23 +425,81 @@ async fn a_collection_deleted_after_the_snapshot_is_not_missed() {
     assert!(said.contains("files are missing"), "{said}");
 }
 
-#[tokio::test]
-async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
-    // A file system of 24 MiB needs root and mount; where that is not allowed, there is nothing to test here.
-    let dir = tempfile::tempdir().unwrap();
-    let mounted =
-        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "none"]).arg(dir.path()).status();
-    if !mounted.is_ok_and(|s| s.success()) {
+/// A file system in memory. That needs root and mount; where it is not allowed, there is nothing to test.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn of(mib: usize) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={mib}m");
+        let mounted =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &size, "none"]).arg(dir.path()).status();
+        if mounted.is_ok_and(|s| s.success()) {
+            return Some(Self(dir));
+        }
         eprintln!("skipped: cannot mount a small file system");
-        return;
+        None
     }
-    struct Unmount<'a>(&'a Path);
-    impl Drop for Unmount<'_> {
-        fn drop(&mut self) {
-            std::process::Command::new("umount").arg("-l").arg(self.0).status().ok();
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        std::process::Command::new("umount").arg("-l").arg(self.0.path()).status().ok();
+    }
+}
+
+/// The log grows by everything written between two snapshots. When it fills the disk, a snapshot has no room, and without one
+/// nothing of the log may go: the room is made of what the last snapshot covers.
+#[tokio::test]
+async fn a_log_that_fills_the_disk_is_shortened_and_writes_go_on() {
+    let Some(dir) = SmallDisk::of(48) else { return };
+    let data = dir.path().join("data");
+    // No snapshot but those asked for: the disk must get full.
+    let server = Server::start_in(&data, &["--max-log-mb", "8", "--snapshot-interval", "0"]);
+    let c = &mut server.client();
+    let value = "x".repeat(4000);
+    let write = |n: usize| format!("PUT /v1/state/k{} {{\"value\":\"{n} {value}\"}}", n % 1000);
+    for n in 0..2000 {
+        ok(c, &write(n)).await;
+    }
+    ok(c, "POST /v1/admin/snapshot").await;
+    let mut times_full = 0;
+    let mut last = 0;
+    for n in 2000..30_000 {
+        let filled = call(c, &write(n)).await;
+        if filled.status == 507 {
+            times_full += 1;
+            let healed = async {
+                while !call(c, &write(n)).await.status.is_success() {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            timeout(Duration::from_secs(30), healed).await.expect("the log makes room");
+        } else {
+            assert!(filled.status.is_success(), "{:?}", filled.body);
+        }
+        last = n;
+        if times_full == 3 {
+            break;
         }
     }
-    let _unmount = Unmount(dir.path());
+    assert_eq!(times_full, 3, "the disk filled only so often by write {last}");
+    server.kill();
+    let server = Server::start_in(&data, &["--max-log-mb", "8"]);
+    let c = &mut server.client();
+    for n in last - 999..=last {
+        let found = ok(c, &format!("GET /v1/state/k{}", n % 1000)).await;
+        assert!(found["value"].as_str().unwrap().starts_with(&format!("{n} ")), "{n}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
+    let Some(dir) = SmallDisk::of(24) else { return };
     let data = dir.path().join("data");
     let server = Server::start_in(&data, &["--max-log-mb", "32", "--snapshot-interval", "0"]);
     let c = &mut server.client();

@@ -247,11 +247,9 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
-    if headers
-        .get_all(header::CONTENT_ENCODING)
-        .iter()
-        .any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
-    {
+    let codings =
+        headers.get_all(header::CONTENT_ENCODING).iter().flat_map(|list| list.as_bytes().split(|&b| b == b','));
+    if codings.map(<[u8]>::trim_ascii).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
         // Taken as it is, it would be stored as something else than what was meant.
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
     }

@@ -12,7 +12,7 @@ use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
 use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
-use crate::vector::collection::{Item, Query};
+use crate::vector::collection::{Collection, Item, Query};
 use crate::vector::filter::{Filter, parse_path};
 use crate::vector::plan::EF_MAX;
 use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
@@ -385,7 +385,10 @@ pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Bod
         None => app.engine.collection(collection.as_str())?.read(|c| (c.len(), c.revision())),
         Some(filter) => {
             let ticket = app.engine.begin_match(collection.as_str())?;
-            blocking(move || (ticket.count_matching(&filter), ticket.revision())).await?
+            // What changed the collection since then was not counted.
+            let changed = app.engine.collection(collection.as_str())?.read(Collection::revision);
+            let counted = ticket.revision();
+            (blocking(move || ticket.count_matching(&filter)).await?, changed.min(counted))
         }
     };
     Ok(json(StatusCode::OK, format!("{{\"count\":{count},\"revision\":{revision}}}")))

@@ -84,8 +84,10 @@ use wal::Log;
 pub const QUEUE_COMMANDS_MAX: usize = 16_384;
 /// A record may be at least this large, and twice the largest body: a small batch of patches can write large values.
 const RECORD_BYTES_MIN: usize = 64 << 20;
-/// How often the files of deleted collections are removed, and the log in memory is trimmed.
+/// How often the files of deleted collections are removed, the log in memory is trimmed, and a log that is too long looked at.
 const TIDY_EVERY: Duration = Duration::from_secs(2);
+/// Two snapshots are kept, and the log from the older one on: with so many times `MAX_LOG_MB` it is time for the next.
+const LOG_OVER: u64 = 2;
 /// Searches waiting for a thread. Beyond that, waiting longer helps nobody.
 pub const SEARCHES_WAITING_MAX: usize = 1024;
 /// How often a vector write looks whether there is room, and for how long.
@@ -135,6 +137,8 @@ pub struct Inner {
     poisoned: AtomicBool,
     /// The disk has no room for writes that need some.
     storage_full: AtomicBool,
+    /// The log is being shortened on a full disk: what room there is belongs to the snapshot.
+    is_making_room: AtomicBool,
     /// Whoever takes a snapshot hurries.
     stopping: AtomicBool,
     metrics: Metrics,
@@ -220,6 +224,7 @@ impl Engine {
             clock: Clock::start(),
             poisoned: AtomicBool::new(false),
             storage_full: AtomicBool::new(false),
+            is_making_room: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             metrics: Metrics::default(),
             fsync: config.fsync,
@@ -550,10 +555,13 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// The `snapshots` thread: tidies every [`TIDY_EVERY`], takes snapshots every `interval` (zero: never).
+/// The `snapshots` thread: tidies every [`TIDY_EVERY`], takes snapshots every `interval` (zero: never), and before that when the
+/// log is [`LOG_OVER`] times what it should be.
 fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condvar)) {
     let mut last_revision = Revision::ZERO;
     let mut last_snapshot = Instant::now();
+    // After one that failed the next waits its time.
+    let mut may_hurry = true;
     loop {
         {
             let mut stopped = stop.0.lock();
@@ -566,7 +574,16 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
             }
         }
         snapshot::tidy(inner);
-        if interval.is_zero() || last_snapshot.elapsed() < interval || inner.poisoned.load(Ordering::Acquire) {
+        if inner.poisoned.load(Ordering::Acquire) {
+            continue;
+        }
+        if inner.storage_full.load(Ordering::Relaxed)
+            && let Err(error) = snapshot::make_room(inner)
+        {
+            tracing::warn!(%error, "the log could not be shortened to make room on the full disk");
+        }
+        let is_over = may_hurry && inner.log.bytes() > LOG_OVER * inner.max_log_bytes;
+        if interval.is_zero() || (last_snapshot.elapsed() < interval && !is_over) {
             continue;
         }
         last_snapshot = Instant::now();
@@ -578,11 +595,13 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
         }
         match snapshot::take(inner, Pace::Gentle) {
             Ok(taken) => {
+                may_hurry = true;
                 last_revision = taken.revision;
                 inner.metrics.snapshots.inc();
                 tracing::debug!(revision = taken.revision.0, bytes = taken.bytes, took_ms = taken.took_ms, "snapshot");
             }
             Err(error) => {
+                may_hurry = false;
                 inner.metrics.snapshot_failures.inc();
                 tracing::error!(%error, "the snapshot failed; the log keeps everything meanwhile");
             }

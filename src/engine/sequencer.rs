@@ -295,7 +295,8 @@ impl Sequencer {
 
     fn is_full(&mut self) -> Result<bool, AppendError> {
         // While full, ask again now and then; while not, asking costs a comparison.
-        if self.full_since_check.is_some_and(|since| since.elapsed() < FULL_RETRY) {
+        let is_making_room = || self.inner.is_making_room.load(Ordering::Acquire);
+        if self.full_since_check.is_some_and(|since| since.elapsed() < FULL_RETRY || is_making_room()) {
             return Ok(true);
         }
         let is_full = self.wal.is_full().map_err(AppendError::Failed)?;
@@ -366,7 +367,7 @@ impl Sequencer {
                 continue;
             }
             if is_full && !command.ops.iter().all(Op::frees_space) {
-                let detail = "the disk is full; delete something or free space, and writes resume by themselves";
+                let detail = "the disk is full; free space on it, and writes resume by themselves";
                 answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
                 continue;
             }

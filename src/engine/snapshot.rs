@@ -357,17 +357,50 @@ pub(super) fn write_first(dir: &Path, state: &State) -> Result<(), Error> {
     fill().map_err(Error::io("cannot write the snapshot", &path)).map(|_| ())
 }
 
+/// Shortens a log that is longer than `MAX_LOG_MB` when the disk is full, whatever filled it: what only the older snapshot needs
+/// goes, a new one takes its place in the room that makes, and what only the one before needs goes too. Nothing else is written
+/// meanwhile, or the room would be gone before the snapshot had it. What is left is one snapshot; the next makes it two again.
+pub(crate) fn make_room(inner: &Inner) -> Result<(), Error> {
+    let Some(dir) = inner.paths.as_ref().map(|paths| &paths.snapshots) else { return Ok(()) };
+    if inner.log.bytes() <= inner.max_log_bytes {
+        return Ok(());
+    }
+    tracing::warn!(
+        "the disk is full and the log longer than MAX_LOG_MB: it is shortened to what the newest snapshot needs"
+    );
+    inner.is_making_room.store(true, Ordering::Release);
+    let result = keep_one(inner, dir).and_then(|()| take(inner, Pace::Fast)).and_then(|_| keep_one(inner, dir));
+    inner.is_making_room.store(false, Ordering::Release);
+    result
+}
+
+fn keep_one(inner: &Inner, dir: &Path) -> Result<(), Error> {
+    let _one_at_a_time = inner.snapshot_lock.lock();
+    // The newest that this process wrote or read. One that is newer and could not be read is nothing to rely on.
+    let Some((newest, _)) = inner.replay_needed.lock().iter().max().copied() else { return Ok(()) };
+    let kept = |path: &PathBuf| revision_of(path) == Some(newest);
+    keep(inner, &list(dir)?, kept)
+}
+
 /// Removes all but the newest snapshots, then the log segments that the oldest kept one no longer needs.
 fn keep_newest(inner: &Inner, dir: &Path, revision: Revision, replay_after: Revision) -> Result<(), Error> {
-    let mut needed = inner.replay_needed.lock();
-    needed.retain(|(r, _)| *r != revision);
-    needed.push((revision, replay_after));
+    {
+        let mut needed = inner.replay_needed.lock();
+        needed.retain(|(r, _)| *r != revision);
+        needed.push((revision, replay_after));
+    }
     let paths = list(dir)?;
-    let (gone, kept) = paths.split_at(paths.len().saturating_sub(KEPT));
+    let first_kept = paths.len().saturating_sub(KEPT);
+    keep(inner, &paths, |path| paths[first_kept..].contains(path))
+}
+
+fn keep(inner: &Inner, paths: &[PathBuf], is_kept: impl Fn(&PathBuf) -> bool) -> Result<(), Error> {
+    let mut needed = inner.replay_needed.lock();
+    let (kept, gone): (Vec<&PathBuf>, Vec<&PathBuf>) = paths.iter().partition(|path| is_kept(path));
     for path in gone {
         disk::remove_file(path).map_err(Error::io("cannot remove", path))?;
     }
-    let kept: Vec<Revision> = kept.iter().filter_map(|p| revision_of(p)).collect();
+    let kept: Vec<Revision> = kept.into_iter().filter_map(|p| revision_of(p)).collect();
     needed.retain(|(r, _)| kept.contains(r));
     // A kept snapshot that this process neither wrote nor read could need all of the log.
     let known = kept.iter().all(|k| needed.iter().any(|(r, _)| r == k));

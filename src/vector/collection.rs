@@ -32,6 +32,8 @@ use std::sync::Arc;
 const ALIVE: Revision = Revision(u64::MAX);
 /// Norms outside this range make f32 scores inexact or infinite; such rows are scored in f64.
 const NORM_RANGE: Range<f32> = 1e-18..1e18;
+/// Distances below this have squares that f32 holds with fewer digits, or not at all.
+const L2_MIN: f32 = 1e-18;
 /// A slot log is rewritten when it is larger than this and more than half of it is history.
 const REWRITE_BYTES_MIN: u64 = 4 << 20;
 /// What a slot costs in memory beside its row, id and metadata text: revisions, norm, map entry, headers.
@@ -916,10 +918,12 @@ impl Collection {
             Metric::Dot => (kernels.dot)(&query.numbers, row),
             Metric::L2 => 0.0 - (kernels.l2_squared)(&query.numbers, row).sqrt(),
         };
-        if fast.is_finite() { fast } else { self.score_in_f64(query, row) }
+        // Squares of tiny differences are none in f32, or coarse.
+        let is_coarse = self.spec.metric == Metric::L2 && fast > -L2_MIN;
+        if fast.is_finite() && !is_coarse { fast } else { self.score_in_f64(query, row) }
     }
 
-    /// For rows whose length or sum does not fit f32: rare, and slow on purpose.
+    /// For rows whose length or sum, or whose squared distance, does not fit f32: rare, and slow on purpose.
     #[cold]
     fn score_in_f64(&self, query: &Query, row: &[f32]) -> f32 {
         let score = match self.spec.metric {
