@@ -338,7 +338,7 @@ async fn play(steps: Vec<Step>) {
             Step::DeleteMatching(c, m) => {
                 let Some((_, vectors)) = model.collections.get_mut(c) else { continue };
                 let filter = Filter::parse(&json!({ "m": m })).unwrap();
-                let ids = running.engine.begin_match(name(*c).as_str()).unwrap().ids_matching(&filter);
+                let ids = running.engine.begin_match(name(*c).as_str()).unwrap().0.ids_matching(&filter);
                 let selection = VectorSelection { ids, filter: Some(filter), deleted_before: 0 };
                 let result =
                     running.engine.submit(Command::one(Op::DeleteVectors { collection: name(*c), selection })).await;

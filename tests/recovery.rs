@@ -469,7 +469,7 @@ async fn a_log_that_fills_the_disk_is_shortened_and_writes_go_on() {
     ok(c, "POST /v1/admin/snapshot").await;
     let mut times_full = 0;
     let mut last = 0;
-    for n in 2000..30_000 {
+    for n in 2000..60_000 {
         let filled = call(c, &write(n)).await;
         if filled.status == 507 {
             times_full += 1;

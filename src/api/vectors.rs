@@ -12,7 +12,7 @@ use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
 use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
-use crate::vector::collection::{Collection, Item, Query};
+use crate::vector::collection::{Item, Query};
 use crate::vector::filter::{Filter, parse_path};
 use crate::vector::plan::EF_MAX;
 use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
@@ -290,7 +290,7 @@ async fn delete_matching(app: &App, head: &Head, body: &[u8], collection: Collec
     if let Some(known) = head.retry(body)?.and_then(|retry| app.engine.remembered(&retry)) {
         return Ok(json(StatusCode::OK, outcome_json(&known?.outcomes[0])));
     }
-    let ticket = app.engine.begin_match(collection.as_str())?;
+    let (ticket, _) = app.engine.begin_match(collection.as_str())?;
     let (ids, filter) = blocking(move || (ticket.ids_matching(&filter), filter)).await?;
     let mut all = Outcome::VectorsDeleted { deleted: 0, missing: Vec::new(), revision: app.engine.head() };
     let mut chunks = ids.chunks(ITEMS_MAX).peekable();
@@ -384,11 +384,8 @@ pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Bod
     let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
         None => app.engine.collection(collection.as_str())?.read(|c| (c.len(), c.revision())),
         Some(filter) => {
-            let ticket = app.engine.begin_match(collection.as_str())?;
-            // What changed the collection since then was not counted.
-            let changed = app.engine.collection(collection.as_str())?.read(Collection::revision);
-            let counted = ticket.revision();
-            (blocking(move || ticket.count_matching(&filter)).await?, changed.min(counted))
+            let (ticket, revision) = app.engine.begin_match(collection.as_str())?;
+            (blocking(move || ticket.count_matching(&filter)).await?, revision)
         }
     };
     Ok(json(StatusCode::OK, format!("{{\"count\":{count},\"revision\":{revision}}}")))

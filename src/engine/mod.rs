@@ -88,6 +88,8 @@ const RECORD_BYTES_MIN: usize = 64 << 20;
 const TIDY_EVERY: Duration = Duration::from_secs(2);
 /// Two snapshots are kept, and the log from the older one on: with so many times `MAX_LOG_MB` it is time for the next.
 const LOG_OVER: u64 = 2;
+/// How long after an attempt that did not help before the next to shorten the log on a full disk.
+const ROOM_RETRY: Duration = Duration::from_secs(30);
 /// Searches waiting for a thread. Beyond that, waiting longer helps nobody.
 pub const SEARCHES_WAITING_MAX: usize = 1024;
 /// How often a vector write looks whether there is room, and for how long.
@@ -137,6 +139,8 @@ pub struct Inner {
     poisoned: AtomicBool,
     /// The disk has no room for writes that need some.
     storage_full: AtomicBool,
+    /// There was no room for rows of vectors.
+    rows_full: AtomicBool,
     /// The log is being shortened on a full disk: what room there is belongs to the snapshot.
     is_making_room: AtomicBool,
     /// Whoever takes a snapshot hurries.
@@ -224,6 +228,7 @@ impl Engine {
             clock: Clock::start(),
             poisoned: AtomicBool::new(false),
             storage_full: AtomicBool::new(false),
+            rows_full: AtomicBool::new(false),
             is_making_room: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             metrics: Metrics::default(),
@@ -291,10 +296,12 @@ impl Engine {
         Ok(())
     }
 
-    /// What of a collection satisfies a filter, as of now; see [`SearchTicket::count_matching`].
-    pub fn begin_match(&self, name: &str) -> Result<SearchTicket, Rejection> {
+    /// What of a collection satisfies a filter, as of now, see [`SearchTicket::count_matching`], and the newest revision that had
+    /// changed the collection.
+    pub fn begin_match(&self, name: &str) -> Result<(SearchTicket, Revision), Rejection> {
         let state = self.inner.state.read();
-        Ok(state.collection(name)?.begin_match(state.revision()))
+        let collection = state.collection(name)?;
+        Ok((collection.begin_match(state.revision()), collection.read(|c| c.revision())))
     }
 
     /// What was said to a request that was answered before; `None` when it is new.
@@ -461,12 +468,7 @@ impl Engine {
 
     /// Takes a snapshot now. Blocking.
     pub fn snapshot(&self, pace: Pace) -> Result<snapshot::Taken, Error> {
-        let result = snapshot::take(&self.inner, pace);
-        match &result {
-            Ok(_) => self.inner.metrics.snapshots.inc(),
-            Err(_) => self.inner.metrics.snapshot_failures.inc(),
-        };
-        result
+        take_snapshot(&self.inner, pace)
     }
 
     /// What the threads share, for the lab.
@@ -556,12 +558,13 @@ fn join(thread: JoinHandle<()>) {
 }
 
 /// The `snapshots` thread: tidies every [`TIDY_EVERY`], takes snapshots every `interval` (zero: never), and before that when the
-/// log is [`LOG_OVER`] times what it should be.
+/// log is [`LOG_OVER`] times what it should be and has grown since the last by as much as it should be.
 fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condvar)) {
     let mut last_revision = Revision::ZERO;
     let mut last_snapshot = Instant::now();
-    // After one that failed the next waits its time.
-    let mut may_hurry = true;
+    // The log's bytes after the last: while something holds the log, another snapshot would not shorten it either.
+    let mut last_bytes = 0;
+    let mut next_try = Instant::now();
     loop {
         {
             let mut stopped = stop.0.lock();
@@ -577,12 +580,13 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
         if inner.poisoned.load(Ordering::Acquire) {
             continue;
         }
-        if inner.storage_full.load(Ordering::Relaxed)
-            && let Err(error) = snapshot::make_room(inner)
-        {
-            tracing::warn!(%error, "the log could not be shortened to make room on the full disk");
+        let is_full = inner.storage_full.load(Ordering::Relaxed) || inner.rows_full.swap(false, Ordering::Relaxed);
+        let is_long = inner.log.bytes() > inner.max_log_bytes;
+        if is_full && is_long && Instant::now() >= next_try && !make_room(inner) {
+            next_try = Instant::now() + ROOM_RETRY;
         }
-        let is_over = may_hurry && inner.log.bytes() > LOG_OVER * inner.max_log_bytes;
+        let bytes = inner.log.bytes();
+        let is_over = bytes > LOG_OVER * inner.max_log_bytes && bytes >= last_bytes + inner.max_log_bytes;
         if interval.is_zero() || (last_snapshot.elapsed() < interval && !is_over) {
             continue;
         }
@@ -593,18 +597,38 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
         if inner.state.read().revision() == last_revision {
             continue;
         }
-        match snapshot::take(inner, Pace::Gentle) {
+        match take_snapshot(inner, Pace::Gentle) {
             Ok(taken) => {
-                may_hurry = true;
                 last_revision = taken.revision;
-                inner.metrics.snapshots.inc();
                 tracing::debug!(revision = taken.revision.0, bytes = taken.bytes, took_ms = taken.took_ms, "snapshot");
             }
-            Err(error) => {
-                may_hurry = false;
-                inner.metrics.snapshot_failures.inc();
-                tracing::error!(%error, "the snapshot failed; the log keeps everything meanwhile");
-            }
+            Err(error) => tracing::error!(%error, "the snapshot failed; the log keeps everything meanwhile"),
         }
+        last_bytes = inner.log.bytes();
     }
+}
+
+/// Whether the full disk has more room now.
+fn make_room(inner: &Inner) -> bool {
+    let before = inner.log.bytes();
+    tracing::warn!(
+        "the disk is full and the log longer than MAX_LOG_MB: it is shortened as far as a new snapshot allows"
+    );
+    let result = snapshot::make_room(inner);
+    count_snapshot(inner, &result);
+    if let Err(error) = &result {
+        tracing::warn!(%error, "the log could not be shortened to make room on the full disk");
+    }
+    result.is_ok() && inner.log.bytes() < before
+}
+
+fn take_snapshot(inner: &Inner, pace: Pace) -> Result<snapshot::Taken, Error> {
+    let result = snapshot::take(inner, pace);
+    count_snapshot(inner, &result);
+    result
+}
+
+fn count_snapshot<T>(inner: &Inner, result: &Result<T, Error>) {
+    let counter = if result.is_ok() { &inner.metrics.snapshots } else { &inner.metrics.snapshot_failures };
+    counter.inc();
 }

@@ -321,6 +321,8 @@ impl Sequencer {
     /// Decides commands one after the other. Vector writes come last and are a part of their own: they take long to apply,
     /// and what is before them need not wait for it.
     fn decide(&mut self, commands: &mut VecDeque<Waiting>, head: Revision, now_ms: u64, is_full: bool) -> [Decided; 2] {
+        // Even the reserve for deletes: a segment made for them would take what the snapshot needs.
+        let is_making_room = self.inner.is_making_room.load(Ordering::Acquire);
         let mut parts = [Decided::default(), Decided::default()];
         let mut overlay = Overlay::default();
         let state = self.inner.state.read();
@@ -366,7 +368,7 @@ impl Sequencer {
                 answers.push((reply, known));
                 continue;
             }
-            if is_full && !command.ops.iter().all(Op::frees_space) {
+            if is_full && (is_making_room || !command.ops.iter().all(Op::frees_space)) {
                 let detail = "the disk is full; free space on it, and writes resume by themselves";
                 answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
                 continue;
@@ -379,6 +381,9 @@ impl Sequencer {
                 if let Err(error) = self.preparer.prepare(&state, first_revision, &decision.events) {
                     decider.overlay.roll_back();
                     decider.next = first_revision;
+                    if error.is_storage_full() {
+                        self.inner.rows_full.store(true, Ordering::Relaxed);
+                    }
                     return Err(super::collections::no_room(&error));
                 }
                 let last = first_revision.plus(decision.events.len() as u64 - 1);
@@ -466,7 +471,7 @@ impl Sequencer {
 
     /// Once a second: sync in `interval` mode, mark how far the log is durable, lean the clock.
     fn tick(&mut self) {
-        if self.is_poisoned() {
+        if self.is_poisoned() || self.inner.is_making_room.load(Ordering::Relaxed) {
             self.last_tick = Instant::now();
             return;
         }

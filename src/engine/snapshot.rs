@@ -22,7 +22,7 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"KISSSNAP";
@@ -104,6 +104,10 @@ pub enum Pace {
 /// Takes a snapshot now. One at a time; blocking.
 pub(super) fn take(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
     let _one_at_a_time = inner.snapshot_lock.lock();
+    take_locked(inner, pace)
+}
+
+fn take_locked(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
     let started = Instant::now();
     let collections: Vec<_> = inner.state.read().collections().values().cloned().collect();
     for collection in collections {
@@ -322,7 +326,9 @@ fn write(inner: &Inner, view: &View, dir: &Path, path: &Path, header: &[u8], pac
         while let Some(at) = from {
             from = view.slice(&inner.state, &at, "", &mut found);
             for (key, entry) in found.drain(..) {
-                let is_gentle = pace == Pace::Gentle && !inner.stopping.load(Ordering::Relaxed);
+                // On a full disk there are no writers to leave anything to, and somebody may wait to shorten the log.
+                let is_hurried = inner.stopping.load(Ordering::Relaxed) || inner.storage_full.load(Ordering::Relaxed);
+                let is_gentle = pace == Pace::Gentle && !is_hurried;
                 if draft.push(&key, &entry)? && is_gentle && view.kept() < KEPT_MAX {
                     draft.sync()?;
                     std::thread::sleep(REST);
@@ -357,29 +363,36 @@ pub(super) fn write_first(dir: &Path, state: &State) -> Result<(), Error> {
     fill().map_err(Error::io("cannot write the snapshot", &path)).map(|_| ())
 }
 
-/// Shortens a log that is longer than `MAX_LOG_MB` when the disk is full, whatever filled it: what only the older snapshot needs
-/// goes, a new one takes its place in the room that makes, and what only the one before needs goes too. Nothing else is written
-/// meanwhile, or the room would be gone before the snapshot had it. What is left is one snapshot; the next makes it two again.
-pub(crate) fn make_room(inner: &Inner) -> Result<(), Error> {
-    let Some(dir) = inner.paths.as_ref().map(|paths| &paths.snapshots) else { return Ok(()) };
-    if inner.log.bytes() <= inner.max_log_bytes {
-        return Ok(());
+/// Shortens a log on a full disk: what only the older snapshot needs goes, a new one takes its place in the room that makes, and
+/// what only the one before needs goes too, down to `MAX_LOG_MB`. Nothing else takes room meanwhile, or it would be gone before the
+/// snapshot had it. What is left is one snapshot; the next makes it two again.
+pub(super) fn make_room(inner: &Inner) -> Result<(), Error> {
+    struct Mark<'a>(&'a AtomicBool);
+    impl Drop for Mark<'_> {
+        fn drop(&mut self) {
+            self.0.store(false, Ordering::Release);
+        }
     }
-    tracing::warn!(
-        "the disk is full and the log longer than MAX_LOG_MB: it is shortened to what the newest snapshot needs"
-    );
+    let Some(dir) = inner.paths.as_ref().map(|paths| &paths.snapshots) else { return Ok(()) };
+    let _one_at_a_time = inner.snapshot_lock.lock();
     inner.is_making_room.store(true, Ordering::Release);
-    let result = keep_one(inner, dir).and_then(|()| take(inner, Pace::Fast)).and_then(|_| keep_one(inner, dir));
-    inner.is_making_room.store(false, Ordering::Release);
-    result
+    let _mark = Mark(&inner.is_making_room);
+    keep_one(inner, dir)?;
+    take_locked(inner, Pace::Fast)?;
+    keep_one(inner, dir)
 }
 
 fn keep_one(inner: &Inner, dir: &Path) -> Result<(), Error> {
-    let _one_at_a_time = inner.snapshot_lock.lock();
     // The newest that this process wrote or read. One that is newer and could not be read is nothing to rely on.
-    let Some((newest, _)) = inner.replay_needed.lock().iter().max().copied() else { return Ok(()) };
-    let kept = |path: &PathBuf| revision_of(path) == Some(newest);
-    keep(inner, &list(dir)?, kept)
+    let newest = inner.replay_needed.lock().iter().max().copied();
+    let paths = list(dir)?;
+    let Some(newest) = newest.and_then(|(newest, _)| paths.iter().find(|path| revision_of(path) == Some(newest)))
+    else {
+        return Ok(());
+    };
+    // A process that was killed may not have come to make its name durable.
+    disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+    keep(inner, &paths, |path| path == newest)
 }
 
 /// Removes all but the newest snapshots, then the log segments that the oldest kept one no longer needs.
