@@ -452,6 +452,16 @@ impl Drop for SmallDisk {
     }
 }
 
+/// On a full disk writes resume by themselves.
+async fn until_written(c: &mut Client, write: &str, within: Duration) {
+    let written = async {
+        while !call(c, write).await.status.is_success() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(within, written).await.expect("writes resume by themselves");
+}
+
 /// The log grows by everything written between two snapshots. When it fills the disk, a snapshot has no room, and without one
 /// nothing of the log may go: the room is made of what the last snapshot covers.
 #[tokio::test]
@@ -473,12 +483,7 @@ async fn a_log_that_fills_the_disk_is_shortened_and_writes_go_on() {
         let filled = call(c, &write(n)).await;
         if filled.status == 507 {
             times_full += 1;
-            let healed = async {
-                while !call(c, &write(n)).await.status.is_success() {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            };
-            timeout(Duration::from_secs(30), healed).await.expect("the log makes room");
+            until_written(c, &write(n), Duration::from_secs(30)).await;
         } else {
             assert!(filled.status.is_success(), "{:?}", filled.body);
         }
@@ -530,12 +535,7 @@ async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
     let event = timeout(Duration::from_secs(5), stream.next_event()).await.unwrap().unwrap().unwrap();
     assert_eq!(event.event, "state_deleted", "streams go on");
     std::fs::remove_file(&ballast).unwrap();
-    let healed = async {
-        while !call(c, &format!("PUT /v1/state/healed {{\"value\":\"{value}\"}}")).await.status.is_success() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    timeout(Duration::from_secs(5), healed).await.expect("writes resume by themselves");
+    until_written(c, &format!("PUT /v1/state/healed {{\"value\":\"{value}\"}}"), Duration::from_secs(5)).await;
     assert!(!is_full(c).await);
     server.kill();
     let server = Server::start_in(&data, &["--max-log-mb", "32"]);

@@ -311,6 +311,25 @@ mod tests {
         }
     }
 
+    fn wait_for_spare(zeros: &ZeroAhead) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while zeros.shared.state.lock().spare.is_none() {
+            assert!(std::time::Instant::now() < deadline, "no spare was made");
+            std::thread::yield_now();
+        }
+    }
+
+    /// At the end of a segment, with the next one made.
+    fn with_spare(dir: &Path, size: u64) -> ZeroAhead {
+        let mut zeros = ZeroAhead::start(dir.join("spare"), size);
+        let path = dir.join("a");
+        File::create(&path).unwrap().set_length(size).unwrap();
+        zeros.begin(path, 0, size, size);
+        zeros.advance(size, size);
+        wait_for_spare(&zeros);
+        zeros
+    }
+
     #[test]
     fn the_next_segment_is_made_ready_in_the_second_half_of_this_one() {
         let dir = tempfile::tempdir().unwrap();
@@ -323,14 +342,8 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(100));
         assert!(zeros.take_spare(size).is_none(), "not asked for yet");
         zeros.advance(size / 2 + 1, size);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        let spare = loop {
-            if let Some(spare) = zeros.take_spare(size) {
-                break spare;
-            }
-            assert!(std::time::Instant::now() < deadline, "no spare was made");
-            std::thread::yield_now();
-        };
+        wait_for_spare(&zeros);
+        let spare = zeros.take_spare(size).unwrap();
         let bytes = std::fs::read(&spare.path).unwrap();
         assert!(bytes.len() as u64 == size && bytes.iter().all(|&b| b == 0));
         let path = dir.path().join("b");
@@ -354,16 +367,7 @@ mod tests {
         let size = 256 << 10;
         let large = 8 << 20;
         for round in 0..20 {
-            let mut zeros = ZeroAhead::start(dir.path().join("spare"), size);
-            let path = dir.path().join("a");
-            File::create(&path).unwrap().set_length(size).unwrap();
-            zeros.begin(path, 0, size, size);
-            zeros.advance(size, size);
-            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-            while zeros.shared.state.lock().spare.is_none() {
-                assert!(std::time::Instant::now() < deadline, "no spare was made");
-                std::thread::yield_now();
-            }
+            let mut zeros = with_spare(dir.path(), size);
             // A segment of another size came next; in its second half the thread has zeros to write ahead.
             let path = dir.path().join("large");
             File::create(&path).unwrap().set_length(large).unwrap();
@@ -384,16 +388,7 @@ mod tests {
     fn a_spare_of_another_size_is_given_up() {
         let dir = tempfile::tempdir().unwrap();
         let size = 256 << 10;
-        let mut zeros = ZeroAhead::start(dir.path().join("spare"), size);
-        let path = dir.path().join("a");
-        File::create(&path).unwrap().set_length(size).unwrap();
-        zeros.begin(path, 0, size, size);
-        zeros.advance(size, size);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        while zeros.shared.state.lock().spare.is_none() {
-            assert!(std::time::Instant::now() < deadline, "no spare was made");
-            std::thread::yield_now();
-        }
+        let mut zeros = with_spare(dir.path(), size);
         assert!(dir.path().join("spare").exists());
         assert!(zeros.take_spare(2 * size).is_none());
         assert!(!dir.path().join("spare").exists(), "its room is free");
