@@ -155,7 +155,7 @@ pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
     out.put_u64(record.ts_ms);
     for (at, event) in record.events.iter().enumerate() {
         if let Some(Event::VectorWritten { vector: Some(next), .. }) = record.events.get(at + 1) {
-            // Whoever parsed it did so on another core: fetched one after the other its lines take three times as long.
+            // Whoever parsed it did so on another core: ask for all its lines while this one is copied.
             next.prefetch();
         }
         encode_event(event, out);

@@ -586,6 +586,8 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
             next_try = Instant::now() + ROOM_RETRY;
         }
         let bytes = inner.log.bytes();
+        // It may have been shortened since, by making room.
+        last_bytes = bytes.min(last_bytes);
         let is_over = bytes > LOG_OVER * inner.max_log_bytes && bytes >= last_bytes + inner.max_log_bytes;
         if interval.is_zero() || (last_snapshot.elapsed() < interval && !is_over) {
             continue;

@@ -150,12 +150,6 @@ impl Search {
 }
 
 impl SearchTicket {
-    /// The revision searched at.
-    #[must_use]
-    pub fn revision(&self) -> Revision {
-        self.at
-    }
-
     /// What these searches cost, about, in numbers multiplied: decides where they run.
     #[must_use]
     pub fn cost(&self, searches: &[Search]) -> usize {

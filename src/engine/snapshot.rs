@@ -364,8 +364,8 @@ pub(super) fn write_first(dir: &Path, state: &State) -> Result<(), Error> {
 }
 
 /// Shortens a log on a full disk: what only the older snapshot needs goes, a new one takes its place in the room that makes, and
-/// what only the one before needs goes too, down to `MAX_LOG_MB`. Nothing else takes room meanwhile, or it would be gone before the
-/// snapshot had it. What is left is one snapshot; the next makes it two again.
+/// what only the one before needs goes too, down to `MAX_LOG_MB`. A log that found no room does not take any meanwhile, or it would be
+/// gone before the snapshot had it. What is left is one snapshot; the next makes it two again.
 pub(super) fn make_room(inner: &Inner) -> Result<(), Error> {
     struct Mark<'a>(&'a AtomicBool);
     impl Drop for Mark<'_> {

@@ -466,8 +466,8 @@ impl Graph {
     }
 
     /// Looks for a linked slot by its own row, as a search of default effort would. If that fails, or if no links led there
-    /// when it was last looked ([`Graph::reach`]) and none does now, the nearest it
-    /// came to gets a link there. Returns whether the slot had been lost.
+    /// when it was last looked ([`Graph::reach`]) and none does now, the nearest it came to gets a link there. Returns whether
+    /// the slot had been lost.
     pub fn find_again(&self, slot: u32, was_reached: bool, scratch: &mut Scratch) -> bool {
         let mut probe = std::mem::take(&mut scratch.probe);
         probe.of_row(&self.nodes, slot);

@@ -2,8 +2,9 @@
 //!
 //! `rows.f32` is memory-mapped in chunks that are preallocated, so a write to a mapped row cannot run out of disk, and
 //! that never move. It has no header: what a row means is in `slots.log`, and a row that no entry there names is
-//! garbage. `slots.log` is appended at each checkpoint: ids that were written since the last one, each with its slot and the checksum of its
-//! row, then those that were deleted, with their end or where they live again. Its last frame's checkpoint is the revision up to which both files are complete; the log replays the rest.
+//! garbage. `slots.log` is appended at each checkpoint: ids that were written since the last one, each with its slot and the
+//! checksum of its row, then those that were deleted, with their end or where they live again. Its last frame's checkpoint is
+//! the revision up to which both files are complete; the log replays the rest.
 //!
 //! Order within a checkpoint, and why: entries are encoded first, then rows are synced, then the frame is appended and
 //! synced. A frame therefore never names a row that is not on disk.
