@@ -43,12 +43,17 @@ fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
     }
 }
 
+/// Rows compared by one call of a kernel.
+const GROUP: usize = 16;
+
 /// What rows are compared with: the bytes of a query or of another row, signed.
 #[derive(Clone, Debug, Default)]
 pub struct Probe {
     code: Vec<i8>,
-    /// What the offset of the stored bytes adds to every inner product.
-    correction: i32,
+    /// Room for the bytes of a row.
+    bytes: Vec<u8>,
+    /// Sum of the bytes: what an offset of the stored ones adds to every inner product.
+    sum: i32,
     figures: Figures,
     /// 1 for distances, 0 where only the inner product counts.
     weight: f32,
@@ -67,7 +72,11 @@ impl Probe {
 
     /// For a row, to compare it with other rows.
     pub fn of_row(&mut self, nodes: &Nodes, slot: u32) {
-        self.set(nodes.code(slot), nodes.figures(slot));
+        let mut code = std::mem::take(&mut self.bytes);
+        code.resize(nodes.dim(), 0);
+        (kernels().join)(nodes.high(slot), nodes.low(slot), &mut code);
+        self.set(&code, nodes.figures(slot));
+        self.bytes = code;
     }
 
     /// From here on nearer is what has the larger inner product.
@@ -80,27 +89,44 @@ impl Probe {
     fn set(&mut self, code: &[u8], figures: Figures) {
         self.code.clear();
         self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
-        self.correction = BIAS * self.code.iter().map(|&step| i32::from(step)).sum::<i32>();
+        self.sum = self.code.iter().map(|&step| i32::from(step)).sum();
         self.figures = figures;
         self.weight = 1.0;
     }
 
     /// The distances of rows, never NaN.
     pub fn distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
-        scratch.dots.resize(slots.len(), 0);
-        scratch.keys.resize(slots.len(), 0.0);
-        let kernel = kernels().code_dots;
-        const GROUP: usize = 16;
-        for (slots, dots) in slots.chunks(GROUP).zip(scratch.dots.chunks_mut(GROUP)) {
-            let mut rows: [&[u8]; GROUP] = [&[]; GROUP];
-            for (row, &slot) in rows.iter_mut().zip(slots) {
-                *row = nodes.code(slot);
-            }
-            kernel(&self.code, &rows[..slots.len()], dots);
+        scratch.keys.clear();
+        for slots in slots.chunks(GROUP) {
+            let (mut high, mut low) = ([0; GROUP], [0; GROUP]);
+            self.half_dots(slots, |slot| nodes.high(slot), &mut high);
+            self.half_dots(slots, |slot| nodes.low(slot), &mut low);
+            let dots = high.iter().zip(low).map(|(high, low)| 16 * high + low - BIAS * self.sum);
+            // The cast: f32 keeps seven digits, more than the bytes do.
+            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, dot)| self.key(nodes.figures(slot), dot as f32)));
         }
-        for ((key, &dot), &slot) in scratch.keys.iter_mut().zip(&scratch.dots).zip(slots) {
-            *key = self.key(nodes.figures(slot), dot);
+    }
+
+    /// The distances of rows as far as the high halves of their bytes tell.
+    pub fn rough_distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
+        scratch.keys.clear();
+        for slots in slots.chunks(GROUP) {
+            let mut high = [0; GROUP];
+            self.half_dots(slots, |slot| nodes.high(slot), &mut high);
+            // The low half is between 0 and 15: in the middle, 7.5.
+            let dots = high.iter().map(|high| 32 * high + (15 - 2 * BIAS) * self.sum);
+            // The cast: as above.
+            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, dot)| self.key(nodes.figures(slot), dot as f32 / 2.0)));
         }
+    }
+
+    #[inline]
+    fn half_dots<'a>(&self, slots: &[u32], halves: impl Fn(u32) -> &'a [u8], dots: &mut [i32; GROUP]) {
+        let mut rows: [&[u8]; GROUP] = [&[]; GROUP];
+        for (row, &slot) in rows.iter_mut().zip(slots) {
+            *row = halves(slot);
+        }
+        (kernels().half_dots)(&self.code, &rows[..slots.len()], &mut dots[..slots.len()]);
     }
 
     /// Distances up to this are rounding: the rows are equal. No product says so.
@@ -128,15 +154,14 @@ impl Probe {
     /// The distance of one row.
     #[must_use]
     pub fn distance(&self, nodes: &Nodes, slot: u32) -> f32 {
-        let mut dot = [0];
-        (kernels().code_dots)(&self.code, &[nodes.code(slot)], &mut dot);
-        self.key(nodes.figures(slot), dot[0])
+        let mut distances = Distances::default();
+        self.distances(nodes, &[slot], &mut distances);
+        distances.keys[0]
     }
 
     #[inline]
-    fn key(&self, row: Figures, dot: i32) -> f32 {
-        // The cast: f32 keeps seven digits, more than the bytes do.
-        let product = self.figures.scale * row.scale * (dot - self.correction) as f32;
+    fn key(&self, row: Figures, dot: f32) -> f32 {
+        let product = self.figures.scale * row.scale * dot;
         let key = self.weight * (self.figures.square + row.square) - 2.0 * product;
         // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
         key.min(f32::MAX)
@@ -146,7 +171,6 @@ impl Probe {
 /// Room for the distances of one step.
 #[derive(Debug, Default)]
 pub struct Distances {
-    dots: Vec<i32>,
     /// One for each slot asked for.
     pub keys: Vec<f32>,
 }

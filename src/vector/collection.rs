@@ -497,14 +497,11 @@ impl Collection {
         let row = self.rows.row(slot);
         let metric = self.spec.metric;
         let state = &self.slots[slot.index()];
+        let mut code = vec![0; self.spec.dim];
+        let figures = encode(metric, row, graph.centre(), &mut code);
+        graph.note_figures(figures);
         // SAFETY: this function's contract.
-        unsafe {
-            graph.nodes().write(slot.0, state.born, ALIVE, |code| {
-                let figures = encode(metric, row, graph.centre(), code);
-                graph.note_figures(figures);
-                figures
-            });
-        }
+        unsafe { graph.nodes().write(slot.0, state.born, ALIVE, &code, figures) };
     }
 
     /// Writes the rows of some occupied slots into a graph that nobody else has yet; each slot once.

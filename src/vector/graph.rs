@@ -63,6 +63,8 @@ const POOL_PER_RESULT: usize = 16;
 const PRUNE_GROUP: usize = 8;
 /// Rows of a scan scored together; they are prefetched one group ahead.
 const SCAN_GROUP: usize = 16;
+/// From so many numbers on a walk goes by half of each.
+const ROUGH_DIM: usize = 128;
 /// Largest squared length of a row: sums of a few of them are still finite.
 const SQUARE_MAX: f32 = f32::MAX / 16.0;
 /// Slots that are one piece of a pass: milliseconds.
@@ -288,6 +290,7 @@ impl Graph {
     ) -> Effort {
         scratch.begin(self.nodes.capacity(), ef);
         let mut effort = Effort::default();
+        let is_rough = self.is_rough();
         let entries = Arc::clone(&self.entries.read());
         scratch.fresh.clear();
         for &slot in entries.iter() {
@@ -295,7 +298,7 @@ impl Graph {
                 scratch.fresh.push(slot);
             }
         }
-        self.score(probe, &is_result, scratch, &mut effort);
+        self.score(probe, is_rough, &is_result, scratch, &mut effort);
         let mut next = 0;
         while let Some(spot) = scratch.pool.spots.get_mut(next) {
             if spot.tag & EXPANDED != 0 {
@@ -316,7 +319,7 @@ impl Graph {
                     continue;
                 }
                 if !two_hop || is_result(to) {
-                    self.nodes.prefetch_row(to);
+                    self.prefetch(to, is_rough);
                     scratch.fresh.push(to);
                 } else {
                     self.nodes.prefetch_links(to);
@@ -326,7 +329,7 @@ impl Graph {
             for at in 0..scratch.failing.len() {
                 for to in self.nodes.neighbours(scratch.failing[at]) {
                     if is_result(to) && scratch.is_new(to) {
-                        self.nodes.prefetch_row(to);
+                        self.prefetch(to, is_rough);
                         scratch.fresh.push(to);
                     }
                 }
@@ -335,9 +338,37 @@ impl Graph {
             if let Some(spot) = scratch.pool.spots.get(next + 1) {
                 self.nodes.prefetch_links(spot.slot());
             }
-            next = self.score(probe, &is_result, scratch, &mut effort).min(next + 1);
+            next = self.score(probe, is_rough, &is_result, scratch, &mut effort).min(next + 1);
+        }
+        if is_rough {
+            self.refine(probe, scratch);
         }
         effort
+    }
+
+    /// Whether walks and scans go by the high halves of rows first: where numbers are many, the rounding of each evens out.
+    fn is_rough(&self) -> bool {
+        self.nodes.dim() >= ROUGH_DIM
+    }
+
+    #[inline]
+    fn prefetch(&self, slot: u32, is_rough: bool) {
+        if is_rough { self.nodes.prefetch_high(slot) } else { self.nodes.prefetch_row(slot) }
+    }
+
+    /// Puts what was found by the high halves of rows in the order of whole rows.
+    fn refine(&self, probe: &Probe, scratch: &mut Scratch) {
+        scratch.pool.spots.retain(|spot| spot.is_result());
+        scratch.fresh.clear();
+        scratch.fresh.extend(scratch.pool.spots.iter().map(|spot| spot.slot()));
+        for &slot in &scratch.fresh {
+            self.nodes.prefetch_row(slot);
+        }
+        probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        for (spot, &key) in scratch.pool.spots.iter_mut().zip(&scratch.distances.keys) {
+            spot.key = key;
+        }
+        scratch.pool.spots.sort_unstable_by(|a, b| a.key.total_cmp(&b.key));
     }
 
     /// Scores what is fresh and takes it into the pool; returns the first place that changed.
@@ -345,11 +376,16 @@ impl Graph {
     fn score(
         &self,
         probe: &Probe,
+        is_rough: bool,
         is_result: &impl Fn(u32) -> bool,
         scratch: &mut Scratch,
         effort: &mut Effort,
     ) -> usize {
-        probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        if is_rough {
+            probe.rough_distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        } else {
+            probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        }
         effort.scored += scratch.fresh.len();
         let mut first = usize::MAX;
         for (&slot, &key) in scratch.fresh.iter().zip(&scratch.distances.keys) {

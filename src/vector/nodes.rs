@@ -13,7 +13,7 @@
 //!
 //! `unsafe` stands here and where `write` is called; ARCHITECTURE.md lists where else.
 
-use super::distance::prefetch;
+use super::distance::{half_bytes, kernels, prefetch};
 use crate::error::Error;
 use crate::revision::Revision;
 use memmap2::{MmapOptions, MmapRaw};
@@ -56,11 +56,12 @@ struct Trailer {
 #[derive(Debug)]
 pub struct Nodes {
     dim: usize,
-    /// Bytes of a row before its trailer.
+    /// Bytes of a row before its trailer: the high halves.
     trailer_at: usize,
-    /// Bytes from one row to the next.
+    /// Bytes from one row's high halves to the next.
     stride: usize,
-    rows: Box<[OnceLock<MmapRaw>]>,
+    highs: Box<[OnceLock<MmapRaw>]>,
+    lows: Box<[OnceLock<MmapRaw>]>,
     links: Box<[OnceLock<MmapRaw>]>,
     /// Slots there is room for.
     capacity: AtomicUsize,
@@ -70,16 +71,21 @@ impl Nodes {
     /// Nothing is allocated yet.
     #[must_use]
     pub fn new(dim: usize) -> Self {
-        let trailer_at = dim.next_multiple_of(align_of::<Trailer>());
+        let trailer_at = half_bytes(dim).next_multiple_of(align_of::<Trailer>());
         let stride = (trailer_at + TRAILER_BYTES).next_multiple_of(LINE_BYTES);
         let table = || (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect();
-        Self { dim, trailer_at, stride, rows: table(), links: table(), capacity: AtomicUsize::new(0) }
+        Self { dim, trailer_at, stride, highs: table(), lows: table(), links: table(), capacity: AtomicUsize::new(0) }
     }
 
     /// Bytes a slot takes: row and links.
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
-        self.stride + LINKS_BYTES
+        self.stride + half_bytes(self.dim) + LINKS_BYTES
+    }
+
+    /// Each with the bytes that a slot takes there.
+    fn tables(&self) -> [(&[OnceLock<MmapRaw>], usize); 3] {
+        [(&self.highs, self.stride), (&self.lows, half_bytes(self.dim)), (&self.links, LINKS_BYTES)]
     }
 
     /// Makes room for slots below `slots`. Must be called before one of them is named to any other method.
@@ -91,7 +97,7 @@ impl Nodes {
             if chunk >= CHUNKS_MAX {
                 return Err(no_room(format!("a collection holds at most {} vectors", CHUNKS_MAX * CHUNK_SLOTS)));
             }
-            for (table, bytes) in [(&self.rows, self.stride), (&self.links, LINKS_BYTES)] {
+            for (table, bytes) in self.tables() {
                 if table[chunk].get().is_none() {
                     let map = map_chunk(bytes * CHUNK_SLOTS).map_err(|e| no_room(e.to_string()))?;
                     // Another thread may have been first; then this one is unmapped again.
@@ -108,7 +114,7 @@ impl Nodes {
         while !slots.is_empty() {
             let (chunk, first) = (slots.start / CHUNK_SLOTS, slots.start % CHUNK_SLOTS);
             let count = slots.len().min(CHUNK_SLOTS - first);
-            for (table, bytes) in [(&self.rows, self.stride), (&self.links, LINKS_BYTES)] {
+            for (table, bytes) in self.tables() {
                 let Some(map) = table.get(chunk).and_then(OnceLock::get) else { return };
                 populate(|advice| map.advise_range(advice, first * bytes, count * bytes));
             }
@@ -129,19 +135,33 @@ impl Nodes {
         chunk.as_mut_ptr().wrapping_add(slot % CHUNK_SLOTS * bytes)
     }
 
-    /// The bytes of a row.
+    /// Numbers in a row.
     #[must_use]
-    pub fn code(&self, slot: u32) -> &[u8] {
-        let row = Self::place(&self.rows, slot, self.stride);
-        // SAFETY: `place` is the start of `stride >= dim` mapped bytes that live as long as `self`; whoever writes them
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// The high halves of a row's bytes.
+    #[must_use]
+    pub fn high(&self, slot: u32) -> &[u8] {
+        let high = Self::place(&self.highs, slot, self.stride);
+        // SAFETY: `place` is the start of `stride` mapped bytes, more than these, that live as long as `self`; whoever writes them
         // has promised that nobody reads them meanwhile (`Nodes::write`).
-        unsafe { std::slice::from_raw_parts(row, self.dim) }
+        unsafe { std::slice::from_raw_parts(high, half_bytes(self.dim)) }
+    }
+
+    /// The low halves of a row's bytes.
+    #[must_use]
+    pub fn low(&self, slot: u32) -> &[u8] {
+        let low = Self::place(&self.lows, slot, half_bytes(self.dim));
+        // SAFETY: `place` is the start of so many mapped bytes; the rest as for `high`.
+        unsafe { std::slice::from_raw_parts(low, half_bytes(self.dim)) }
     }
 
     fn trailer(&self, slot: u32) -> *mut Trailer {
         // Aligned: rows start at cache lines, and `trailer_at` is a multiple of the trailer's alignment.
         #[expect(clippy::cast_ptr_alignment, reason = "see above")]
-        let trailer = Self::place(&self.rows, slot, self.stride).wrapping_add(self.trailer_at).cast::<Trailer>();
+        let trailer = Self::place(&self.highs, slot, self.stride).wrapping_add(self.trailer_at).cast::<Trailer>();
         trailer
     }
 
@@ -182,16 +202,22 @@ impl Nodes {
         self.revisions(slot).1.store(at.0, Ordering::Relaxed);
     }
 
-    /// Fills a slot: `fill` writes the bytes and tells the figures.
+    /// Fills a slot with the bytes of a row and its figures.
     ///
     /// # Safety
     /// No link leads to the slot, it is in no list a search or linker has or will get before this returns, and none that
     /// could have learned of an earlier tenant is still running.
-    pub unsafe fn write(&self, slot: u32, born: Revision, died: Revision, fill: impl FnOnce(&mut [u8]) -> Figures) {
-        let row = Self::place(&self.rows, slot, self.stride);
-        // SAFETY: mapped (see `code`), and nobody else looks at it: this function's contract.
-        let code = unsafe { std::slice::from_raw_parts_mut(row, self.dim) };
-        let figures = fill(code);
+    pub unsafe fn write(&self, slot: u32, born: Revision, died: Revision, code: &[u8], figures: Figures) {
+        let (high, low) = (
+            Self::place(&self.highs, slot, self.stride),
+            Self::place(&self.lows, slot, half_bytes(self.dim)),
+        );
+        // SAFETY: mapped (see `high` and `low`), and nobody else looks at them: this function's contract.
+        let (high, low) = unsafe {
+            let half = |at| std::slice::from_raw_parts_mut(at, half_bytes(self.dim));
+            (half(high), half(low))
+        };
+        (kernels().split)(code, high, low);
         // SAFETY: as above.
         unsafe { (&raw mut (*self.trailer(slot)).figures).write(figures) };
         let (b, d) = self.revisions(slot);
@@ -243,12 +269,22 @@ impl Nodes {
         Some(places[last].swap(to, Ordering::AcqRel))
     }
 
+    /// Asks the processor to fetch the high halves of a row and what goes with it.
+    #[inline]
+    pub fn prefetch_high(&self, slot: u32) {
+        let high = Self::place(&self.highs, slot, self.stride);
+        for line in (0..self.stride).step_by(LINE_BYTES) {
+            prefetch(high.wrapping_add(line));
+        }
+    }
+
     /// Asks the processor to fetch a whole row.
     #[inline]
     pub fn prefetch_row(&self, slot: u32) {
-        let row = Self::place(&self.rows, slot, self.stride);
-        for line in (0..self.stride).step_by(LINE_BYTES) {
-            prefetch(row.wrapping_add(line));
+        self.prefetch_high(slot);
+        let low = Self::place(&self.lows, slot, half_bytes(self.dim));
+        for at in (0..half_bytes(self.dim)).step_by(LINE_BYTES) {
+            prefetch(low.wrapping_add(at));
         }
     }
 
