@@ -298,7 +298,7 @@ impl SearchTicket {
         let vectors = self.vectors;
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
-        let needed = wanted + wanted / 4 + SPARE;
+        let needed = needed(search);
         let mut ef = plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64);
         if search.ef.is_none() {
             // What is scored again must be in the pool.
@@ -339,7 +339,7 @@ impl SearchTicket {
                 // Looking at everything takes other threads: not while this thread's memory is lent.
                 let selected = selected.as_ref()?;
                 let slots = slots_of(selected);
-                plan.scored += graph.scan(probe, 2 * wanted + SPARE, &slots, scratch).scored;
+                plan.scored += graph.scan(probe, wanted, &slots, scratch).scored;
             }
             // The rows of the graph are rounded: the best are scored again with the numbers as sent. Where the rounding is more
             // than what lies between hits and the rest, more of them; where it is more than all that was found lies apart,
@@ -402,13 +402,15 @@ impl SearchTicket {
         plan: &mut Plan,
     ) -> bool {
         let is_visible = |slot| graph.nodes().is_visible(slot, self.at);
+        // Whoever asks for so little effort gets it.
+        let wanted = if plan.ef < needed(search) { 0 } else { search.offset + search.k };
         let effort = match (selected, plan.way) {
             (Some(selected), _) if search.filter.is_some() => {
                 let is_selected = |slot| selected.contains(slot);
                 let budget = plan::budget(plan.way, plan.ef, plan.matches);
-                graph.search(probe, plan.ef, budget, plan.way == Way::TwoHop, is_selected, scratch)
+                graph.search(probe, plan.ef, wanted, budget, plan.way == Way::TwoHop, is_selected, scratch)
             }
-            _ => graph.search(probe, plan.ef, usize::MAX, false, is_visible, scratch),
+            _ => graph.search(probe, plan.ef, wanted, usize::MAX, false, is_visible, scratch),
         };
         let unseen: Vec<u32> = tail.iter().copied().filter(|&slot| scratch.is_new(slot)).collect();
         let more = match selected {
@@ -460,6 +462,12 @@ impl SearchTicket {
             )
         })
     }
+}
+
+/// Candidates that are scored again.
+fn needed(search: &Search) -> usize {
+    let wanted = search.offset + search.k;
+    wanted + wanted / 4 + SPARE
 }
 
 /// Whether what was found but not `rescored`, or not even kept as the pool was full, can be no hit. The rounding of what is not

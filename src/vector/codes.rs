@@ -28,18 +28,23 @@ pub fn encode(metric: Metric, numbers: &[f32], centre: &[f32], code: &mut [u8]) 
 }
 
 fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
-    let Steps { largest, squares } = (kernels().to_steps)(numbers, code);
+    let Steps { largest, squares, rough_squares, rough_errors } = (kernels().to_steps)(numbers, code);
     if largest == 0.0 {
         return Figures::default();
     }
     // The cast: at most DIM_MAX * 127^2, and f32 keeps seven digits of it.
-    let squares = squares as f32;
-    match metric {
-        Metric::Cosine => Figures { scale: 1.0 / squares.sqrt(), square: 1.0 },
-        Metric::L2 | Metric::Dot => {
-            let scale = largest / STEPS;
-            Figures { scale, square: scale * scale * squares }
-        }
+    let [squares, rough_squares, rough_errors] =
+        [squares as f32, rough_squares as f32 / 4.0, rough_errors as f32 / 4.0];
+    let scale = match metric {
+        Metric::Cosine => 1.0 / squares.sqrt(),
+        Metric::L2 | Metric::Dot => largest / STEPS,
+    };
+    let square = |steps: f32| scale * scale * steps;
+    Figures {
+        scale,
+        square: if metric == Metric::Cosine { 1.0 } else { square(squares) },
+        rough_error: square(rough_errors),
+        rough_square: square(rough_squares - rough_errors),
     }
 }
 
@@ -55,6 +60,8 @@ pub struct Probe {
     /// Sum of the bytes: what an offset of the stored ones adds to every inner product.
     sum: i32,
     figures: Figures,
+    /// Squared length of what the bytes stand for, also where the figures say none.
+    square: f32,
     /// 1 for distances, 0 where only the inner product counts.
     weight: f32,
 }
@@ -91,6 +98,7 @@ impl Probe {
         self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
         self.sum = self.code.iter().map(|&step| i32::from(step)).sum();
         self.figures = figures;
+        self.square = figures.square;
         self.weight = 1.0;
     }
 
@@ -98,35 +106,69 @@ impl Probe {
     pub fn distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
         scratch.keys.clear();
         for slots in slots.chunks(GROUP) {
-            let (mut high, mut low) = ([0; GROUP], [0; GROUP]);
-            self.half_dots(slots, |slot| nodes.high(slot), &mut high);
-            self.half_dots(slots, |slot| nodes.low(slot), &mut low);
-            let dots = high.iter().zip(low).map(|(high, low)| 16 * high + low - BIAS * self.sum);
-            // The cast: f32 keeps seven digits, more than the bytes do.
-            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, dot)| self.key(nodes.figures(slot), dot as f32)));
+            let dots = self.dots(nodes, slots);
+            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, dot)| self.key_of(nodes.figures(slot), dot)));
         }
     }
 
-    /// The distances of rows as far as the high halves of their bytes tell.
+    /// The distances of rows as far as the high halves of their bytes tell, never NaN.
     pub fn rough_distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
         scratch.keys.clear();
         for slots in slots.chunks(GROUP) {
-            let mut high = [0; GROUP];
-            self.half_dots(slots, |slot| nodes.high(slot), &mut high);
-            // The low half is between 0 and 15: in the middle, 7.5.
-            let dots = high.iter().map(|high| 32 * high + (15 - 2 * BIAS) * self.sum);
-            // The cast: as above.
-            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, dot)| self.key(nodes.figures(slot), dot as f32 / 2.0)));
+            let high = self.half_dots(slots, |slot| nodes.high(slot));
+            scratch.keys.extend(slots.iter().zip(high).map(|(&slot, high)| {
+                let Figures { scale, rough_square, .. } = nodes.figures(slot);
+                // Twice the steps, see `rough_twice`. The cast: f32 keeps seven digits.
+                let twice = 32 * high + (15 - 2 * BIAS) * self.sum;
+                self.key(scale, rough_square, twice as f32 / 2.0)
+            }));
         }
     }
 
+    /// The distance of one row.
+    #[must_use]
+    pub fn distance(&self, nodes: &Nodes, slot: u32) -> f32 {
+        self.key_of(nodes.figures(slot), self.dots(nodes, &[slot])[0])
+    }
+
+    /// Inner products of up to [`GROUP`] rows, in steps.
     #[inline]
-    fn half_dots<'a>(&self, slots: &[u32], halves: impl Fn(u32) -> &'a [u8], dots: &mut [i32; GROUP]) {
-        let mut rows: [&[u8]; GROUP] = [&[]; GROUP];
+    fn dots(&self, nodes: &Nodes, slots: &[u32]) -> [i32; GROUP] {
+        let high = self.half_dots(slots, |slot| nodes.high(slot));
+        let low = self.half_dots(slots, |slot| nodes.low(slot));
+        std::array::from_fn(|at| 16 * high[at] + low[at] - BIAS * self.sum)
+    }
+
+    #[inline]
+    fn half_dots<'a>(&self, slots: &[u32], halves: impl Fn(u32) -> &'a [u8]) -> [i32; GROUP] {
+        let (mut rows, mut dots): ([&[u8]; GROUP], _) = ([&[]; GROUP], [0; GROUP]);
         for (row, &slot) in rows.iter_mut().zip(slots) {
             *row = halves(slot);
         }
         (kernels().half_dots)(&self.code, &rows[..slots.len()], &mut dots[..slots.len()]);
+        dots
+    }
+
+    #[inline]
+    fn key_of(&self, row: Figures, dot: i32) -> f32 {
+        // The cast: f32 keeps seven digits, more than the bytes do.
+        self.key(row.scale, row.square, dot as f32)
+    }
+
+    #[inline]
+    fn key(&self, scale: f32, square: f32, dot: f32) -> f32 {
+        let product = self.figures.scale * scale * dot;
+        let key = self.weight * (self.figures.square + square) - 2.0 * product;
+        // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
+        key.min(f32::MAX)
+    }
+
+    /// By how much a rough distance is off, as a standard deviation, for rows of this [`Figures::rough_error`]: as if what is lost
+    /// of a row pointed anywhere.
+    #[must_use]
+    pub fn roughness(&self, distance: f32, error: f32) -> f32 {
+        let square = if self.weight == 0.0 { self.square } else { distance.max(0.0) };
+        2.0 * (square * error / self.code.len() as f32).sqrt()
     }
 
     /// Distances up to this are rounding: the rows are equal. No product says so.
@@ -150,22 +192,6 @@ impl Probe {
             Metric::Dot => -2.0 * score,
         }
     }
-
-    /// The distance of one row.
-    #[must_use]
-    pub fn distance(&self, nodes: &Nodes, slot: u32) -> f32 {
-        let mut distances = Distances::default();
-        self.distances(nodes, &[slot], &mut distances);
-        distances.keys[0]
-    }
-
-    #[inline]
-    fn key(&self, row: Figures, dot: f32) -> f32 {
-        let product = self.figures.scale * row.scale * dot;
-        let key = self.weight * (self.figures.square + row.square) - 2.0 * product;
-        // Beyond f32 nothing is near; the smaller of a NaN and a number is the number.
-        key.min(f32::MAX)
-    }
 }
 
 /// Room for the distances of one step.
@@ -173,4 +199,49 @@ impl Probe {
 pub struct Distances {
     /// One for each slot asked for.
     pub keys: Vec<f32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::revision::Revision;
+
+    /// What a search concludes from high halves rests on both: that they are right on average, and how far off they are.
+    #[test]
+    fn rough_distances_are_right_on_average_and_as_far_off_as_they_say() {
+        const DIM: usize = 200;
+        const ROWS: u32 = 2000;
+        let number = |seed: usize| ((seed * 2_654_435_761) % 2001) as f32 / 1000.0 - 1.0;
+        let row =
+            |row: usize| (0..DIM).map(|at| number(row * DIM + at) * number(row * DIM + at + 7)).collect::<Vec<f32>>();
+        for metric in [Metric::Cosine, Metric::L2, Metric::Dot] {
+            let nodes = Nodes::new(DIM);
+            nodes.reserve(ROWS as usize).unwrap();
+            let mut code = vec![0; DIM];
+            for slot in 0..ROWS {
+                let figures = encode(metric, &row(slot as usize), &[], &mut code);
+                // SAFETY: nobody else has these nodes.
+                unsafe { nodes.write(slot, Revision(1), Revision(u64::MAX), &code, figures) };
+            }
+            let mut probe = Probe::default();
+            probe.of_query(metric, &row(5000), &[]);
+            let (slots, mut rough, mut whole): (Vec<u32>, _, _) =
+                ((0..ROWS).collect(), Distances::default(), Distances::default());
+            probe.rough_distances(&nodes, &slots, &mut rough);
+            probe.distances(&nodes, &slots, &mut whole);
+            let errors: Vec<f32> = rough
+                .keys
+                .iter()
+                .zip(&whole.keys)
+                .zip(slots)
+                .map(|((rough, whole), slot)| {
+                    (rough - whole) / probe.roughness(*whole, nodes.figures(slot).rough_error)
+                })
+                .collect();
+            let mean = errors.iter().sum::<f32>() / ROWS as f32;
+            let deviation = (errors.iter().map(|e| e * e).sum::<f32>() / ROWS as f32).sqrt();
+            assert!(mean.abs() < 0.2, "{metric:?}: off by {mean} deviations on average");
+            assert!((0.7..1.3).contains(&deviation), "{metric:?}: {deviation} times as far off as they say");
+        }
+    }
 }

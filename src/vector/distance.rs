@@ -27,6 +27,16 @@ pub struct Steps {
     pub largest: f32,
     /// Sum of the squares of the steps.
     pub squares: i32,
+    /// Four times the sum of the squares of what their high halves stand for: of [`rough_twice`].
+    pub rough_squares: i32,
+    /// Four times the sum of the squares of what those are off by.
+    pub rough_errors: i32,
+}
+
+/// Twice the steps that the high half of a stored byte stands for, the middle of sixteen: the low half is between 0 and 15.
+#[inline(always)]
+fn rough_twice(byte: u8) -> i32 {
+    2 * (i32::from(byte & 0xf0) - BIAS) + 15
 }
 
 /// The kernels chosen for this machine.
@@ -105,12 +115,7 @@ pub fn supported() -> Vec<Kernels> {
         }
     }
     #[cfg(target_arch = "aarch64")]
-    sets.push(Kernels {
-        name: "neon",
-        dot: neon::dot_checked,
-        l2_squared: neon::l2_checked,
-        ..SCALAR
-    });
+    sets.push(Kernels { name: "neon", dot: neon::dot_checked, l2_squared: neon::l2_checked, ..SCALAR });
     sets
 }
 
@@ -256,14 +261,17 @@ fn to_steps_scalar(numbers: &[f32], code: &mut [u8]) -> Steps {
     let inverse = STEPS / largest;
     if largest == 0.0 {
         code.fill(BIAS as u8);
-        return Steps { largest, squares: 0 };
+        return Steps { largest, squares: 0, rough_squares: 0, rough_errors: 0 };
     } else if inverse.is_finite() {
         round(numbers.iter().map(|n| n * inverse), code);
     } else {
         // So small that its inverse is infinite.
         round(numbers.iter().map(|n| n / largest * STEPS), code);
     }
-    Steps { largest, squares: code.iter().map(|&byte| (i32::from(byte) - BIAS).pow(2)).sum() }
+    let squares = code.iter().map(|&byte| (i32::from(byte) - BIAS).pow(2)).sum();
+    let rough_squares = code.iter().map(|&byte| rough_twice(byte).pow(2)).sum();
+    let rough_errors = code.iter().map(|&byte| (2 * i32::from(byte & 0x0f) - 15).pow(2)).sum();
+    Steps { largest, squares, rough_squares, rough_errors }
 }
 
 /// The largest of their sizes; several side by side, as one comparison would wait for the one before.
@@ -681,7 +689,8 @@ mod tests {
                     .collect();
                 let (mut high, mut low) = (Vec::new(), Vec::new());
                 for code in &codes {
-                    let (mut h, mut l, mut joined) = (vec![0; half_bytes(length)], vec![0; half_bytes(length)], vec![0; length]);
+                    let (mut h, mut l, mut joined) =
+                        (vec![0; half_bytes(length)], vec![0; half_bytes(length)], vec![0; length]);
                     split(code, &mut h, &mut l);
                     join(&h, &l, &mut joined);
                     assert_eq!(&joined, code, "taken apart and put together at {length}");
@@ -699,7 +708,8 @@ mod tests {
                         (set.half_dots)(&query, &rows, &mut sums);
                         sums
                     };
-                    let sums: Vec<i32> = dots(&high).iter().zip(dots(&low)).map(|(high, low)| 16 * high + low).collect();
+                    let sums: Vec<i32> =
+                        dots(&high).iter().zip(dots(&low)).map(|(high, low)| 16 * high + low).collect();
                     assert_eq!(sums, expected, "{} at {length}", set.name);
                 }
             }

@@ -63,8 +63,20 @@ const POOL_PER_RESULT: usize = 16;
 const PRUNE_GROUP: usize = 8;
 /// Rows of a scan scored together; they are prefetched one group ahead.
 const SCAN_GROUP: usize = 16;
-/// From so many numbers on a walk goes by half of each.
+/// From so many numbers on rows are longer than two cache lines, and the rounding of each evens out: walks and scans go by
+/// the high halves of rows first.
 const ROUGH_DIM: usize = 128;
+/// Standard deviations of what the high halves are off by, that must lie between the last hit and what was left out. A walk
+/// leaves out some in any case; a scan should not.
+const WALK_MARGIN: f32 = 1.5;
+const SCAN_MARGIN: f32 = 3.0;
+/// A walk by high halves that did not tell enough counts so many times one that did, as it costs two.
+const IN_VAIN_COST: u32 = 16;
+/// Above this count walks go by whole rows; each takes one off.
+const IN_VAIN_MAX: u32 = 256;
+/// Candidates of a scan beyond twice what is wanted: by whole rows, and by high halves.
+const SPARE: usize = 4;
+const ROUGH_SPARE: usize = 8;
 /// Largest squared length of a row: sums of a few of them are still finite.
 const SQUARE_MAX: f32 = f32::MAX / 16.0;
 /// Slots that are one piece of a pass: milliseconds.
@@ -84,6 +96,8 @@ pub struct Graph {
     centre: Box<[f32]>,
     /// A row's squared length does not fit f32: distances between rows mean nothing.
     is_unfit: AtomicBool,
+    /// Whether the high halves of its rows tell enough: see [`IN_VAIN_COST`].
+    in_vain: AtomicU32,
 }
 
 /// One place in a search's pool.
@@ -244,6 +258,7 @@ impl Graph {
             entry_mask: AtomicU32::new(0),
             centre: centre.into(),
             is_unfit: AtomicBool::new(false),
+            in_vain: AtomicU32::new(0),
         }
     }
 
@@ -278,19 +293,45 @@ impl Graph {
     /// `two_hop` only results are scored: from a neighbour that is none, its neighbours are looked at instead, which finds
     /// matches that lie scattered with far fewer scores. Gives up when it has scored `budget` rows. The results are then
     /// in `scratch`.
+    ///
+    /// Goes by the high halves of rows first. Where they do not tell the nearest `wanted` from what was left out, once more
+    /// by whole rows.
+    #[expect(clippy::too_many_arguments, reason = "what a search is, in one place")]
     #[inline]
     pub fn search(
         &self,
         probe: &Probe,
         ef: usize,
+        wanted: usize,
         budget: usize,
         two_hop: bool,
         is_result: impl Fn(u32) -> bool,
         scratch: &mut Scratch,
     ) -> Effort {
+        let is_rough = self.goes_rough();
+        let mut effort = self.walk(probe, is_rough, ef, budget, two_hop, &is_result, scratch);
+        if is_rough && !effort.is_over_budget && !self.refine(probe, wanted, WALK_MARGIN, scratch) {
+            let again = self.walk(probe, false, ef, budget, two_hop, &is_result, scratch);
+            effort =
+                Effort { scored: effort.scored + again.scored, expanded: effort.expanded + again.expanded, ..again };
+        }
+        effort
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "as above")]
+    #[inline]
+    fn walk(
+        &self,
+        probe: &Probe,
+        is_rough: bool,
+        ef: usize,
+        budget: usize,
+        two_hop: bool,
+        is_result: &impl Fn(u32) -> bool,
+        scratch: &mut Scratch,
+    ) -> Effort {
         scratch.begin(self.nodes.capacity(), ef);
         let mut effort = Effort::default();
-        let is_rough = self.is_rough();
         let entries = Arc::clone(&self.entries.read());
         scratch.fresh.clear();
         for &slot in entries.iter() {
@@ -298,7 +339,7 @@ impl Graph {
                 scratch.fresh.push(slot);
             }
         }
-        self.score(probe, is_rough, &is_result, scratch, &mut effort);
+        self.score(probe, is_rough, is_result, scratch, &mut effort);
         let mut next = 0;
         while let Some(spot) = scratch.pool.spots.get_mut(next) {
             if spot.tag & EXPANDED != 0 {
@@ -338,17 +379,49 @@ impl Graph {
             if let Some(spot) = scratch.pool.spots.get(next + 1) {
                 self.nodes.prefetch_links(spot.slot());
             }
-            next = self.score(probe, is_rough, &is_result, scratch, &mut effort).min(next + 1);
-        }
-        if is_rough {
-            self.refine(probe, scratch);
+            next = self.score(probe, is_rough, is_result, scratch, &mut effort).min(next + 1);
         }
         effort
     }
 
-    /// Whether walks and scans go by the high halves of rows first: where numbers are many, the rounding of each evens out.
-    fn is_rough(&self) -> bool {
-        self.nodes.dim() >= ROUGH_DIM
+    /// Whether to go by the high halves of rows first.
+    fn goes_rough(&self) -> bool {
+        if self.nodes.dim() < ROUGH_DIM {
+            return false;
+        }
+        let in_vain = self.in_vain.load(Ordering::Relaxed);
+        if in_vain > 0 {
+            // Counted by several threads at once it may be off by a few.
+            self.in_vain.store(in_vain - 1, Ordering::Relaxed);
+        }
+        in_vain <= IN_VAIN_MAX
+    }
+
+    /// Scores what was found by the high halves of rows by whole ones. False when more than what was found might belong to
+    /// the nearest `wanted`.
+    fn refine(&self, probe: &Probe, wanted: usize, margin: f32, scratch: &mut Scratch) -> bool {
+        let is_full = scratch.is_full();
+        let pool = &mut scratch.pool;
+        pool.spots.retain(|spot| spot.is_result());
+        scratch.fresh.clear();
+        scratch.fresh.extend(pool.spots.iter().map(|spot| spot.slot()));
+        for &slot in &scratch.fresh {
+            self.nodes.prefetch_row(slot);
+        }
+        probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
+        let Some(left_out) = pool.spots.last().map(|spot| spot.key) else { return true };
+        for (spot, &key) in pool.spots.iter_mut().zip(&scratch.distances.keys) {
+            spot.key = key;
+        }
+        pool.spots.sort_unstable_by(|a, b| a.key.total_cmp(&b.key));
+        let Some(last) = wanted.checked_sub(1).and_then(|last| pool.spots.get(last)) else { return true };
+        let errors: f32 = scratch.fresh.iter().map(|&slot| self.nodes.figures(slot).rough_error).sum();
+        let deviation = probe.roughness(left_out, errors / pool.spots.len() as f32);
+        let is_clear = !is_full || last.key + margin * deviation <= left_out;
+        if !is_clear {
+            self.in_vain.fetch_add(IN_VAIN_COST, Ordering::Relaxed);
+        }
+        is_clear
     }
 
     #[inline]
@@ -356,19 +429,13 @@ impl Graph {
         if is_rough { self.nodes.prefetch_high(slot) } else { self.nodes.prefetch_row(slot) }
     }
 
-    /// Puts what was found by the high halves of rows in the order of whole rows.
-    fn refine(&self, probe: &Probe, scratch: &mut Scratch) {
-        scratch.pool.spots.retain(|spot| spot.is_result());
-        scratch.fresh.clear();
-        scratch.fresh.extend(scratch.pool.spots.iter().map(|spot| spot.slot()));
-        for &slot in &scratch.fresh {
-            self.nodes.prefetch_row(slot);
+    #[inline]
+    fn distances(&self, probe: &Probe, is_rough: bool, slots: &[u32], distances: &mut Distances) {
+        if is_rough {
+            probe.rough_distances(&self.nodes, slots, distances);
+        } else {
+            probe.distances(&self.nodes, slots, distances);
         }
-        probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
-        for (spot, &key) in scratch.pool.spots.iter_mut().zip(&scratch.distances.keys) {
-            spot.key = key;
-        }
-        scratch.pool.spots.sort_unstable_by(|a, b| a.key.total_cmp(&b.key));
     }
 
     /// Scores what is fresh and takes it into the pool; returns the first place that changed.
@@ -381,11 +448,7 @@ impl Graph {
         scratch: &mut Scratch,
         effort: &mut Effort,
     ) -> usize {
-        if is_rough {
-            probe.rough_distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
-        } else {
-            probe.distances(&self.nodes, &scratch.fresh, &mut scratch.distances);
-        }
+        self.distances(probe, is_rough, &scratch.fresh, &mut scratch.distances);
         effort.scored += scratch.fresh.len();
         let mut first = usize::MAX;
         for (&slot, &key) in scratch.fresh.iter().zip(&scratch.distances.keys) {
@@ -401,10 +464,16 @@ impl Graph {
         first
     }
 
-    /// Scores every given slot. The nearest `ef` are then in `scratch`.
-    pub fn scan(&self, probe: &Probe, ef: usize, slots: &[u32], scratch: &mut Scratch) -> Effort {
-        scratch.pool.begin(ef);
-        self.scan_more(probe, slots, |_| true, scratch)
+    /// Scores every given slot. The nearest `wanted` and some more are then in `scratch`.
+    pub fn scan(&self, probe: &Probe, wanted: usize, slots: &[u32], scratch: &mut Scratch) -> Effort {
+        let is_rough = self.goes_rough();
+        scratch.pool.begin(wanted * 2 + if is_rough { ROUGH_SPARE } else { SPARE });
+        let mut effort = self.scan_by(probe, is_rough, slots, |_| true, scratch);
+        if is_rough && !self.refine(probe, wanted, SCAN_MARGIN, scratch) {
+            scratch.forget();
+            effort.scored += self.scan_more(probe, slots, |_| true, scratch).scored;
+        }
+        effort
     }
 
     /// Adds slots to what a search or scan has found.
@@ -415,12 +484,24 @@ impl Graph {
         is_result: impl Fn(u32) -> bool,
         scratch: &mut Scratch,
     ) -> Effort {
+        self.scan_by(probe, false, slots, is_result, scratch)
+    }
+
+    #[inline]
+    fn scan_by(
+        &self,
+        probe: &Probe,
+        is_rough: bool,
+        slots: &[u32],
+        is_result: impl Fn(u32) -> bool,
+        scratch: &mut Scratch,
+    ) -> Effort {
         let mut groups = slots.chunks(SCAN_GROUP).peekable();
         while let Some(group) = groups.next() {
             for &slot in groups.peek().copied().unwrap_or_default() {
-                self.nodes.prefetch_row(slot);
+                self.prefetch(slot, is_rough);
             }
-            probe.distances(&self.nodes, group, &mut scratch.distances);
+            self.distances(probe, is_rough, group, &mut scratch.distances);
             for (&slot, &key) in group.iter().zip(&scratch.distances.keys) {
                 if scratch.pool.admits(key) && is_result(slot) {
                     scratch.pool.insert(key, slot, true);
@@ -440,7 +521,7 @@ impl Graph {
         let mut list = std::mem::take(&mut scratch.list);
         probe.of_row(&self.nodes, slot);
         let is_candidate = |other| other != slot && self.nodes.is_live(other);
-        self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
+        self.search(&probe, LINK_EF, LINK_EF / 2, usize::MAX, false, is_candidate, scratch);
         list.clear();
         list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
         scratch.chosen.clear();
@@ -448,7 +529,7 @@ impl Graph {
         if self.metric == Metric::Dot {
             // Long vectors are near to nobody, but what most are looked for: links by products as well.
             probe.go_by_products();
-            self.search(&probe, LINK_EF, usize::MAX, false, is_candidate, scratch);
+            self.search(&probe, LINK_EF, LINK_EF / 2, usize::MAX, false, is_candidate, scratch);
             list.clear();
             list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
             self.prune(&list, &probe, scratch);
@@ -507,11 +588,7 @@ impl Graph {
     pub fn find_again(&self, slot: u32, was_reached: bool, scratch: &mut Scratch) -> bool {
         let mut probe = std::mem::take(&mut scratch.probe);
         probe.of_row(&self.nodes, slot);
-        let best = self.nearest(&probe, scratch);
-        let is_lost = (!was_reached && scratch.is_new(slot))
-            || best.is_none_or(|best| {
-                best != slot && probe.distance(&self.nodes, best) > probe.distance(&self.nodes, slot)
-            });
+        let is_lost = !self.finds(slot, &probe, scratch) || (!was_reached && scratch.is_new(slot));
         scratch.probe = probe;
         if is_lost {
             // One with room costs no other link.
@@ -531,11 +608,20 @@ impl Graph {
         is_lost
     }
 
-    /// The nearest live slot that a search of default effort comes to.
-    #[must_use]
-    pub fn nearest(&self, probe: &Probe, scratch: &mut Scratch) -> Option<u32> {
-        self.search(probe, EF_DEFAULT, usize::MAX, false, |slot| self.nodes.is_live(slot), scratch);
-        scratch.found().next()
+    /// Whether a search of default effort for the row of a slot finds it, or one as near.
+    pub fn finds(&self, slot: u32, probe: &Probe, scratch: &mut Scratch) -> bool {
+        let is_result = |slot| self.nodes.is_live(slot);
+        let is_first = |scratch: &Scratch| {
+            let best = scratch.found_distances().next();
+            best.is_some_and(|(best, distance)| best == slot || distance <= probe.distance(&self.nodes, slot))
+        };
+        self.search(probe, EF_DEFAULT, 1, usize::MAX, false, is_result, scratch);
+        if is_first(scratch) {
+            return true;
+        }
+        // Among many alike the high halves may have left it out.
+        self.walk(probe, false, EF_DEFAULT, usize::MAX, false, &is_result, scratch);
+        is_first(scratch)
     }
 
     /// Adds a link, if need be in place of the last; what that led to is then reached through `slot`.

@@ -43,6 +43,10 @@ pub struct Figures {
     pub scale: f32,
     /// Squared length of what the bytes stand for.
     pub square: f32,
+    /// Squared length of what their high halves are off by.
+    pub rough_error: f32,
+    /// Squared length of what the high halves stand for, less that error: with it the distances they tell are right on average.
+    pub rough_square: f32,
 }
 
 #[repr(C)]
@@ -208,10 +212,8 @@ impl Nodes {
     /// No link leads to the slot, it is in no list a search or linker has or will get before this returns, and none that
     /// could have learned of an earlier tenant is still running.
     pub unsafe fn write(&self, slot: u32, born: Revision, died: Revision, code: &[u8], figures: Figures) {
-        let (high, low) = (
-            Self::place(&self.highs, slot, self.stride),
-            Self::place(&self.lows, slot, half_bytes(self.dim)),
-        );
+        let (high, low) =
+            (Self::place(&self.highs, slot, self.stride), Self::place(&self.lows, slot, half_bytes(self.dim)));
         // SAFETY: mapped (see `high` and `low`), and nobody else looks at them: this function's contract.
         let (high, low) = unsafe {
             let half = |at| std::slice::from_raw_parts_mut(at, half_bytes(self.dim));

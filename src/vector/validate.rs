@@ -64,6 +64,5 @@ pub fn validate(graph: &Graph, linked: &[u32], slots: usize, may_be_linked: impl
 
 fn finds_itself(graph: &Graph, slot: u32, probe: &mut Probe, scratch: &mut Scratch) -> bool {
     probe.of_row(graph.nodes(), slot);
-    let Some(best) = graph.nearest(probe, scratch) else { return false };
-    best == slot || probe.distance(graph.nodes(), best) <= probe.distance(graph.nodes(), slot)
+    graph.finds(slot, probe, scratch)
 }
