@@ -254,11 +254,17 @@ impl SearchTicket {
         // What is not in the index is noted first: a slot indexed meanwhile is then looked at here all the same.
         let unindexed = self.collection.read(|c| c.not_indexed(live));
         let selection = select(filter, &|look| self.collection.read(|c| look(c.meta_index())));
-        let mut slots = (selection.slots & live) - &unindexed;
+        let mut slots = selection.slots & live;
+        if !unindexed.is_empty() {
+            slots -= &unindexed;
+        }
         if !selection.is_exact {
             slots = self.check(&slots, filter);
         }
-        slots | self.check(&unindexed, filter)
+        if !unindexed.is_empty() {
+            slots |= self.check(&unindexed, filter);
+        }
+        slots
     }
 
     /// Those slots whose metadata, parsed, satisfies a filter.

@@ -21,6 +21,8 @@
 //! ```
 //!
 //! - One byte a number and the best twelve scored again: 0.9553, with forty 0.9554. The rounding costs nothing.
+//! - Walking by half of each byte: recall 0.9545 at ef 28, 0.9543 by whole ones; 1.2 to 1.4 times the searches, as the rows of 60,000
+//!   are 15 MB rather than 27. The halves in one row: 1.15 times.
 //! - Half as many entry points: 50 to 60 rows less for each search, of 354 for a quick one; the same recall.
 //! - Prefetching links as a spot enters the front of the pool, and rows before they are scored: 10 to 20 % faster.
 //! - Beside hnswlib (M 16, efConstruction 200) in one run: 3.2 and 3.7 times its searches at recall 0.95 and 0.99, built 2.4 times
@@ -67,9 +69,9 @@ const SCAN_GROUP: usize = 16;
 /// the high halves of rows first.
 const ROUGH_DIM: usize = 128;
 /// Standard deviations of what the high halves are off by, that must lie between the last hit and what was left out. A walk
-/// leaves out some in any case; a scan should not.
+/// leaves out some in any case; a scan should not: at 2 those of the data sets measured miss nothing.
 const WALK_MARGIN: f32 = 1.5;
-const SCAN_MARGIN: f32 = 3.0;
+const SCAN_MARGIN: f32 = 2.0;
 /// A walk by high halves that did not tell enough counts so many times one that did, as it costs two.
 const IN_VAIN_COST: u32 = 16;
 /// Above this count walks go by whole rows; each takes one off.

@@ -4,7 +4,7 @@
 //! record ──apply──▶ Collection ── slots, id map, metadata           (memory)
 //!                        │ ├────── RowStore: f32 rows by slot        (memory-mapped file)
 //!                        │ ├────── MetaIndex: slots by metadata      (memory, filled in the background)
-//!                        │ └────── Graph: byte rows and links        (memory, linked in the background)
+//!                        │ └────── Graph: rows in half-bytes, links   (memory, linked in the background)
 //!                        └──checkpoint──▶ slots.log, graph.bin
 //! query ──plan──▶ walk the graph, scan matches, or scan all ──▶ score again as sent ──▶ TopK ──▶ hits
 //! ```

@@ -1,8 +1,8 @@
-//! What the graph keeps of each slot: a row of one byte for each number, two figures that go with it, when the slot
+//! What the graph keeps of each slot: a row of one byte for each number, the figures that go with it, when the slot
 //! was born and died, and its links. Addressed by slot, never moved, in anonymous memory.
 //!
-//! A row takes `dim` bytes and a trailer of [`TRAILER_BYTES`], rounded up to cache lines; links take
-//! [`LINKS_BYTES`]. Both lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge
+//! The high halves of a row's bytes take `dim / 2` bytes and, with a trailer of [`TRAILER_BYTES`], whole cache lines; the low halves,
+//! which a search wants of few rows, `dim / 2` bytes elsewhere; links take [`LINKS_BYTES`]. All lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge
 //! pages: a search reads a few hundred rows in no order, and with small pages it would wait for the page table as long
 //! as for the row.
 //!
@@ -22,7 +22,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-/// Slots in a chunk. A chunk of the smallest row is 8 MiB, and memory that is not touched costs nothing.
+/// Slots in a chunk. A chunk of links is 12 MiB, and memory that is not touched costs nothing.
 pub const CHUNK_SLOTS: usize = 1 << 16;
 /// Chunks a collection may have: 2^28 vectors.
 const CHUNKS_MAX: usize = 1 << 12;
