@@ -63,6 +63,23 @@ impl Index {
         Ok(())
     }
 
+    /// Links everything, on every core.
+    fn link_all(&self) {
+        std::thread::scope(|scope| {
+            for _ in 0..threads() {
+                scope.spawn(|| {
+                    let mut scratch = Scratch::default();
+                    while !self.is_linked() {
+                        if !self.collection.work_once(&mut scratch) {
+                            // Another thread makes the next jobs.
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+        });
+    }
+
     /// Does background work on every core, until `is_enough` or there is no more.
     fn settle(&self, is_enough: impl Fn() -> bool + Sync) {
         std::thread::scope(|scope| {
@@ -169,7 +186,7 @@ pub(super) fn run(dataset: &Dataset, args: &BenchArgs) -> anyhow::Result<()> {
         index.put(dataset, row)?;
     }
     let stored = started.elapsed().as_secs_f64();
-    index.settle(|| index.is_linked());
+    index.link_all();
     let seconds = started.elapsed().as_secs_f64();
     index.settle(|| false);
     let settled = started.elapsed().as_secs_f64();

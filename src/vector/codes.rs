@@ -1,6 +1,6 @@
 //! Rows of one byte a number, and how near two of them are.
 //!
-//! Each row is scaled by its own largest number to -127..=127 and stored with 128 added, because the widest
+//! Each row is scaled by its own largest number to -119..=119 and stored with 136 added, because the widest
 //! instructions multiply unsigned by signed bytes (scalar quantisation as in LVQ, Aguerrebere et al. 2023, with one
 //! scale for each vector). With `scale` and `square` beside the bytes the distance of what two rows stand for
 //! is exact; only the rounding to bytes is lost, and the best candidates are scored again with the numbers as sent.
@@ -36,7 +36,7 @@ fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
     if largest == 0.0 {
         return Figures::default();
     }
-    // The cast: at most DIM_MAX * 127^2, and f32 keeps seven digits of it.
+    // The casts: at most DIM_MAX times 2 * STEPS squared, and f32 keeps seven digits of it.
     let [squares, rough_squares, rough_errors] =
         [squares as f32, rough_squares as f32 / 4.0, rough_errors as f32 / 4.0];
     let scale = match metric {
@@ -99,7 +99,7 @@ impl Probe {
 
     fn set(&mut self, code: &[u8], figures: Figures) {
         self.code.clear();
-        self.code.extend(code.iter().map(|&byte| (byte ^ 0x80).cast_signed()));
+        self.code.extend(code.iter().map(|&byte| byte.wrapping_sub(BIAS as u8).cast_signed()));
         self.sum = self.code.iter().map(|&step| i32::from(step)).sum();
         self.figures = figures;
         self.square = figures.square;
@@ -172,7 +172,8 @@ impl Probe {
     #[must_use]
     pub fn roughness(&self, distance: f32, error: f32) -> f32 {
         let square = if self.weight == 0.0 { self.square } else { distance.max(0.0) };
-        2.0 * (square * error / self.code.len() as f32).sqrt()
+        // Each by itself: their product may be beyond f32.
+        2.0 * square.sqrt() * (error / self.code.len() as f32).sqrt()
     }
 
     /// Distances up to this are rounding: the rows are equal. No product says so.

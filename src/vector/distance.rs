@@ -4,8 +4,8 @@
 //! Each kernel has four independent accumulators so that the adds of one step do not wait for those of the step before
 //! (a fused multiply-add takes four cycles, two start each cycle). The scalar twin sums in sixteen lanes: it is the
 //! fallback and what the tests hold the others against. Results differ between kernels in the last bits, because the
-//! order of additions differs; on one machine they are reproducible. Norms and rounding to bytes are the scalar code, compiled
-//! again for wider instructions, and the same everywhere.
+//! order of additions differs; on one machine they are reproducible. Norms, rounding to bytes and taking these apart are the scalar
+//! code, compiled again for wider instructions, and the same everywhere.
 //!
 //! `unsafe` stands here for these instructions; ARCHITECTURE.md lists where else.
 
@@ -15,10 +15,11 @@ type Kernel = fn(&[f32], &[f32]) -> f32;
 /// For each row of half-bytes, its inner product with a query of signed bytes.
 type HalfKernel = fn(&[i8], &[&[u8]], &mut [i32]);
 
-/// Added to a signed step to store it unsigned.
-pub const BIAS: i32 = 128;
-/// Largest step.
-pub const STEPS: f32 = 127.0;
+/// Added to a signed step to store it unsigned. Nothing is then in the middle of its high half, so that numbers about zero, often
+/// most of them, are not all off to the same side where only that half is looked at.
+pub const BIAS: i32 = 136;
+/// Largest step, so that bytes are 17 to 255.
+pub const STEPS: f32 = 119.0;
 
 /// A row rounded to steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -155,8 +156,8 @@ pub const fn half_bytes(dim: usize) -> usize {
     dim.div_ceil(2)
 }
 
-#[inline(always)]
 /// Takes the bytes of a row apart into their high halves, which alone tell roughly how near it is, and their low halves.
+#[inline(always)]
 pub fn split(code: &[u8], high: &mut [u8], low: &mut [u8]) {
     let halves = high.chunks_mut(BLOCK / 2).zip(low.chunks_mut(BLOCK / 2));
     for (block, (high, low)) in code.chunks(BLOCK).zip(halves) {
@@ -171,8 +172,8 @@ pub fn split(code: &[u8], high: &mut [u8], low: &mut [u8]) {
     }
 }
 
-#[inline(always)]
 /// Puts together what [`split`] took apart.
+#[inline(always)]
 pub fn join(high: &[u8], low: &[u8], code: &mut [u8]) {
     let halves = high.chunks(BLOCK / 2).zip(low.chunks(BLOCK / 2));
     for (block, (high, low)) in code.chunks_mut(BLOCK).zip(halves) {
@@ -293,7 +294,7 @@ fn largest(numbers: &[f32]) -> f32 {
 fn round(steps: impl Iterator<Item = f32>, code: &mut [u8]) {
     const MAGIC: f32 = 12_582_912.0;
     for (code, step) in code.iter_mut().zip(steps) {
-        // The cast keeps the low byte: -127..=127 with the offset added is 1..=255.
+        // The cast keeps the low byte: the step with its offset.
         *code = ((step + MAGIC).to_bits().wrapping_add(BIAS as u32)) as u8;
     }
 }

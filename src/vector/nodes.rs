@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 pub const CHUNK_SLOTS: usize = 1 << 16;
 /// Chunks a collection may have: 2^28 vectors.
 const CHUNKS_MAX: usize = 1 << 12;
-/// Rows and links start at cache lines.
+/// High halves and links start at cache lines.
 const LINE_BYTES: usize = 64;
 /// Most links of a slot: with their count they fill [`LINKS_BYTES`].
 pub const LINKS_MAX: usize = LINKS_BYTES / size_of::<u32>() - 1;
@@ -212,6 +212,7 @@ impl Nodes {
     /// No link leads to the slot, it is in no list a search or linker has or will get before this returns, and none that
     /// could have learned of an earlier tenant is still running.
     pub unsafe fn write(&self, slot: u32, born: Revision, died: Revision, code: &[u8], figures: Figures) {
+        assert_eq!(code.len(), self.dim);
         let (high, low) =
             (Self::place(&self.highs, slot, self.stride), Self::place(&self.lows, slot, half_bytes(self.dim)));
         // SAFETY: mapped (see `high` and `low`), and nobody else looks at them: this function's contract.
