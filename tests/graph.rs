@@ -360,8 +360,14 @@ fn recall_holds_where_sixteen_steps_a_number_tell_nothing() {
         }
         numbers
     };
+    // Many zeros, as activations have, and queries that are all on their other side.
+    let positive = |random: &mut Random| crowd(random, 0.8).into_iter().map(|n| n.max(0.0)).collect::<Vec<f32>>();
+    let negative = |random: &mut Random| crowd(random, 0.8).into_iter().map(|n| n.min(0.0)).collect::<Vec<f32>>();
     type Make<'a> = &'a dyn Fn(&mut Random) -> Vec<f32>;
-    let sets: [(&str, Metric, Make<'_>, Make<'_>, f64); 4] = [
+    let sets: [(&str, Metric, Make<'_>, Make<'_>, f64); 7] = [
+        ("many zeros", Metric::Cosine, &positive, &quiet, 0.95),
+        ("many zeros", Metric::Dot, &positive, &quiet, 0.95),
+        ("many zeros", Metric::Dot, &positive, &negative, 0.95),
         ("crowds", Metric::L2, &crowds, &crowds, 0.95),
         ("crowds", Metric::Cosine, &crowds, &crowds, 0.95),
         ("loud numbers", Metric::L2, &loud, &loud, 0.95),
