@@ -144,7 +144,7 @@ thread_local! {
 impl Search {
     /// Whether it may look at live slots one by one, among so many vectors.
     pub(super) fn needs_live(&self, vectors: usize) -> bool {
-        let ef = plan::effort(self.ef, self.offset + self.k, 1.0);
+        let ef = plan::effort(self.ef, self.offset + self.k);
         self.filter.is_some() || plan::choose(ef, vectors, vectors) == Way::Scan
     }
 }
@@ -163,7 +163,7 @@ impl SearchTicket {
         let one = |search: &Search| match &self.graph {
             _ if search.group.is_some() => slots * (dim + (text_bytes + 16) * META_BYTE_COST),
             Some((_, tail)) if !search.is_exact => {
-                let ef = plan::effort(search.ef, search.offset + search.k, 1.0);
+                let ef = plan::effort(search.ef, search.offset + search.k);
                 let is_long = search.filter.is_some() && slots > INLINE_VECTORS;
                 let walked = if is_long { slots } else { ef * 32 };
                 (walked + tail.len()).min(slots) * dim / CODES_PER_NUMBER
@@ -305,7 +305,7 @@ impl SearchTicket {
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
         let needed = needed(search);
-        let mut ef = plan::effort(search.ef, wanted, matches as f64 / vectors.max(1) as f64);
+        let mut ef = plan::effort(search.ef, wanted);
         if search.ef.is_none() {
             // What is scored again must be in the pool.
             ef = ef.max(needed);
@@ -408,8 +408,7 @@ impl SearchTicket {
         plan: &mut Plan,
     ) -> bool {
         let is_visible = |slot| graph.nodes().is_visible(slot, self.at);
-        // Whoever asks for so little effort gets it.
-        let wanted = if plan.ef < needed(search) { 0 } else { search.offset + search.k };
+        let wanted = search.offset + search.k;
         let effort = match (selected, plan.way) {
             (Some(selected), _) if search.filter.is_some() => {
                 let is_selected = |slot| selected.contains(slot);

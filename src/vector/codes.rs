@@ -54,6 +54,7 @@ fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
 
 /// Rows compared by one call of a kernel.
 const GROUP: usize = 16;
+const NO_ROWS: [&[u8]; GROUP] = [&[]; GROUP];
 
 /// What rows are compared with: the bytes of a query or of another row, signed.
 #[derive(Clone, Debug, Default)]
@@ -119,8 +120,12 @@ impl Probe {
     pub fn rough_distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
         scratch.keys.clear();
         for slots in slots.chunks(GROUP) {
-            let high = self.half_dots(slots, |slot| nodes.high(slot));
-            scratch.keys.extend(slots.iter().zip(high).map(|(&slot, high)| {
+            let (mut highs, mut dots) = (NO_ROWS, [0; GROUP]);
+            for (high, &slot) in highs.iter_mut().zip(slots) {
+                *high = nodes.high(slot);
+            }
+            (kernels().half_dots)(&self.code, &highs[..slots.len()], &mut dots[..slots.len()]);
+            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, high)| {
                 let Figures { scale, rough_square, .. } = nodes.figures(slot);
                 // Twice the steps, see `rough_twice`. The cast: f32 keeps seven digits.
                 let twice = 32 * high + (15 - 2 * BIAS) * self.sum;
@@ -138,19 +143,13 @@ impl Probe {
     /// Inner products of up to [`GROUP`] rows, in steps.
     #[inline]
     fn dots(&self, nodes: &Nodes, slots: &[u32]) -> [i32; GROUP] {
-        let high = self.half_dots(slots, |slot| nodes.high(slot));
-        let low = self.half_dots(slots, |slot| nodes.low(slot));
-        std::array::from_fn(|at| 16 * high[at] + low[at] - BIAS * self.sum)
-    }
-
-    #[inline]
-    fn half_dots<'a>(&self, slots: &[u32], halves: impl Fn(u32) -> &'a [u8]) -> [i32; GROUP] {
-        let (mut rows, mut dots): ([&[u8]; GROUP], _) = ([&[]; GROUP], [0; GROUP]);
-        for (row, &slot) in rows.iter_mut().zip(slots) {
-            *row = halves(slot);
+        let (mut highs, mut lows, mut dots) = (NO_ROWS, NO_ROWS, [0; GROUP]);
+        for ((high, low), &slot) in highs.iter_mut().zip(&mut lows).zip(slots) {
+            (*high, *low) = (nodes.high(slot), nodes.low(slot));
         }
-        (kernels().half_dots)(&self.code, &rows[..slots.len()], &mut dots[..slots.len()]);
-        dots
+        let count = slots.len();
+        (kernels().whole_dots)(&self.code, &highs[..count], &lows[..count], &mut dots[..count]);
+        dots.map(|dot| dot - BIAS * self.sum)
     }
 
     #[inline]

@@ -14,6 +14,8 @@ use std::sync::OnceLock;
 type Kernel = fn(&[f32], &[f32]) -> f32;
 /// For each row of half-bytes, its inner product with a query of signed bytes.
 type HalfKernel = fn(&[i8], &[&[u8]], &mut [i32]);
+/// The same for rows whose high and low halves are given.
+type WholeKernel = fn(&[i8], &[&[u8]], &[&[u8]], &mut [i32]);
 
 /// Added to a signed step to store it unsigned. Nothing is then in the middle of its high half, so that numbers about zero, often
 /// most of them, are not all off to the same side where only that half is looked at.
@@ -52,6 +54,8 @@ pub struct Kernels {
     /// Inner products of a query of signed bytes with rows of half-bytes (see [`split`]), all for as many numbers; one for
     /// each row.
     pub half_dots: HalfKernel,
+    /// Inner products of such a query with whole rows, given as what [`split`] took apart: high halves, low halves.
+    pub whole_dots: WholeKernel,
     /// Sum of the squares.
     pub squares_f64: fn(&[f32]) -> f64,
     /// Rounds a row to steps, each stored with [`BIAS`] added.
@@ -74,6 +78,7 @@ const SCALAR: Kernels = Kernels {
     dot: dot_scalar,
     l2_squared: l2_scalar,
     half_dots: half_dots_scalar,
+    whole_dots: |query, highs, lows, out| whole_by_halves(half_dots_scalar, query, highs, lows, out),
     squares_f64: squares_f64_scalar,
     to_steps: to_steps_scalar,
     split,
@@ -92,6 +97,9 @@ pub fn supported() -> Vec<Kernels> {
                 dot: x86::dot_avx2_checked,
                 l2_squared: x86::l2_avx2_checked,
                 half_dots: x86::half_dots_avx2_checked,
+                whole_dots: |query, highs, lows, out| {
+                    whole_by_halves(x86::half_dots_avx2_checked, query, highs, lows, out);
+                },
                 squares_f64: x86::squares_f64_avx2_checked,
                 to_steps: x86::to_steps_avx2_checked,
                 split: x86::split_avx2_checked,
@@ -102,12 +110,18 @@ pub fn supported() -> Vec<Kernels> {
             let has_vnni = std::arch::is_x86_feature_detected!("avx512bw")
                 && std::arch::is_x86_feature_detected!("avx512vnni")
                 && std::arch::is_x86_feature_detected!("avx2");
-            let narrower = sets.last().map_or(half_dots_scalar as HalfKernel, |set| set.half_dots);
+            let narrower = sets.last().unwrap_or(&SCALAR);
+            let (half_dots, whole_dots) = if has_vnni {
+                (x86::half_dots_vnni_checked as HalfKernel, x86::whole_dots_vnni_checked as WholeKernel)
+            } else {
+                (narrower.half_dots, narrower.whole_dots)
+            };
             sets.push(Kernels {
                 name: "avx512",
                 dot: x86::dot_avx512_checked,
                 l2_squared: x86::l2_avx512_checked,
-                half_dots: if has_vnni { x86::half_dots_vnni_checked } else { narrower },
+                half_dots,
+                whole_dots,
                 squares_f64: x86::squares_f64_avx512_checked,
                 to_steps: x86::to_steps_avx512_checked,
                 split: x86::split_avx512_checked,
@@ -196,6 +210,19 @@ fn half_dots_scalar(query: &[i8], rows: &[&[u8]], out: &mut [i32]) {
             half_dot(first, second, row)
         };
         *out = query.chunks(BLOCK).zip(row.chunks(BLOCK / 2)).map(dot_of_block).sum();
+    }
+}
+
+/// Whole rows where products of whole bytes would not fit the widest instructions there are: one half after the other.
+fn whole_by_halves(half_dots: HalfKernel, query: &[i8], highs: &[&[u8]], lows: &[&[u8]], out: &mut [i32]) {
+    const GROUP: usize = 16;
+    half_dots(query, highs, out);
+    for (out, lows) in out.chunks_mut(GROUP).zip(lows.chunks(GROUP)) {
+        let mut low_dots = [0; GROUP];
+        half_dots(query, lows, &mut low_dots[..lows.len()]);
+        for (out, low) in out.iter_mut().zip(low_dots) {
+            *out = 16 * *out + low;
+        }
     }
 }
 
@@ -437,13 +464,14 @@ mod x86 {
         let (out_fours, out_rest) = out.as_chunks_mut::<4>();
         for (rows, out) in fours.iter().zip(out_fours) {
             // SAFETY: as this function's.
-            *out = unsafe { four_dots_vnni(query, *rows) };
+            *out = unsafe { four_dots_vnni(query, rows) };
         }
         if let [first, ..] = *rest {
             // The missing rows repeat the first: cheaper than another kernel.
-            let padded = std::array::from_fn(|at| rest.get(at).copied().unwrap_or(first));
+            let mut rows = [first; 4];
+            rows[..rest.len()].copy_from_slice(rest);
             // SAFETY: as this function's.
-            let sums = unsafe { four_dots_vnni(query, padded) };
+            let sums = unsafe { four_dots_vnni(query, &rows) };
             out_rest.copy_from_slice(&sums[..rest.len()]);
         }
     }
@@ -452,7 +480,7 @@ mod x86 {
     /// As [`half_dots_vnni`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
-    unsafe fn four_dots_vnni(query: &[i8], rows: [&[u8]; 4]) -> [i32; 4] {
+    unsafe fn four_dots_vnni(query: &[i8], rows: &[&[u8]; 4]) -> [i32; 4] {
         let low_half = _mm512_set1_epi8(0x0f);
         let mut sums = [_mm512_setzero_si512(); 4];
         let mut at = 0;
@@ -486,6 +514,89 @@ mod x86 {
                 }
             }
         }
+        fold_four(sums)
+    }
+
+    pub fn whole_dots_vnni_checked(query: &[i8], highs: &[&[u8]], lows: &[&[u8]], out: &mut [i32]) {
+        assert!(highs.len() == out.len() && lows.len() == out.len());
+        assert!(highs.iter().chain(lows).all(|row| row.len() == super::half_bytes(query.len())));
+        // SAFETY: `supported` lists this function only after detecting its CPU features; lengths fit.
+        unsafe { whole_dots_vnni(query, highs, lows, out) }
+    }
+
+    /// As [`half_dots_vnni`].
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 F, BW and VNNI; each row holds half-bytes for the whole query, and there are as many high and low ones
+    /// and sums.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+    unsafe fn whole_dots_vnni(query: &[i8], highs: &[&[u8]], lows: &[&[u8]], out: &mut [i32]) {
+        let ((high_fours, high_rest), (low_fours, low_rest)) = (highs.as_chunks::<4>(), lows.as_chunks::<4>());
+        let (out_fours, out_rest) = out.as_chunks_mut::<4>();
+        for ((highs, lows), out) in high_fours.iter().zip(low_fours).zip(out_fours) {
+            // SAFETY: as this function's.
+            *out = unsafe { four_whole_dots_vnni(query, highs, lows) };
+        }
+        if let ([high, ..], [low, ..]) = (high_rest, low_rest) {
+            let (mut highs, mut lows) = ([*high; 4], [*low; 4]);
+            highs[..high_rest.len()].copy_from_slice(high_rest);
+            lows[..low_rest.len()].copy_from_slice(low_rest);
+            // SAFETY: as this function's.
+            let sums = unsafe { four_whole_dots_vnni(query, &highs, &lows) };
+            out_rest.copy_from_slice(&sums[..out_rest.len()]);
+        }
+    }
+
+    /// # Safety
+    /// As [`whole_dots_vnni`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+    unsafe fn four_whole_dots_vnni(query: &[i8], highs: &[&[u8]; 4], lows: &[&[u8]; 4]) -> [i32; 4] {
+        /// Where the bits of the first are set those of the second, else those of the third.
+        const SELECT: i32 = 0xca;
+        let low_half = _mm512_set1_epi8(0x0f);
+        let add = |sum, high, low, first, second| {
+            let first_bytes = _mm512_ternarylogic_epi64::<SELECT>(low_half, low, _mm512_slli_epi16::<4>(high));
+            let second_bytes = _mm512_ternarylogic_epi64::<SELECT>(low_half, _mm512_srli_epi16::<4>(low), high);
+            _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, first_bytes, first), second_bytes, second)
+        };
+        let mut sums = [_mm512_setzero_si512(); 4];
+        let mut at = 0;
+        while at + BLOCK <= query.len() {
+            // SAFETY: `at + BLOCK <= len` of the query, and a row has a byte for every two.
+            unsafe {
+                let first = _mm512_loadu_si512(query.as_ptr().add(at).cast());
+                let second = _mm512_loadu_si512(query.as_ptr().add(at + BLOCK / 2).cast());
+                for ((sum, high), low) in sums.iter_mut().zip(highs).zip(lows) {
+                    let high = _mm512_loadu_si512(high.as_ptr().add(at / 2).cast());
+                    let low = _mm512_loadu_si512(low.as_ptr().add(at / 2).cast());
+                    *sum = add(*sum, high, low, first, second);
+                }
+            }
+            at += BLOCK;
+        }
+        if at < query.len() {
+            let left = query.len() - at;
+            let half = left.div_ceil(2);
+            let mask = |bytes: usize| if bytes == 0 { 0 } else { !0u64 >> (64 - bytes) };
+            // SAFETY: masked-off bytes are not read; the others lie below `len` of the query, and below half of it of a row.
+            unsafe {
+                let first = _mm512_maskz_loadu_epi8(mask(half), query.as_ptr().add(at));
+                let second = _mm512_maskz_loadu_epi8(mask(left - half), query.as_ptr().add(at + half));
+                for ((sum, high), low) in sums.iter_mut().zip(highs).zip(lows) {
+                    let high = _mm512_maskz_loadu_epi8(mask(half), high.as_ptr().add(at / 2).cast());
+                    let low = _mm512_maskz_loadu_epi8(mask(half), low.as_ptr().add(at / 2).cast());
+                    *sum = add(*sum, high, low, first, second);
+                }
+            }
+        }
+        fold_four(sums)
+    }
+
+    /// The sum of the lanes of each of four.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2")]
+    fn fold_four(sums: [__m512i; 4]) -> [i32; 4] {
         let halves = sums.map(|s| _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64::<1>(s)));
         let pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(halves[0], halves[1]), _mm256_hadd_epi32(halves[2], halves[3]));
         let folded = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
@@ -682,7 +793,7 @@ mod tests {
         for length in (1..=300).chain([383, 384, 385, 784, 8192]) {
             let query: Vec<i8> =
                 (0..length).map(|i| if length % 3 == 0 { -127 } else { byte(i).cast_signed() }).collect();
-            for count in 0..10 {
+            for count in (0..10).chain([17]) {
                 let codes: Vec<Vec<u8>> = (0..count)
                     .map(|row| {
                         (0..length).map(|i| if length % 5 == 0 { 255 } else { byte(i + 7777 * (row + 1)) }).collect()
@@ -703,15 +814,19 @@ mod tests {
                     .map(|code| code.iter().zip(&query).map(|(&u, &q)| i32::from(u) * i32::from(q)).sum())
                     .collect();
                 for set in supported() {
-                    let dots = |halves: &[Vec<u8>]| {
-                        let rows: Vec<&[u8]> = halves.iter().map(Vec::as_slice).collect();
+                    let [highs, lows] =
+                        [&high, &low].map(|halves| halves.iter().map(Vec::as_slice).collect::<Vec<&[u8]>>());
+                    let dots = |rows: &[&[u8]]| {
                         let mut sums = vec![0; count];
-                        (set.half_dots)(&query, &rows, &mut sums);
+                        (set.half_dots)(&query, rows, &mut sums);
                         sums
                     };
                     let sums: Vec<i32> =
-                        dots(&high).iter().zip(dots(&low)).map(|(high, low)| 16 * high + low).collect();
-                    assert_eq!(sums, expected, "{} at {length}", set.name);
+                        dots(&highs).iter().zip(dots(&lows)).map(|(high, low)| 16 * high + low).collect();
+                    assert_eq!(sums, expected, "{} at {length}, half by half", set.name);
+                    let mut sums = vec![0; count];
+                    (set.whole_dots)(&query, &highs, &lows, &mut sums);
+                    assert_eq!(sums, expected, "{} at {length}, whole", set.name);
                 }
             }
         }

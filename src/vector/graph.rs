@@ -38,7 +38,7 @@
 
 use super::Metric;
 use super::codes::{Distances, Probe};
-use super::nodes::{LINKS_MAX, Nodes};
+use super::nodes::{LINKS_MAX, Nodes, ROUGH_DIM};
 use super::plan::EF_DEFAULT;
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
@@ -65,9 +65,6 @@ const POOL_PER_RESULT: usize = 16;
 const PRUNE_GROUP: usize = 8;
 /// Rows of a scan scored together; they are prefetched one group ahead.
 const SCAN_GROUP: usize = 16;
-/// From so many numbers on rows are longer than two cache lines, and the rounding of each evens out: walks and scans go by
-/// the high halves of rows first.
-const ROUGH_DIM: usize = 128;
 /// Standard deviations of what the high halves are off by, that must lie between the last hit and what was left out. The best
 /// of thousands are those that are off most to their side: at 1.5, where what is off decides, a quarter of the hits was missed.
 const MARGIN: f32 = 3.0;
@@ -75,9 +72,15 @@ const MARGIN: f32 = 3.0;
 const IN_VAIN_COST: u32 = 16;
 /// Above this count walks go by whole rows; each takes one off.
 const IN_VAIN_MAX: u32 = 256;
-/// Candidates of a scan beyond twice what is wanted: by whole rows, and by high halves.
+/// Candidates kept beyond twice what is wanted: of a scan by whole rows, and of whatever goes by high halves, which puts them
+/// less well in order. With as few as a search of little effort keeps, half of them would go by whole rows after all.
 const SPARE: usize = 4;
-const ROUGH_SPARE: usize = 8;
+const ROUGH_SPARE: usize = 16;
+/// Matches taken, not yet met, among the neighbours of a neighbour that does not match: its place among the links is then taken
+/// by them. More find a little more for each spot expanded, and score far more rows for it.
+const MATCHES_PER_HOP: usize = 2;
+/// Of the candidates of a new slot, so many must be the nearest; for those further out it is enough to be near.
+const LINK_WANTED: usize = 40;
 /// Largest squared length of a row: sums of a few of them are still finite.
 const SQUARE_MAX: f32 = f32::MAX / 16.0;
 /// Slots that are one piece of a pass: milliseconds.
@@ -144,6 +147,11 @@ impl Pool {
     fn admits(&self, key: f32) -> bool {
         let is_full = self.results >= self.ef || self.spots.len() >= self.ef * POOL_PER_RESULT;
         !is_full || self.spots.last().is_none_or(|last| key < last.key)
+    }
+
+    /// Results before a place.
+    fn results_before(&self, at: usize) -> usize {
+        self.spots[..at].iter().filter(|spot| spot.is_result()).count()
     }
 
     /// Puts an admitted spot in its place and drops what falls out at the end.
@@ -292,7 +300,7 @@ impl Graph {
 
     /// Searches from the entry points. `is_result` is asked for slots near enough to matter; others lead on. With
     /// `two_hop` only results are scored: from a neighbour that is none, its neighbours are looked at instead, which finds
-    /// matches that lie scattered with far fewer scores. Gives up when it has scored `budget` rows. The results are then
+    /// matches that lie scattered with far fewer scores. Follows the links of the nearest `ef` results. Gives up when it has scored `budget` rows. The results are then
     /// in `scratch`.
     ///
     /// Goes by the high halves of rows first. Where they do not tell the nearest `wanted` from what was left out, once more
@@ -310,9 +318,9 @@ impl Graph {
         scratch: &mut Scratch,
     ) -> Effort {
         let is_rough = self.goes_rough();
-        let mut effort = self.walk(probe, is_rough, ef, budget, two_hop, &is_result, scratch);
+        let mut effort = self.walk(probe, is_rough, ef, wanted, budget, two_hop, &is_result, scratch);
         if is_rough && !effort.is_over_budget && !self.refine(probe, wanted, scratch) {
-            let again = self.walk(probe, false, ef, budget, two_hop, &is_result, scratch);
+            let again = self.walk(probe, false, ef, wanted, budget, two_hop, &is_result, scratch);
             effort =
                 Effort { scored: effort.scored + again.scored, expanded: effort.expanded + again.expanded, ..again };
         }
@@ -326,12 +334,14 @@ impl Graph {
         probe: &Probe,
         is_rough: bool,
         ef: usize,
+        wanted: usize,
         budget: usize,
         two_hop: bool,
         is_result: &impl Fn(u32) -> bool,
         scratch: &mut Scratch,
     ) -> Effort {
-        scratch.begin(self.nodes.capacity(), ef);
+        let kept = if is_rough { ef.max(2 * wanted + ROUGH_SPARE) } else { ef };
+        scratch.begin(self.nodes.capacity(), kept);
         let mut effort = Effort::default();
         let entries = Arc::clone(&self.entries.read());
         scratch.fresh.clear();
@@ -342,17 +352,20 @@ impl Graph {
         }
         self.score(probe, is_rough, is_result, scratch, &mut effort);
         let mut next = 0;
-        while let Some(spot) = scratch.pool.spots.get_mut(next) {
+        while let Some(spot) = scratch.pool.spots.get(next) {
             if spot.tag & EXPANDED != 0 {
                 next += 1;
                 continue;
+            }
+            if next >= ef && scratch.pool.results_before(next) >= ef {
+                break;
             }
             if effort.scored > budget {
                 effort.is_over_budget = true;
                 break;
             }
-            spot.tag |= EXPANDED;
             let slot = spot.slot();
+            scratch.pool.spots[next].tag |= EXPANDED;
             effort.expanded += 1;
             scratch.fresh.clear();
             scratch.failing.clear();
@@ -369,10 +382,15 @@ impl Graph {
                 }
             }
             for at in 0..scratch.failing.len() {
+                let mut left = MATCHES_PER_HOP;
                 for to in self.nodes.neighbours(scratch.failing[at]) {
                     if is_result(to) && scratch.is_new(to) {
                         self.prefetch(to, is_rough);
                         scratch.fresh.push(to);
+                        left -= 1;
+                        if left == 0 {
+                            break;
+                        }
                     }
                 }
             }
@@ -528,7 +546,7 @@ impl Graph {
         let mut list = std::mem::take(&mut scratch.list);
         probe.of_row(&self.nodes, slot);
         let is_candidate = |other| other != slot && self.nodes.is_live(other);
-        self.search(&probe, LINK_EF, LINK_EF / 2, usize::MAX, false, is_candidate, scratch);
+        self.search(&probe, LINK_EF, LINK_WANTED, usize::MAX, false, is_candidate, scratch);
         list.clear();
         list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
         scratch.chosen.clear();
@@ -536,7 +554,7 @@ impl Graph {
         if self.metric == Metric::Dot {
             // Long vectors are near to nobody, but what most are looked for: links by products as well.
             probe.go_by_products();
-            self.search(&probe, LINK_EF, LINK_EF / 2, usize::MAX, false, is_candidate, scratch);
+            self.search(&probe, LINK_EF, LINK_WANTED, usize::MAX, false, is_candidate, scratch);
             list.clear();
             list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
             self.prune(&list, &probe, scratch);
@@ -627,7 +645,7 @@ impl Graph {
             return true;
         }
         // Among many alike the high halves may have left it out.
-        self.walk(probe, false, EF_DEFAULT, usize::MAX, false, &is_result, scratch);
+        self.walk(probe, false, EF_DEFAULT, 1, usize::MAX, false, &is_result, scratch);
         is_first(scratch)
     }
 

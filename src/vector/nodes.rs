@@ -2,9 +2,9 @@
 //! was born and died, and its links. Addressed by slot, never moved, in anonymous memory.
 //!
 //! The high halves of a row's bytes take `dim / 2` bytes and, with a trailer of [`TRAILER_BYTES`], whole cache lines; the low halves,
-//! which a search wants of few rows, `dim / 2` bytes elsewhere; links take [`LINKS_BYTES`]. All lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge
-//! pages: a search reads a few hundred rows in no order, and with small pages it would wait for the page table as long
-//! as for the row.
+//! which a search wants of few rows, `dim / 2` bytes elsewhere, or below [`ROUGH_DIM`] numbers, where it wants all, between the two;
+//! links take [`LINKS_BYTES`]. All lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge pages: a
+//! search reads a few hundred rows in no order, and with small pages it would wait for the page table as long as for the row.
 //!
 //! Who may write what, and when
 //! - A row is written by [`Nodes::write`] while no link leads to its slot and no search may know it: readers need no
@@ -26,6 +26,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 pub const CHUNK_SLOTS: usize = 1 << 16;
 /// Chunks a collection may have: 2^28 vectors.
 const CHUNKS_MAX: usize = 1 << 12;
+/// From so many numbers on rows are longer than two cache lines, and the rounding of each evens out: walks and scans go by
+/// the high halves of rows first.
+pub const ROUGH_DIM: usize = 128;
 /// High halves and links start at cache lines.
 const LINE_BYTES: usize = 64;
 /// Most links of a slot: with their count they fill [`LINKS_BYTES`].
@@ -60,10 +63,12 @@ struct Trailer {
 #[derive(Debug)]
 pub struct Nodes {
     dim: usize,
-    /// Bytes of a row before its trailer: the high halves.
+    /// Bytes of a row before its trailer: the high halves, and the low ones where these do not lie apart.
     trailer_at: usize,
     /// Bytes from one row's high halves to the next.
     stride: usize,
+    /// Bytes from one row's low halves to the next where they lie apart, else 0.
+    low_stride: usize,
     highs: Box<[OnceLock<MmapRaw>]>,
     lows: Box<[OnceLock<MmapRaw>]>,
     links: Box<[OnceLock<MmapRaw>]>,
@@ -75,21 +80,26 @@ impl Nodes {
     /// Nothing is allocated yet.
     #[must_use]
     pub fn new(dim: usize) -> Self {
-        let trailer_at = half_bytes(dim).next_multiple_of(align_of::<Trailer>());
+        let half = half_bytes(dim);
+        let (bytes, low_stride) = if dim < ROUGH_DIM { (2 * half, 0) } else { (half, half) };
+        let trailer_at = bytes.next_multiple_of(align_of::<Trailer>());
         let stride = (trailer_at + TRAILER_BYTES).next_multiple_of(LINE_BYTES);
         let table = || (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect();
-        Self { dim, trailer_at, stride, highs: table(), lows: table(), links: table(), capacity: AtomicUsize::new(0) }
+        let [highs, lows, links] = [table(), table(), table()];
+        Self { dim, trailer_at, stride, low_stride, highs, lows, links, capacity: AtomicUsize::new(0) }
     }
 
     /// Bytes a slot takes: row and links.
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
-        self.stride + half_bytes(self.dim) + LINKS_BYTES
+        self.stride + self.low_stride + LINKS_BYTES
     }
 
-    /// Each with the bytes that a slot takes there.
-    fn tables(&self) -> [(&[OnceLock<MmapRaw>], usize); 3] {
-        [(&self.highs, self.stride), (&self.lows, half_bytes(self.dim)), (&self.links, LINKS_BYTES)]
+    /// Those in use, each with the bytes that a slot takes there.
+    fn tables(&self) -> impl Iterator<Item = (&[OnceLock<MmapRaw>], usize)> {
+        let tables: [(&[_], _); 3] =
+            [(&self.highs, self.stride), (&self.lows, self.low_stride), (&self.links, LINKS_BYTES)];
+        tables.into_iter().filter(|&(_, bytes)| bytes > 0)
     }
 
     /// Makes room for slots below `slots`. Must be called before one of them is named to any other method.
@@ -132,6 +142,7 @@ impl Nodes {
         self.capacity.load(Ordering::Acquire)
     }
 
+    #[inline]
     fn place(table: &[OnceLock<MmapRaw>], slot: u32, bytes: usize) -> *mut u8 {
         let slot = slot as usize;
         let chunk = table[slot / CHUNK_SLOTS].get().expect("room is reserved before a slot is used");
@@ -146,6 +157,7 @@ impl Nodes {
     }
 
     /// The high halves of a row's bytes.
+    #[inline]
     #[must_use]
     pub fn high(&self, slot: u32) -> &[u8] {
         let high = Self::place(&self.highs, slot, self.stride);
@@ -155,13 +167,23 @@ impl Nodes {
     }
 
     /// The low halves of a row's bytes.
+    #[inline]
     #[must_use]
     pub fn low(&self, slot: u32) -> &[u8] {
-        let low = Self::place(&self.lows, slot, half_bytes(self.dim));
-        // SAFETY: `place` is the start of so many mapped bytes; the rest as for `high`.
-        unsafe { std::slice::from_raw_parts(low, half_bytes(self.dim)) }
+        // SAFETY: so many bytes are mapped there; the rest as for `high`.
+        unsafe { std::slice::from_raw_parts(self.low_place(slot), half_bytes(self.dim)) }
     }
 
+    #[inline]
+    fn low_place(&self, slot: u32) -> *mut u8 {
+        if self.low_stride == 0 {
+            Self::place(&self.highs, slot, self.stride).wrapping_add(half_bytes(self.dim))
+        } else {
+            Self::place(&self.lows, slot, self.low_stride)
+        }
+    }
+
+    #[inline]
     fn trailer(&self, slot: u32) -> *mut Trailer {
         // Aligned: rows start at cache lines, and `trailer_at` is a multiple of the trailer's alignment.
         #[expect(clippy::cast_ptr_alignment, reason = "see above")]
@@ -170,6 +192,7 @@ impl Nodes {
     }
 
     /// The figures of a row.
+    #[inline]
     #[must_use]
     pub fn figures(&self, slot: u32) -> Figures {
         // SAFETY: mapped and aligned (see `trailer`); written under the same promise as the bytes.
@@ -213,8 +236,7 @@ impl Nodes {
     /// could have learned of an earlier tenant is still running.
     pub unsafe fn write(&self, slot: u32, born: Revision, died: Revision, code: &[u8], figures: Figures) {
         assert_eq!(code.len(), self.dim);
-        let (high, low) =
-            (Self::place(&self.highs, slot, self.stride), Self::place(&self.lows, slot, half_bytes(self.dim)));
+        let (high, low) = (Self::place(&self.highs, slot, self.stride), self.low_place(slot));
         // SAFETY: mapped (see `high` and `low`), and nobody else looks at them: this function's contract.
         let (high, low) = unsafe {
             let half = |at| std::slice::from_raw_parts_mut(at, half_bytes(self.dim));
@@ -285,9 +307,11 @@ impl Nodes {
     #[inline]
     pub fn prefetch_row(&self, slot: u32) {
         self.prefetch_high(slot);
-        let low = Self::place(&self.lows, slot, half_bytes(self.dim));
-        for at in (0..half_bytes(self.dim)).step_by(LINE_BYTES) {
-            prefetch(low.wrapping_add(at));
+        if self.low_stride > 0 {
+            let low = self.low_place(slot);
+            for at in (0..self.low_stride).step_by(LINE_BYTES) {
+                prefetch(low.wrapping_add(at));
+            }
         }
     }
 
