@@ -408,7 +408,8 @@ impl SearchTicket {
         plan: &mut Plan,
     ) -> bool {
         let is_visible = |slot| graph.nodes().is_visible(slot, self.at);
-        let wanted = search.offset + search.k;
+        // Whoever asks for so little effort gets it.
+        let wanted = if plan.ef < needed(search) { 0 } else { search.offset + search.k };
         let effort = match (selected, plan.way) {
             (Some(selected), _) if search.filter.is_some() => {
                 let is_selected = |slot| selected.contains(slot);

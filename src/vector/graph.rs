@@ -304,7 +304,7 @@ impl Graph {
     /// in `scratch`.
     ///
     /// Goes by the high halves of rows first. Where they do not tell the nearest `wanted` from what was left out, once more
-    /// by whole rows.
+    /// by whole rows; with 0 wanted what was found will do.
     #[expect(clippy::too_many_arguments, reason = "what a search is, in one place")]
     #[inline]
     pub fn search(
@@ -340,7 +340,7 @@ impl Graph {
         is_result: &impl Fn(u32) -> bool,
         scratch: &mut Scratch,
     ) -> Effort {
-        let kept = if is_rough { ef.max(2 * wanted + ROUGH_SPARE) } else { ef };
+        let kept = if is_rough && wanted > 0 { ef.max(2 * wanted + ROUGH_SPARE) } else { ef };
         scratch.begin(self.nodes.capacity(), kept);
         let mut effort = Effort::default();
         let entries = Arc::clone(&self.entries.read());
