@@ -637,7 +637,7 @@ fn a_walk_that_ends_among_the_dead_falls_back_to_looking_at_everything() {
     let mut live = Live::open(None, Metric::L2, WIDE);
     let around =
         |random: &mut Random, centre: f32| -> Vec<f32> { (0..WIDE).map(|_| centre + random.number()).collect() };
-    for id in 0..6500 {
+    for id in 0..3800 {
         live.put(&format!("a{id}"), around(&mut random, 10.0), json!({}));
     }
     for id in 0..1500 {

@@ -9,7 +9,7 @@ use crate::revision::Revision;
 use crate::vector::codes::Probe;
 use crate::vector::collection::{Collection, Groups, Query, Scan, SearchNumber};
 use crate::vector::filter::Filter;
-use crate::vector::graph::{Graph, Scratch};
+use crate::vector::graph::{Graph, Scratch, kept_by_halves};
 use crate::vector::meta_index::select;
 use crate::vector::plan::{self, Way};
 use crate::vector::topk::{Candidate, TopK};
@@ -142,10 +142,15 @@ thread_local! {
 }
 
 impl Search {
+    fn effort(&self) -> usize {
+        let effort = plan::effort(self.ef, self.offset + self.k);
+        // What is scored again must have been followed, unless less was asked for.
+        if self.ef.is_none() { effort.max(needed(self)) } else { effort }
+    }
+
     /// Whether it may look at live slots one by one, among so many vectors.
     pub(super) fn needs_live(&self, vectors: usize) -> bool {
-        let ef = plan::effort(self.ef, self.offset + self.k);
-        self.filter.is_some() || plan::choose(ef, vectors, vectors) == Way::Scan
+        self.filter.is_some() || plan::choose(self.effort(), vectors, vectors) == Way::Scan
     }
 }
 
@@ -163,9 +168,8 @@ impl SearchTicket {
         let one = |search: &Search| match &self.graph {
             _ if search.group.is_some() => slots * (dim + (text_bytes + 16) * META_BYTE_COST),
             Some((_, tail)) if !search.is_exact => {
-                let ef = plan::effort(search.ef, search.offset + search.k);
                 let is_long = search.filter.is_some() && slots > INLINE_VECTORS;
-                let walked = if is_long { slots } else { ef * 32 };
+                let walked = if is_long { slots } else { search.effort() * 32 };
                 (walked + tail.len()).min(slots) * dim / CODES_PER_NUMBER
             }
             _ => slots * dim,
@@ -305,11 +309,7 @@ impl SearchTicket {
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
         let needed = needed(search);
-        let mut ef = plan::effort(search.ef, wanted);
-        if search.ef.is_none() {
-            // What is scored again must be in the pool.
-            ef = ef.max(needed);
-        }
+        let ef = search.effort();
         let mut plan = Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
         let graph = self.graph.as_ref().filter(|_| !search.is_exact && search.group.is_none());
         let (graph, tail) = match (graph, &selected) {
@@ -351,7 +351,7 @@ impl SearchTicket {
             // than what lies between hits and the rest, more of them; where it is more than all that was found lies apart,
             // everything, unless that is much.
             let found: Vec<(u32, f32)> = scratch.found_distances().collect();
-            let mut rescored = needed.min(found.len());
+            let mut rescored = needed.min(ef).min(found.len());
             let is_full = scratch.is_full();
             let metric = graph.metric();
             let mut scan = self.rescore(search, &found[..rescored]);
@@ -408,15 +408,16 @@ impl SearchTicket {
         plan: &mut Plan,
     ) -> bool {
         let is_visible = |slot| graph.nodes().is_visible(slot, self.at);
+        let (wanted, needed) = (search.offset + search.k, needed(search));
         // Whoever asks for so little effort gets it.
-        let wanted = if plan.ef < needed(search) { 0 } else { search.offset + search.k };
+        let (kept, wanted) = if plan.ef < needed { (needed, 0) } else { (kept_by_halves(wanted), wanted) };
         let effort = match (selected, plan.way) {
             (Some(selected), _) if search.filter.is_some() => {
                 let is_selected = |slot| selected.contains(slot);
                 let budget = plan::budget(plan.way, plan.ef, plan.matches);
-                graph.search(probe, plan.ef, wanted, budget, plan.way == Way::TwoHop, is_selected, scratch)
+                graph.search(probe, plan.ef, kept, wanted, budget, plan.way == Way::TwoHop, is_selected, scratch)
             }
-            _ => graph.search(probe, plan.ef, wanted, usize::MAX, false, is_visible, scratch),
+            _ => graph.search(probe, plan.ef, kept, wanted, usize::MAX, false, is_visible, scratch),
         };
         let unseen: Vec<u32> = tail.iter().copied().filter(|&slot| scratch.is_new(slot)).collect();
         let more = match selected {

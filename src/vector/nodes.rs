@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 pub const CHUNK_SLOTS: usize = 1 << 16;
 /// Chunks a collection may have: 2^28 vectors.
 const CHUNKS_MAX: usize = 1 << 12;
-/// From so many numbers on rows are longer than two cache lines, and the rounding of each evens out: walks and scans go by
+/// From so many numbers on rows are longer than three cache lines, and the rounding of each evens out: walks and scans go by
 /// the high halves of rows first.
 pub const ROUGH_DIM: usize = 128;
 /// High halves and links start at cache lines.
@@ -85,7 +85,8 @@ impl Nodes {
         let trailer_at = bytes.next_multiple_of(align_of::<Trailer>());
         let stride = (trailer_at + TRAILER_BYTES).next_multiple_of(LINE_BYTES);
         let table = || (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect();
-        let [highs, lows, links] = [table(), table(), table()];
+        let lows = if low_stride > 0 { table() } else { Box::default() };
+        let [highs, links] = [table(), table()];
         Self { dim, trailer_at, stride, low_stride, highs, lows, links, capacity: AtomicUsize::new(0) }
     }
 

@@ -10,7 +10,7 @@ pub const EF_DEFAULT: usize = 48;
 pub const EF_MAX: usize = 10_000;
 /// From so many vectors on a collection gets a graph. Below, the exact scan takes about as long as a walk, and is exact.
 pub const GRAPH_FROM: usize = 2048;
-/// Rows a walk scores for each spot of its pool.
+/// Rows a walk scores for each spot it follows.
 const SCORED_PER_EF: f64 = 26.0;
 /// What a row costs a walk, where it comes out of order, in rows of a scan.
 const WALK_ROW_COST: f64 = 2.6;
@@ -18,7 +18,9 @@ const WALK_ROW_COST: f64 = 2.6;
 /// with fewer of them more links are looked at for each.
 const TWO_HOP_ROW_COST: f64 = 3.1;
 
-/// A scan misses nothing: it may be so many times as dear.
+/// A walk with a filter is begun when it may score so many times the rows expected: one that is given up was for nothing.
+const WALK_ROOM: f64 = 1.5;
+/// A scan of matches misses none: it may be so many times as dear as looking for them.
 const SCAN_WORTH: f64 = 1.5;
 
 /// The ways to answer.
@@ -76,13 +78,9 @@ pub fn choose(effort: usize, matches: usize, count: usize) -> Way {
     let scored = effort as f64 * SCORED_PER_EF;
     let walk = scored * WALK_ROW_COST / share;
     let two_hop = scored * TWO_HOP_ROW_COST / share.sqrt();
-    if scan <= SCAN_WORTH * walk.min(two_hop) {
-        Way::Scan
-    } else if walk <= two_hop {
-        Way::Graph
-    } else {
-        Way::TwoHop
-    }
+    let (way, expected) = if walk <= two_hop { (Way::Graph, scored / share) } else { (Way::TwoHop, scored) };
+    let has_room = matches == count || WALK_ROOM * expected <= budget(way, effort, matches) as f64;
+    if has_room && scan > walk.min(SCAN_WORTH * two_hop) { way } else { Way::Scan }
 }
 
 #[cfg(test)]
@@ -101,6 +99,11 @@ mod tests {
         assert_eq!(way(100_000, 1_000_000), Way::TwoHop);
         assert_eq!(way(900_000, 1_000_000), Way::Graph);
         assert_eq!(way(2500, 2500), Way::Scan);
+        assert_eq!(way(13_191, 60_000), Way::Scan, "a little dearer than a walk, but it misses nothing");
+        assert_eq!(choose(100, 10_000, 10_000), Way::Graph);
+        // Walks that would be given up, were they begun.
+        assert_eq!(way(5210, 6500), Way::Scan);
+        assert_eq!(way(7811, 13_000), Way::Scan);
         // A thousand hits of few vectors: no walk is cheaper than looking at all.
         assert_eq!(choose(effort(None, 1000), 60_000, 60_000), Way::Scan);
     }
