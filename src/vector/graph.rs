@@ -29,8 +29,8 @@
 //!   of each 9.8 k, one 9.7 k; none 6.5 k. At 90 % way-points are level, at 22 % two-hop is twice as fast.
 //! - Half as many entry points: 50 to 60 rows less for each search, of 354 for a quick one; the same recall.
 //! - Prefetching links as a spot enters the front of the pool, and rows before they are scored: 10 to 20 % faster.
-//! - Beside hnswlib (M 16, efConstruction 200) in one run: 4.6 and 5.4 times its searches at recall 0.95 and 0.99, built 2.5 times
-//!   as fast; Fashion-MNIST (784, L2) 2.7 and 2.9 times, 5 times.
+//! - Beside hnswlib (M 16, efConstruction 200) in one run: 3.3 to 4.6 and 4.2 to 5.4 times its searches at recall 0.95 and 0.99, built 2.4 times
+//!   as fast; Fashion-MNIST (784, L2) 2.5 and 2.7 times, 4 times.
 //! - Ten turnovers of all vectors: 0.002 less recall than a fresh graph, 1.05 times its memory.
 //!
 //! Invariants
