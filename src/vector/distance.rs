@@ -499,15 +499,11 @@ mod x86 {
             at += BLOCK;
         }
         if at < query.len() {
-            let left = query.len() - at;
-            let half = left.div_ceil(2);
-            let mask = |bytes: usize| if bytes == 0 { 0 } else { !0u64 >> (64 - bytes) };
-            // SAFETY: masked-off bytes are not read; the others lie below `len` of the query, and below half of it of a row.
+            let (mask, first, second) = last_block(query, at);
+            // SAFETY: masked-off bytes are not read; the others are those of a row for what is left of the query.
             unsafe {
-                let first = _mm512_maskz_loadu_epi8(mask(half), query.as_ptr().add(at));
-                let second = _mm512_maskz_loadu_epi8(mask(left - half), query.as_ptr().add(at + half));
                 for (sum, row) in sums.iter_mut().zip(rows) {
-                    let halves = _mm512_maskz_loadu_epi8(mask(half), row.as_ptr().add(at / 2).cast());
+                    let halves = _mm512_maskz_loadu_epi8(mask, row.as_ptr().add(at / 2).cast());
                     *sum = _mm512_dpbusd_epi32(*sum, _mm512_and_si512(halves, low_half), first);
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(halves), low_half);
                     *sum = _mm512_dpbusd_epi32(*sum, high, second);
@@ -576,21 +572,30 @@ mod x86 {
             at += BLOCK;
         }
         if at < query.len() {
-            let left = query.len() - at;
-            let half = left.div_ceil(2);
-            let mask = |bytes: usize| if bytes == 0 { 0 } else { !0u64 >> (64 - bytes) };
-            // SAFETY: masked-off bytes are not read; the others lie below `len` of the query, and below half of it of a row.
+            let (mask, first, second) = last_block(query, at);
+            // SAFETY: masked-off bytes are not read; the others are those of a row for what is left of the query.
             unsafe {
-                let first = _mm512_maskz_loadu_epi8(mask(half), query.as_ptr().add(at));
-                let second = _mm512_maskz_loadu_epi8(mask(left - half), query.as_ptr().add(at + half));
                 for ((sum, high), low) in sums.iter_mut().zip(highs).zip(lows) {
-                    let high = _mm512_maskz_loadu_epi8(mask(half), high.as_ptr().add(at / 2).cast());
-                    let low = _mm512_maskz_loadu_epi8(mask(half), low.as_ptr().add(at / 2).cast());
+                    let high = _mm512_maskz_loadu_epi8(mask, high.as_ptr().add(at / 2).cast());
+                    let low = _mm512_maskz_loadu_epi8(mask, low.as_ptr().add(at / 2).cast());
                     *sum = add(*sum, high, low, first, second);
                 }
             }
         }
         fold_four(sums)
+    }
+
+    /// What is left of a query from `at` on, less than a block: the mask of a row's bytes for it, its first and its second half.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn last_block(query: &[i8], at: usize) -> (__mmask64, __m512i, __m512i) {
+        let (first, second) = query[at..].split_at((query.len() - at).div_ceil(2));
+        let mask = |bytes: usize| if bytes == 0 { 0 } else { !0u64 >> (64 - bytes) };
+        // SAFETY: masked-off bytes are not read; the others are those of the slices.
+        unsafe {
+            let load = |half: &[i8]| _mm512_maskz_loadu_epi8(mask(half.len()), half.as_ptr());
+            (mask(first.len()), load(first), load(second))
+        }
     }
 
     /// The sum of the lanes of each of four.
