@@ -26,11 +26,11 @@
 //!   are 15 MB rather than 27. The halves in one row: 1.15 times. Of 2,000 searches at ef 20 so many had to go once more by whole rows
 //!   that nearly all did (12.5 k/s); with 36 spots kept, and 20 expanded, 7 had to (20 to 22 k/s).
 //! - Half of the vectors match (f50), at recall 0.95: way-points 6.4 k/s; all matches among neighbours' neighbours 7.3 k; two new ones
-//!   of each 9.8 k, one 9.7 k; none 6.5 k. At 90 % way-points are level, at 22 % two-hop is twice as fast.
+//!   of each 9.8 k, one 9.7 k; none about 7 k. At 90 % way-points are level, at 22 % two-hop does half as many again.
 //! - Half as many entry points: 50 to 60 rows less for each search, of 354 for a quick one; the same recall.
 //! - Prefetching links as a spot enters the front of the pool, and rows before they are scored: 10 to 20 % faster.
-//! - Beside hnswlib (M 16, efConstruction 200) in one run: 3.3 to 4.6 and 4.2 to 5.4 times its searches at recall 0.95 and 0.99, built 2.4 times
-//!   as fast; Fashion-MNIST (784, L2) 2.5 and 2.7 times, 4 times.
+//! - Beside hnswlib (M 16, efConstruction 200) in one run: 3.3 to 4.6 and 4.2 to 5.4 times its searches at recall 0.95 and
+//!   0.99, built 2.4 times as fast; Fashion-MNIST (784, L2) 2.5 and 2.7 times, 4 times.
 //! - Ten turnovers of all vectors: 0.002 less recall than a fresh graph, 1.05 times its memory.
 //!
 //! Invariants
@@ -312,8 +312,8 @@ impl Graph {
 
     /// Searches from the entry points. `is_result` is asked for slots near enough to matter; others lead on. With
     /// `two_hop` only results are scored: from a neighbour that is none, its neighbours are looked at instead, which finds
-    /// matches that lie scattered with far fewer scores. Follows the links of the nearest `ef` results. Gives up when it has scored `budget` rows. The results are then
-    /// in `scratch`.
+    /// matches that lie scattered with far fewer scores. Follows the links of the nearest `ef` results. Gives up when it has scored
+    /// `budget` rows. The results are then in `scratch`.
     ///
     /// Goes by the high halves of rows first, and keeps the nearest `kept` by these. Where they do not tell the nearest `wanted` from
     /// what was left out, once more by whole rows; with 0 wanted what was found will do.
