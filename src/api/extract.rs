@@ -11,12 +11,14 @@ use crate::error::Rejection;
 use crate::keys::{Grant, Right};
 use crate::revision::Revision;
 use crate::vector::{Vector, VectorMeta};
+use axum::BoxError;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, Method, Uri, header};
 use base64::Engine as _;
 use bytes::Bytes;
+use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
@@ -24,8 +26,11 @@ use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::marker::PhantomData;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 /// A request without its body: taken rather than copied, and who sent it.
@@ -259,12 +264,36 @@ pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResu
     if announced.is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
-    match tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(_)) => Err(invalid("the body ended early or was not sent as announced")),
-        Err(_) => Err(ApiError::BodyTimeout),
+    let mut reading = pin!(collect(Limited::new(body, limit)));
+    // Most bodies came with their head: those need no timer.
+    let read = match poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx))).await {
+        Poll::Ready(read) => read,
+        Poll::Pending => tokio::time::timeout(BODY_TIMEOUT, reading).await.map_err(|_| ApiError::BodyTimeout)?,
+    };
+    read.map_err(|error| {
+        if error.is::<LengthLimitError>() {
+            too_large()
+        } else {
+            invalid("the body ended early or was not sent as announced")
+        }
+    })
+}
+
+/// A body's bytes; not copied where they came in one piece.
+async fn collect(mut body: Limited<Body>) -> Result<Bytes, BoxError> {
+    let Some(first) = body.frame().await.transpose()? else { return Ok(Bytes::new()) };
+    let first = first.into_data().unwrap_or_default();
+    if body.is_end_stream() {
+        return Ok(first);
     }
+    // What was announced is within the limit, and there is room for it: `App::admit`.
+    let announced = usize::try_from(body.size_hint().lower()).unwrap_or_default();
+    let mut all = Vec::with_capacity(first.len() + announced);
+    all.extend_from_slice(&first);
+    while let Some(frame) = body.frame().await.transpose()? {
+        all.extend_from_slice(&frame.into_data().unwrap_or_default());
+    }
+    Ok(all.into())
 }
 
 /// Reads a JSON body's text, after checking its type and depth.

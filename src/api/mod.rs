@@ -19,6 +19,7 @@ pub mod docs;
 pub mod error;
 pub mod events;
 pub mod extract;
+pub mod heads;
 pub mod live;
 pub mod serve;
 pub mod state;

@@ -14,6 +14,7 @@
 use super::auth::NoPlace;
 use super::error::ApiError;
 use super::events::EventStream;
+use super::heads::HeadTimer;
 use super::live::{Handoff, Pending, Socket, StreamThreads};
 use super::{App, Service};
 use crate::error::Rejection;
@@ -130,7 +131,7 @@ pub async fn serve(
     mut stop: watch::Receiver<bool>,
 ) {
     let mut http1 = http1::Builder::new();
-    http1.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
+    http1.header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
     let mut http2 = http2::Builder::new(TokioExecutor::new());
     http2
         .timer(TokioTimer::new())
@@ -277,14 +278,21 @@ impl Server {
             }
         });
         let socket = Socket::new(io, Arc::clone(&handoff));
-        let mut connection = self.http1.serve_connection(TokioIo::new(socket), answer);
-        let mut stop = self.stop.clone();
+        let heads = HeadTimer::start();
+        let mut connection = self.http1.clone().timer(heads.clone()).serve_connection(TokioIo::new(socket), answer);
+        let mut alarm = pin!(tokio::time::sleep(HEAD_TIMEOUT));
+        let (mut stop, told) = (self.stop.clone(), self.stop.clone());
         let mut stopped = pin!(stop.wait_for(|stop| *stop));
-        let mut is_stopping = false;
+        let (mut is_waiting, mut is_stopping) = (false, false);
         let taken = poll_fn(|cx| {
-            if !is_stopping && stopped.as_mut().poll(cx).is_ready() {
-                is_stopping = true;
-                Pin::new(&mut connection).graceful_shutdown();
+            heads.poll(&mut alarm, HEAD_TIMEOUT, cx);
+            // Once polled it wakes this task; to poll it with every request is to take its lock with every request.
+            if !is_stopping && (!is_waiting || told.has_changed().unwrap_or(true)) {
+                is_waiting = true;
+                is_stopping = stopped.as_mut().poll(cx).is_ready();
+                if is_stopping {
+                    Pin::new(&mut connection).graceful_shutdown();
+                }
             }
             match Pin::new(&mut connection).poll(cx) {
                 // A broken connection is the client's affair.
