@@ -59,6 +59,7 @@ pub struct Handoff {
     stream: Mutex<Option<EventStream>>,
     is_parked: AtomicBool,
     is_flushed: AtomicBool,
+    has_read: AtomicBool,
 }
 
 impl Handoff {
@@ -72,6 +73,11 @@ impl Handoff {
     pub fn take(&self) -> Option<EventStream> {
         let is_ready = self.is_parked.load(Ordering::Relaxed) && self.is_flushed.load(Ordering::Relaxed);
         is_ready.then(|| self.stream.lock().take()).flatten()
+    }
+
+    /// Whether hyper has been given anything of what the client sent, or its end.
+    pub fn has_read(&self) -> bool {
+        self.has_read.load(Ordering::Relaxed)
     }
 }
 
@@ -112,7 +118,9 @@ impl<I> Socket<I> {
 
 impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        self.handoff.has_read.store(true, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
 /// A request's head must be complete by then; keeps slow senders from holding connections.
@@ -201,9 +201,8 @@ impl Server {
         let Ok(tcp) = tcp.into_std() else { return };
         let requests = self.runtimes.requests.clone();
         requests.spawn(async move {
-            drop(turn);
             if let Ok(tcp) = TcpStream::from_std(tcp) {
-                self.connection(tcp, protocol, peer, connected).await;
+                self.connection(tcp, protocol, peer, connected, turn).await;
             }
         });
     }
@@ -228,17 +227,30 @@ impl Server {
         }
     }
 
-    async fn connection(&self, tcp: TcpStream, protocol: Protocol, peer: IpAddr, connected: Connected) {
+    async fn connection(
+        &self,
+        tcp: TcpStream,
+        protocol: Protocol,
+        peer: IpAddr,
+        connected: Connected,
+        turn: OwnedSemaphorePermit,
+    ) {
         let service = self.service.of(peer);
         match protocol {
             Protocol::Http1 => {
-                if let Some((tcp, stream)) = self.http1(tcp, service, true).await {
+                if let Some((tcp, stream)) = self.http1(tcp, service, true, Some(turn)).await {
                     self.runtimes.streams.spawn(tcp, stream, connected);
                 }
             }
             // Boxed, so that the many others need not have room for them.
-            Protocol::Http2 => Box::pin(self.http2(tcp, service)).await,
-            Protocol::Tls => Box::pin(self.tls(tcp, service)).await,
+            Protocol::Http2 => {
+                drop(turn);
+                Box::pin(self.http2(tcp, service)).await;
+            }
+            Protocol::Tls => {
+                drop(turn);
+                Box::pin(self.tls(tcp, service)).await;
+            }
         }
     }
 
@@ -254,12 +266,20 @@ impl Server {
         if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
             Box::pin(self.http2(stream, service)).await;
         } else {
-            self.http1(stream, service, false).await;
+            self.http1(stream, service, false, None).await;
         }
     }
 
-    /// Answers requests until the connection ends, or until it has become a stream to be handed off.
-    async fn http1<I>(&self, io: I, service: Service, hands_off: bool) -> Option<(I, EventStream)>
+    /// Answers requests until the connection ends, or until it has become a stream to be handed off. Its `turn` is over when
+    /// what its client had sent is read and seen to: told by the socket only behind the thread's other tasks, many would come
+    /// at once otherwise, and stand in front of requests all the same.
+    async fn http1<I>(
+        &self,
+        io: I,
+        service: Service,
+        hands_off: bool,
+        mut turn: Option<OwnedSemaphorePermit>,
+    ) -> Option<(I, EventStream)>
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
@@ -294,7 +314,11 @@ impl Server {
                     Pin::new(&mut connection).graceful_shutdown();
                 }
             }
-            match Pin::new(&mut connection).poll(cx) {
+            let ended = Pin::new(&mut connection).poll(cx);
+            if turn.is_some() && handoff.has_read() {
+                turn = None;
+            }
+            match ended {
                 // A broken connection is the client's affair.
                 Poll::Ready(_) => Poll::Ready(None),
                 Poll::Pending => handoff.take().map_or(Poll::Pending, |stream| Poll::Ready(Some(stream))),
