@@ -12,10 +12,14 @@
 use super::events::EventStream;
 use super::serve::Connected;
 use bytes::{Buf, Bytes};
+use futures_util::future::{CatchUnwind, FutureExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use http_body::Frame;
 use parking_lot::Mutex;
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,7 +27,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// Chunks written before other tasks of the thread get their turn.
 const CHUNKS_PER_POLL: usize = 16;
@@ -238,17 +242,28 @@ impl Future for Live {
     }
 }
 
-/// Threads of their own for streams over HTTP/1.1, each with a runtime of one thread.
+/// A thread's streams. One that panics ends alone.
+type Lives = FuturesUnordered<CatchUnwind<AssertUnwindSafe<Live>>>;
+
+/// Threads of their own for streams over HTTP/1.1, each with a runtime of one thread and all its streams in one task.
 ///
 /// An event for a thousand streams is a thousand sends, one after the other whoever does them. Spread over the threads that
 /// serve requests they stood in front of requests, and in each other's way: on two cores one thread delivers sooner
-/// (`docs/benchmarks.md`).
+/// (`docs/benchmarks.md`). With a task for each stream, an event was a thousand times handed to the runtime from outside, each
+/// time with a write to wake the thread; one task is woken once, and its streams queue within it.
 #[derive(Debug)]
 pub struct StreamThreads {
-    handles: Vec<Handle>,
+    threads: Vec<StreamThread>,
     next: AtomicUsize,
     /// Dropped last: ends the threads and what still runs on them.
     _stop: watch::Sender<()>,
+}
+
+#[derive(Debug)]
+struct StreamThread {
+    runtime: Handle,
+    /// Streams that begin. At most as many as there are connections.
+    begun: mpsc::UnboundedSender<Live>,
 }
 
 impl StreamThreads {
@@ -258,27 +273,50 @@ impl StreamThreads {
         let start = |number: usize| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let handle = runtime.handle().clone();
+            let (begun, begins) = mpsc::unbounded_channel();
             let mut stopped = stopped.clone();
             let run = move || {
-                runtime.block_on(async { stopped.changed().await.ok() });
+                runtime.block_on(async {
+                    // tokio's budget is for one connection, this task has thousands.
+                    let streams = tokio::task::unconstrained(serve_streams(begins));
+                    tokio::select! {
+                        _ = stopped.changed() => {}
+                        () = streams => {}
+                    }
+                });
                 runtime.shutdown_background();
             };
             std::thread::Builder::new().name(format!("streams-{number}")).spawn(run)?;
-            Ok(handle)
+            Ok(StreamThread { runtime: handle, begun })
         };
-        let handles = (0..threads.max(1)).map(start).collect::<io::Result<_>>()?;
-        Ok(Self { handles, next: AtomicUsize::new(0), _stop: stop })
+        let threads = (0..threads.max(1)).map(start).collect::<io::Result<_>>()?;
+        Ok(Self { threads, next: AtomicUsize::new(0), _stop: stop })
     }
 
     /// Gives a stream to one of the threads.
     pub fn spawn(&self, tcp: TcpStream, stream: EventStream, connected: Connected) {
-        let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len();
-        let handle = &self.handles[thread];
+        let thread = &self.threads[self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len()];
         // The socket has to be known to that thread's runtime.
-        let _entered = handle.enter();
+        let _entered = thread.runtime.enter();
         match tcp.into_std().and_then(TcpStream::from_std) {
-            Ok(tcp) => drop(handle.spawn(Live::new(tcp, stream, connected))),
+            // The thread ends only with the server.
+            Ok(tcp) => drop(thread.begun.send(Live::new(tcp, stream, connected))),
             Err(error) => tracing::warn!(%error, "a stream could not begin"),
         }
     }
+}
+
+/// Takes in streams and serves them, until no more can begin.
+async fn serve_streams(mut begins: mpsc::UnboundedReceiver<Live>) {
+    let mut streams = Lives::new();
+    poll_fn(|cx| {
+        while let Poll::Ready(begun) = begins.poll_recv(cx) {
+            let Some(live) = begun else { return Poll::Ready(()) };
+            streams.push(AssertUnwindSafe(live).catch_unwind());
+        }
+        // Those that ended need nothing more.
+        while let Poll::Ready(Some(_)) = streams.poll_next_unpin(cx) {}
+        Poll::Pending
+    })
+    .await;
 }
