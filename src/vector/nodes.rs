@@ -1,9 +1,9 @@
 //! What the graph keeps of each slot: a row of one byte for each number, the figures that go with it, when the slot
 //! was born and died, and its links. Addressed by slot, never moved, in anonymous memory.
 //!
-//! The high halves of a row's bytes take `dim / 2` bytes and, with a trailer of [`TRAILER_BYTES`], whole cache lines; the low halves,
-//! which a search wants of few rows, `dim / 2` bytes elsewhere, or below [`ROUGH_DIM`] numbers, where it wants all, between the two;
-//! links take [`LINKS_BYTES`]. All lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge pages: a
+//! The high halves of a row's bytes take `dim / 2` bytes in whole cache lines; the low halves, which a search wants of few rows,
+//! `dim / 2` bytes elsewhere, or below [`ROUGH_DIM`] numbers, where it wants all, behind the high ones; a trailer of
+//! [`TRAILER_BYTES`] lies where the last of these lines has room, else elsewhere, two to a line; links take [`LINKS_BYTES`]. All lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge pages: a
 //! search reads a few hundred rows in no order, and with small pages it would wait for the page table as long as for the row.
 //!
 //! Who may write what, and when
@@ -63,14 +63,17 @@ struct Trailer {
 #[derive(Debug)]
 pub struct Nodes {
     dim: usize,
-    /// Bytes of a row before its trailer: the high halves, and the low ones where these do not lie apart.
+    /// Where in its row a trailer lies, unless trailers lie apart.
     trailer_at: usize,
+    /// Bytes from one trailer to the next where they lie apart, else 0.
+    trailer_stride: usize,
     /// Bytes from one row's high halves to the next.
     stride: usize,
     /// Bytes from one row's low halves to the next where they lie apart, else 0.
     low_stride: usize,
     highs: Box<[OnceLock<MmapRaw>]>,
     lows: Box<[OnceLock<MmapRaw>]>,
+    trailers: Box<[OnceLock<MmapRaw>]>,
     links: Box<[OnceLock<MmapRaw>]>,
     /// Slots there is room for.
     capacity: AtomicUsize,
@@ -83,23 +86,28 @@ impl Nodes {
         let half = half_bytes(dim);
         let (bytes, low_stride) = if dim < ROUGH_DIM { (2 * half, 0) } else { (half, half) };
         let trailer_at = bytes.next_multiple_of(align_of::<Trailer>());
-        let stride = (trailer_at + TRAILER_BYTES).next_multiple_of(LINE_BYTES);
-        let table = || (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect();
-        let lows = if low_stride > 0 { table() } else { Box::default() };
-        let [highs, links] = [table(), table()];
-        Self { dim, trailer_at, stride, low_stride, highs, lows, links, capacity: AtomicUsize::new(0) }
+        let stride = bytes.next_multiple_of(LINE_BYTES);
+        let trailer_stride = if trailer_at + TRAILER_BYTES <= stride { 0 } else { TRAILER_BYTES };
+        let table = |stride: usize| (0..CHUNKS_MAX).filter(|_| stride > 0).map(|_| OnceLock::new()).collect();
+        let [highs, lows, trailers, links] = [stride, low_stride, trailer_stride, LINKS_BYTES].map(table);
+        let capacity = AtomicUsize::new(0);
+        Self { dim, trailer_at, trailer_stride, stride, low_stride, highs, lows, trailers, links, capacity }
     }
 
     /// Bytes a slot takes: row and links.
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
-        self.stride + self.low_stride + LINKS_BYTES
+        self.stride + self.low_stride + self.trailer_stride + LINKS_BYTES
     }
 
     /// Those in use, each with the bytes that a slot takes there.
     fn tables(&self) -> impl Iterator<Item = (&[OnceLock<MmapRaw>], usize)> {
-        let tables: [(&[_], _); 3] =
-            [(&self.highs, self.stride), (&self.lows, self.low_stride), (&self.links, LINKS_BYTES)];
+        let tables: [(&[_], _); 4] = [
+            (&self.highs, self.stride),
+            (&self.lows, self.low_stride),
+            (&self.trailers, self.trailer_stride),
+            (&self.links, LINKS_BYTES),
+        ];
         tables.into_iter().filter(|&(_, bytes)| bytes > 0)
     }
 
@@ -186,9 +194,14 @@ impl Nodes {
 
     #[inline]
     fn trailer(&self, slot: u32) -> *mut Trailer {
-        // Aligned: rows start at cache lines, and `trailer_at` is a multiple of the trailer's alignment.
+        let trailer = if self.trailer_stride == 0 {
+            Self::place(&self.highs, slot, self.stride).wrapping_add(self.trailer_at)
+        } else {
+            Self::place(&self.trailers, slot, self.trailer_stride)
+        };
+        // Aligned: rows start at cache lines and chunks at pages; where a trailer lies is a multiple of its alignment.
         #[expect(clippy::cast_ptr_alignment, reason = "see above")]
-        let trailer = Self::place(&self.highs, slot, self.stride).wrapping_add(self.trailer_at).cast::<Trailer>();
+        let trailer = trailer.cast::<Trailer>();
         trailer
     }
 
@@ -301,6 +314,9 @@ impl Nodes {
         let high = Self::place(&self.highs, slot, self.stride);
         for line in (0..self.stride).step_by(LINE_BYTES) {
             prefetch(high.wrapping_add(line));
+        }
+        if self.trailer_stride > 0 {
+            prefetch(self.trailer(slot).cast());
         }
     }
 
