@@ -29,6 +29,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// `died` of a slot that is live.
+/// Rows fetched ahead of the one that is scored.
+const ROWS_AHEAD: usize = 4;
 const ALIVE: Revision = Revision(u64::MAX);
 /// Norms outside this range make f32 scores inexact or infinite; such rows are scored in f64.
 const NORM_RANGE: Range<f32> = 1e-18..1e18;
@@ -884,8 +886,11 @@ impl Collection {
 
     /// Scores those of some slots that were live at `at`.
     pub fn scan_slots(&self, slots: &[u32], at: Revision, scan: &mut Scan) {
-        for (place, &slot) in slots.iter().enumerate() {
-            if let Some(&next) = slots.get(place + 1) {
+        let (begun, rest) = slots.split_at(slots.len().min(ROWS_AHEAD));
+        begun.iter().for_each(|&slot| self.rows.prefetch(Slot(slot)));
+        let mut next = rest.iter();
+        for &slot in slots {
+            if let Some(&next) = next.next() {
                 self.rows.prefetch(Slot(next));
             }
             self.scan_slot(Slot(slot), at, scan);

@@ -68,7 +68,7 @@ const POOL_PER_RESULT: usize = 16;
 /// Kept candidates compared at a time while pruning: the nearest ones rule out most.
 const PRUNE_GROUP: usize = 8;
 /// Rows of a scan scored together; they are prefetched one group ahead.
-const SCAN_GROUP: usize = 16;
+const SCAN_GROUP: usize = 32;
 /// Standard deviations of what the high halves are off by, that must lie between the last hit and what was left out. The best
 /// of thousands are those that are off most to their side: at 1.5, where what is off decides, a quarter of the hits was missed.
 const MARGIN: f32 = 3.0;
