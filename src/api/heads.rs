@@ -92,3 +92,73 @@ impl Drop for Wait {
         self.0.deadline.store(NONE, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::server::conn::http1;
+    use hyper::service::service_fn;
+    use hyper_util::rt::TokioIo;
+    use std::convert::Infallible;
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+    use tokio::time::sleep;
+
+    const TIMEOUT: Duration = Duration::from_millis(400);
+
+    /// Serves a connection whose requests take so long, and returns how it ended and the client's end of it.
+    fn serve(takes: Duration) -> (tokio::task::JoinHandle<hyper::Result<()>>, DuplexStream) {
+        let (client, io) = tokio::io::duplex(4096);
+        let served = tokio::spawn(async move {
+            let heads = HeadTimer::start();
+            let answer = service_fn(|_| async move {
+                sleep(takes).await;
+                Ok::<_, Infallible>(hyper::Response::new("ok".to_owned()))
+            });
+            let mut http1 = http1::Builder::new();
+            http1.header_read_timeout(TIMEOUT).timer(heads.clone());
+            let mut connection = http1.serve_connection(TokioIo::new(io), answer);
+            let mut alarm = pin!(sleep(TIMEOUT));
+            poll_fn(|cx| {
+                heads.poll(&mut alarm, TIMEOUT, cx);
+                Pin::new(&mut connection).poll(cx)
+            })
+            .await
+        });
+        (served, client)
+    }
+
+    async fn ask(client: &mut DuplexStream) {
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"ok") {
+            assert!(client.read_buf(&mut answer).await.unwrap() > 0, "closed instead of answered");
+        }
+    }
+
+    #[tokio::test]
+    async fn half_a_head_is_waited_for_just_so_long() {
+        let started = Instant::now();
+        let (served, mut client) = serve(Duration::ZERO);
+        client.write_all(b"GET / HTTP/1.1\r\nhost:").await.unwrap();
+        // More of it does not make the wait longer.
+        sleep(TIMEOUT / 2).await;
+        client.write_all(b" a").await.unwrap();
+        assert!(served.await.unwrap().unwrap_err().is_timeout());
+        assert!(started.elapsed() >= TIMEOUT && started.elapsed() < 10 * TIMEOUT, "{:?}", started.elapsed());
+    }
+
+    #[tokio::test]
+    async fn each_head_has_its_own_time_and_an_answer_takes_as_long_as_it_takes() {
+        let (served, mut client) = serve(TIMEOUT * 3 / 2);
+        for _ in 0..3 {
+            ask(&mut client).await;
+            sleep(TIMEOUT / 2).await;
+        }
+        let last = Instant::now() - TIMEOUT / 2;
+        // An idle connection ends like one that has sent half a head: by the error, or without one.
+        drop(served.await.unwrap());
+        assert!(last.elapsed() >= TIMEOUT * 3 / 4 && last.elapsed() < 10 * TIMEOUT, "{:?}", last.elapsed());
+    }
+}
