@@ -351,3 +351,33 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
+
+/// A small value of bytes must cost about as much memory as it is long, not as much as the buffer it came in.
+#[tokio::test]
+async fn small_bodies_do_not_keep_the_buffers_they_came_in() {
+    const VALUES: u64 = 4000;
+    let server = Server::start(&["--fsync", "never"]);
+    let resident_kib = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
+    };
+    let mut socket = connect(&server.target).await;
+    let mut put = async |number: u64| {
+        let head = format!("PUT /v1/state/raw:{number} HTTP/1.1\r\nhost: localhost\r\n");
+        let request = format!("{head}content-type: text/x\r\ncontent-length: 100\r\n\r\n{}", "v".repeat(100));
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}") {
+            assert!(socket.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 201"), "{}", String::from_utf8_lossy(&answer));
+    };
+    put(VALUES).await;
+    let before = resident_kib();
+    for number in 0..VALUES {
+        put(number).await;
+    }
+    let each = (resident_kib() - before) * 1024 / VALUES;
+    assert!(each < 3000, "{each} bytes for each value of 100");
+}

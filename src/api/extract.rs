@@ -293,6 +293,8 @@ async fn collect(mut body: Limited<Body>) -> Result<Bytes, BoxError> {
     while let Some(frame) = body.frame().await.transpose()? {
         all.extend_from_slice(&frame.into_data().unwrap_or_default());
     }
+    // It may be kept for long, and where no length was announced it has grown by doubling.
+    all.shrink_to_fit();
     Ok(all.into())
 }
 

@@ -30,7 +30,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
 /// Chunks written before other tasks of the thread get their turn.
-const CHUNKS_PER_POLL: usize = 16;
+const CHUNKS_PER_POLL: usize = 4;
 /// What a client may send behind a request whose answer never ends, before it is cut off.
 const IGNORED_BYTES_MAX: usize = 16 << 10;
 /// What ends a chunked body.

@@ -52,8 +52,8 @@ const BACKLOG: u32 = 4096;
 const FIRST_TURNS: usize = 8;
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
-/// Largest request head; keys and filters travel in it.
-const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Largest request head; keys and filters travel in it. Also the largest buffer that what a client sends is read into.
+pub const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Streams one HTTP/2 connection may have open.
 const H2_STREAMS_MAX: u32 = 256;
 
@@ -302,7 +302,7 @@ impl Server {
         let mut connection = self.http1.clone().timer(heads.clone()).serve_connection(TokioIo::new(socket), answer);
         let mut alarm = pin!(tokio::time::sleep(HEAD_TIMEOUT));
         let (mut stop, told) = (self.stop.clone(), self.stop.clone());
-        let mut stopped = pin!(stop.wait_for(|stop| *stop));
+        let mut stopped = pin!(tokio::task::unconstrained(stop.wait_for(|stop| *stop)));
         let (mut is_waiting, mut is_stopping) = (false, false);
         let taken = poll_fn(|cx| {
             heads.poll(&mut alarm, HEAD_TIMEOUT, cx);

@@ -5,6 +5,7 @@ use super::extract::{
     BodyType, Head, Object, Params, body_type, condition, etags, meta, parse_json, parse_list, parse_object, path_tail,
     read_body, read_json, vector,
 };
+use super::serve::HEAD_BYTES_MAX;
 use super::{App, json, json_with_etag};
 use crate::engine::codec::Entry;
 use crate::engine::command::{
@@ -196,12 +197,14 @@ pub async fn put(State(app): State<App>, head: Head, body: Body) -> ApiResult {
     }
     let tags: Vec<&str> = params.all("tag").collect();
     let data = read_body(headers, body, app.max_body_bytes).await?;
+    // A small body is a part of the connection's buffer, and kept as such it would keep all of that.
+    let kept = if data.len() <= HEAD_BYTES_MAX { Bytes::copy_from_slice(&data) } else { data.clone() };
     let op = Op::Put {
         key,
         ttl_ms: params.number("ttl_ms")?.map(check_ttl).transpose()?,
         labels: Labels::new(params.one("job_id")?, &tags)?,
         condition: condition(headers, params.revision("if_revision")?)?,
-        value: Value::Bytes(Box::new(Blob { content_type: content_type.into(), data: data.clone() })),
+        value: Value::Bytes(Box::new(Blob { content_type: content_type.into(), data: kept })),
     };
     commit_one(&app, &head, &data, op).await
 }

@@ -766,8 +766,9 @@ impl Subscription {
                 }
                 continue;
             }
-            self.waiter.woken.store(false, Ordering::Release);
+            // In this order: a wake-up in between finds the waker, one before is seen to by the look below.
             self.waiter.waker.register(cx.waker());
+            self.waiter.woken.swap(false, Ordering::AcqRel);
             if self.feed.is_draining() {
                 return Poll::Ready(Step::Drained);
             }

@@ -28,9 +28,9 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// `died` of a slot that is live.
 /// Rows fetched ahead of the one that is scored.
 const ROWS_AHEAD: usize = 4;
+/// `died` of a slot that is live.
 const ALIVE: Revision = Revision(u64::MAX);
 /// Norms outside this range make f32 scores inexact or infinite; such rows are scored in f64.
 const NORM_RANGE: Range<f32> = 1e-18..1e18;
