@@ -3,8 +3,9 @@
 //!
 //! The high halves of a row's bytes take `dim / 2` bytes in whole cache lines; the low halves, which a search wants of few rows,
 //! `dim / 2` bytes elsewhere, or below [`ROUGH_DIM`] numbers, where it wants all, behind the high ones; a trailer of
-//! [`TRAILER_BYTES`] lies where the last of these lines has room, else elsewhere, two to a line; links take [`LINKS_BYTES`]. All lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge pages: a
-//! search reads a few hundred rows in no order, and with small pages it would wait for the page table as long as for the row.
+//! [`TRAILER_BYTES`] lies where the last of these lines has room, else elsewhere, two to a line; links take [`LINKS_BYTES`]. All
+//! lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge pages: a search reads a few hundred
+//! rows in no order, and with small pages it would wait for the page table as long as for the row.
 //!
 //! Who may write what, and when
 //! - A row is written by [`Nodes::write`] while no link leads to its slot and no search may know it: readers need no
@@ -35,7 +36,7 @@ const LINE_BYTES: usize = 64;
 pub const LINKS_MAX: usize = LINKS_BYTES / size_of::<u32>() - 1;
 /// Count and links of a slot: whole cache lines.
 pub const LINKS_BYTES: usize = 192;
-/// Figures and revisions behind the bytes of a row.
+/// Figures and revisions that go with a row.
 const TRAILER_BYTES: usize = size_of::<Trailer>();
 
 /// The figures that make a row's bytes comparable; see `codes.rs`.
