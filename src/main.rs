@@ -13,6 +13,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use thread_priority::unix::NormalThreadSchedulePolicy;
 use tokio::net::TcpSocket;
 use tokio::runtime::Handle;
@@ -26,11 +27,14 @@ use tracing_subscriber::util::SubscriberInitExt;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Gives what is free back to the system. The allocator does so by itself while memory comes and goes; after a recovery that
-/// has used and freed much, nothing may come for long.
-fn give_back_memory() {
+/// How often memory that is free goes back to the system.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(1);
+
+/// Gives memory back: all that is free, or what has been for a second. The allocator does so by itself only while memory comes and
+/// goes; after a recovery or a bulk load, which use and free much, nothing may come for long.
+fn give_back_memory(all: bool) {
     // SAFETY: touches what is not allocated only, and may be called at any time by any thread.
-    unsafe { libmimalloc_sys::mi_collect(true) };
+    unsafe { libmimalloc_sys::mi_collect(all) };
 }
 
 /// A real-time database: keys, events, streams and vectors in one total order, over plain HTTP.
@@ -259,7 +263,7 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let socket = bind(SocketAddr::new(config.bind_addr, config.port))?;
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
-    give_back_memory();
+    give_back_memory(true);
     let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.
@@ -305,6 +309,12 @@ async fn run(
         tracing::info!(signal = name, "stopping");
         // Nobody listens any more when the server ended by itself.
         stop.send(true).ok();
+    });
+    tokio::spawn(async {
+        loop {
+            tokio::time::sleep(GIVE_BACK_EVERY).await;
+            give_back_memory(false);
+        }
     });
     print_banner(config, listener.local_addr()?)?;
     notify_ready();

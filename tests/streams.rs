@@ -436,7 +436,7 @@ async fn a_slow_reader_falls_back_to_the_log_and_misses_nothing() {
     let c = &mut server.client();
     let mut slow = server.target.events("?since=0", None).await.unwrap();
     frame(&mut slow).await;
-    // More than the socket buffers and the ring (64 MiB) hold.
+    // More than the socket buffers and the ring (16 MiB) hold.
     let value = "x".repeat(1 << 20);
     const EVENTS: u64 = 100;
     for n in 0..EVENTS {

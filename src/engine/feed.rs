@@ -44,7 +44,7 @@ use tokio::task::JoinHandle;
 /// Frames kept in memory for streams that are nearly level with the head.
 const RING_FRAMES_MAX: usize = 1 << 16;
 /// Memory those frames may keep alive.
-const RING_BYTES_MAX: usize = 64 << 20;
+const RING_BYTES_MAX: usize = 16 << 20;
 /// Positions a topic notes; a stream further behind looks at the ring itself.
 const TOPIC_NOTED_MAX: usize = 4096;
 /// Frames looked at under one hold of the ring's lock.

@@ -390,21 +390,22 @@ impl Collection {
         self.slots.len()
     }
 
-    /// Bytes a slot takes whatever lives in it: row, bookkeeping, and its part of the graph.
-    fn slot_bytes(&self) -> usize {
-        self.rows.stride() + SLOT_OVERHEAD_BYTES + self.graph.as_ref().map_or(0, |g| g.nodes().slot_bytes())
+    /// Bytes that so many slots take whatever lives in them: rows, bookkeeping, and their part of the graph.
+    fn bytes_of(&self, slots: usize) -> usize {
+        let graph = self.graph.as_ref().map_or(0, |graph| graph.nodes().bytes_of(slots));
+        slots * (self.rows.stride() + SLOT_OVERHEAD_BYTES) + graph
     }
 
     /// Approximate bytes of memory: rows, graph, ids, metadata and its index, and the bookkeeping for each slot.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.slots.len() * self.slot_bytes() + self.text_bytes + self.meta_index.memory_bytes()
+        self.bytes_of(self.slots.len()) + self.text_bytes + self.meta_index.memory_bytes()
     }
 
     /// What the live vectors are charged against the memory budget: room that deletes made is free again.
     #[must_use]
     pub fn charged_bytes(&self) -> usize {
-        EMPTY_BYTES + self.ids.len() * self.slot_bytes() + self.text_bytes + self.meta_index.memory_bytes()
+        EMPTY_BYTES + self.bytes_of(self.ids.len()) + self.text_bytes + self.meta_index.memory_bytes()
     }
 
     /// Average bytes of an id and its metadata: what looking at metadata costs.

@@ -4,8 +4,8 @@
 //! The high halves of a row's bytes take `dim / 2` bytes in whole cache lines; the low halves, which a search wants of few rows,
 //! `dim / 2` bytes elsewhere, or below [`ROUGH_DIM`] numbers, where it wants all, behind the high ones; a trailer of
 //! [`TRAILER_BYTES`] lies where the last of these lines has room, else elsewhere, two to a line; links take [`LINKS_BYTES`]. All
-//! lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed and ask for huge pages: a search reads a few hundred
-//! rows in no order, and with small pages it would wait for the page table as long as for the row.
+//! lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed. A chunk that fills half a huge page asks for such:
+//! a search reads a few hundred rows in no order, and with small pages it would wait for the page table as long as for the row.
 //!
 //! Who may write what, and when
 //! - A row is written by [`Nodes::write`] while no link leads to its slot and no search may know it: readers need no
@@ -30,6 +30,10 @@ const CHUNKS_MAX: usize = 1 << 12;
 /// From so many numbers on rows are longer than three cache lines, and the rounding of each evens out: walks and scans go by
 /// the high halves of rows first.
 pub const ROUGH_DIM: usize = 128;
+/// A huge page.
+const HUGE_BYTES: usize = 2 << 20;
+/// From so many bytes on a chunk asks for them: a small graph would take four for a tenth of their bytes.
+const HUGE_FROM_BYTES: usize = HUGE_BYTES / 2;
 /// High halves and links start at cache lines.
 const LINE_BYTES: usize = 64;
 /// Most links of a slot: with their count they fill [`LINKS_BYTES`].
@@ -78,6 +82,8 @@ pub struct Nodes {
     links: Box<[OnceLock<MmapRaw>]>,
     /// Slots there is room for.
     capacity: AtomicUsize,
+    /// Slots that room was asked for, at most.
+    reserved: AtomicUsize,
 }
 
 impl Nodes {
@@ -91,14 +97,19 @@ impl Nodes {
         let trailer_stride = if trailer_at + TRAILER_BYTES <= stride { 0 } else { TRAILER_BYTES };
         let table = |stride: usize| (0..CHUNKS_MAX).filter(|_| stride > 0).map(|_| OnceLock::new()).collect();
         let [highs, lows, trailers, links] = [stride, low_stride, trailer_stride, LINKS_BYTES].map(table);
-        let capacity = AtomicUsize::new(0);
-        Self { dim, trailer_at, trailer_stride, stride, low_stride, highs, lows, trailers, links, capacity }
+        let (capacity, reserved) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { dim, trailer_at, trailer_stride, stride, low_stride, highs, lows, trailers, links, capacity, reserved }
     }
 
-    /// Bytes a slot takes: row and links.
+    /// Bytes that so many slots take, in whole pages.
     #[must_use]
-    pub fn slot_bytes(&self) -> usize {
-        self.stride + self.low_stride + self.trailer_stride + LINKS_BYTES
+    pub fn bytes_of(&self, slots: usize) -> usize {
+        let last = slots % CHUNK_SLOTS;
+        let of_table = |(_, bytes): (_, usize)| {
+            let page = if last * bytes < HUGE_FROM_BYTES { 1 } else { HUGE_BYTES };
+            (slots - last) * bytes + (last * bytes).next_multiple_of(page)
+        };
+        self.tables().map(of_table).sum()
     }
 
     /// Those in use, each with the bytes that a slot takes there.
@@ -117,19 +128,28 @@ impl Nodes {
         let no_room = |detail: String| {
             Error::io("cannot get memory for", Path::new("the vector index"))(std::io::Error::other(detail))
         };
-        for chunk in self.capacity() / CHUNK_SLOTS..slots.div_ceil(CHUNK_SLOTS) {
+        let before = self.reserved.load(Ordering::Acquire);
+        if slots <= before {
+            return Ok(());
+        }
+        for chunk in before.saturating_sub(1) / CHUNK_SLOTS..slots.div_ceil(CHUNK_SLOTS) {
             if chunk >= CHUNKS_MAX {
                 return Err(no_room(format!("a collection holds at most {} vectors", CHUNKS_MAX * CHUNK_SLOTS)));
             }
+            let used = (slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS);
             for (table, bytes) in self.tables() {
                 if table[chunk].get().is_none() {
-                    let map = map_chunk(bytes * CHUNK_SLOTS).map_err(|e| no_room(e.to_string()))?;
+                    let map = MmapOptions::new().len(bytes * CHUNK_SLOTS).map_anon();
                     // Another thread may have been first; then this one is unmapped again.
-                    drop(table[chunk].set(map));
+                    drop(table[chunk].set(map.map_err(|e| no_room(e.to_string()))?.into()));
+                }
+                if used * bytes >= HUGE_FROM_BYTES {
+                    ask_for_huge_pages(table[chunk].get().expect("it was just mapped"));
                 }
             }
             self.capacity.fetch_max((chunk + 1) * CHUNK_SLOTS, Ordering::Release);
         }
+        self.reserved.fetch_max(slots, Ordering::Release);
         Ok(())
     }
 
@@ -353,12 +373,46 @@ pub fn populate(advise: impl FnOnce(memmap2::Advice) -> std::io::Result<()>) {
     drop(advise);
 }
 
-fn map_chunk(bytes: usize) -> std::io::Result<MmapRaw> {
-    let map = MmapOptions::new().len(bytes).map_anon()?;
-    // A hint: without huge pages a search is slower, not wrong.
+/// A hint: without huge pages a search is slower, not wrong.
+fn ask_for_huge_pages(map: &MmapRaw) {
     #[cfg(target_os = "linux")]
     if let Err(error) = map.advise(memmap2::Advice::HugePage) {
         tracing::debug!(%error, "no huge pages for the vector index");
     }
-    Ok(map.into())
+    #[cfg(not(target_os = "linux"))]
+    let _ = map;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_graph_counts_its_bytes_and_a_large_one_its_pages() {
+        let nodes = Nodes::new(384);
+        let slot = 192 + 192 + TRAILER_BYTES + LINKS_BYTES;
+        assert_eq!(nodes.bytes_of(0), 0);
+        assert_eq!(nodes.bytes_of(3000), 3000 * slot);
+        // Three parts begin a fourth page, the trailers fill half of their first.
+        assert_eq!(nodes.bytes_of(33_000), (3 * 4 + 1) * HUGE_BYTES);
+        assert_eq!(nodes.bytes_of(CHUNK_SLOTS), CHUNK_SLOTS * slot);
+        assert_eq!(nodes.bytes_of(CHUNK_SLOTS + 10), (CHUNK_SLOTS + 10) * slot);
+    }
+
+    #[test]
+    fn room_grows_by_chunks_and_what_was_written_stays() {
+        let nodes = Nodes::new(16);
+        let code = [0x75; 16];
+        for slots in [1, 100, CHUNK_SLOTS, CHUNK_SLOTS - 5, CHUNK_SLOTS + 1] {
+            nodes.reserve(slots).unwrap();
+            assert!(nodes.capacity() >= slots, "{slots}");
+            let last = u32::try_from(slots - 1).unwrap();
+            // SAFETY: nobody else has these nodes.
+            unsafe { nodes.write(last, Revision(1), Revision(u64::MAX), &code, Figures::default()) };
+        }
+        assert_eq!(nodes.capacity(), 2 * CHUNK_SLOTS);
+        for slot in [0, 99, CHUNK_SLOTS - 6, CHUNK_SLOTS - 1, CHUNK_SLOTS] {
+            assert_eq!(nodes.high(u32::try_from(slot).unwrap())[0], 0x77, "{slot}");
+        }
+    }
 }
