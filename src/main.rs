@@ -30,11 +30,20 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// How often memory that is free goes back to the system.
 const GIVE_BACK_EVERY: Duration = Duration::from_secs(1);
 
-/// Gives memory back: all that is free, or what has been for a second. The allocator does so by itself only while memory comes and
-/// goes; after a recovery or a bulk load, which use and free much, nothing may come for long.
+/// Gives memory back: all that is free, or what has been for about a second. The allocator does so by itself only while memory comes
+/// and goes; after a recovery or a bulk load, which use and free much, nothing may come for long.
 fn give_back_memory(all: bool) {
     // SAFETY: touches what is not allocated only, and may be called at any time by any thread.
     unsafe { libmimalloc_sys::mi_collect(all) };
+}
+
+/// On a thread of its own: a gigabyte takes tens of milliseconds, and nobody is to wait for it.
+fn keep_giving_back_memory() -> std::io::Result<()> {
+    let run = || loop {
+        std::thread::sleep(GIVE_BACK_EVERY);
+        give_back_memory(false);
+    };
+    std::thread::Builder::new().name("memory".into()).spawn(run).map(drop)
 }
 
 /// A real-time database: keys, events, streams and vectors in one total order, over plain HTTP.
@@ -264,6 +273,7 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
     give_back_memory(true);
+    keep_giving_back_memory().context("cannot start a thread")?;
     let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.
@@ -309,12 +319,6 @@ async fn run(
         tracing::info!(signal = name, "stopping");
         // Nobody listens any more when the server ended by itself.
         stop.send(true).ok();
-    });
-    tokio::spawn(async {
-        loop {
-            tokio::time::sleep(GIVE_BACK_EVERY).await;
-            give_back_memory(false);
-        }
     });
     print_banner(config, listener.local_addr()?)?;
     notify_ready();

@@ -451,6 +451,26 @@ async fn a_slow_reader_falls_back_to_the_log_and_misses_nothing() {
 }
 
 #[tokio::test]
+async fn a_batch_larger_than_the_ring_reaches_whoever_is_level_from_memory() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let mut level = server.target.events("", None).await.unwrap();
+    frame(&mut level).await;
+    // Each weighs twice its length: 20 MiB, where the ring holds 16.
+    let value = "x".repeat(1 << 20);
+    let ops: Vec<Value> = (0..10).map(|i| json!({"op": "put", "key": format!("big{i}"), "value": value})).collect();
+    for round in 0..2 {
+        ok(c, &format!("POST /v1/batch {}", json!({ "ops": ops }))).await;
+        for revision in 1..=10 {
+            assert_eq!(next(&mut level).await.id, Some(round * 10 + revision));
+        }
+    }
+    let metrics = String::from_utf8(call(c, "GET /v1/metrics").await.body.to_vec()).unwrap();
+    let misses = metrics.lines().find(|l| l.starts_with("kiss_stream_ring_misses_total")).unwrap();
+    assert!(misses.ends_with(" 0"), "it was level all the time: {misses}");
+}
+
+#[tokio::test]
 async fn streams_that_come_back_together_from_far_behind_get_everything_once() {
     let server = Server::start(&[]);
     let c = &mut server.client();

@@ -41,9 +41,8 @@ use std::task::{Context, Poll};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-/// Frames kept in memory for streams that are nearly level with the head.
-const RING_FRAMES_MAX: usize = 1 << 16;
-/// Memory those frames may keep alive.
+/// Memory that recent frames may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
+/// small events to a dozen of a megabyte.
 const RING_BYTES_MAX: usize = 16 << 20;
 /// Positions a topic notes; a stream further behind looks at the ring itself.
 const TOPIC_NOTED_MAX: usize = 4096;
@@ -141,15 +140,19 @@ struct Ring {
 }
 
 impl Ring {
-    fn push(&mut self, frame: Arc<Frame>) {
-        self.bytes += frame.weight;
-        self.frames.push_back(frame);
-        while self.frames.len() > RING_FRAMES_MAX || (self.bytes > RING_BYTES_MAX && self.frames.len() > 1) {
+    /// Drops the oldest. Before a batch comes and not while it does: whoever is level with the head would miss its beginning.
+    fn make_room(&mut self) {
+        while self.bytes > RING_BYTES_MAX {
             let Some(gone) = self.frames.pop_front() else { break };
             self.bytes -= gone.weight;
             self.first += 1;
             self.complete_after = gone.revision;
         }
+    }
+
+    fn push(&mut self, frame: Arc<Frame>) {
+        self.bytes += frame.weight;
+        self.frames.push_back(frame);
     }
 
     fn end(&self) -> u64 {
@@ -408,6 +411,7 @@ impl Feed {
         let Some(last) = records.last() else { return };
         {
             let mut ring = self.ring.write();
+            ring.make_room();
             for record in records {
                 Frame::of_record(record).for_each(|frame| ring.push(frame));
             }
@@ -421,6 +425,7 @@ impl Feed {
         let head = {
             let mut ring = self.ring.write();
             let head = ring.head;
+            ring.make_room();
             ring.push(Frame::ephemeral(event, head));
             head
         };

@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use crate::wire::{Put, Reader};
+use memmap2::MmapMut;
 use parking_lot::{Mutex, RwLock};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -373,11 +374,11 @@ impl Segment {
 
     /// The whole segment, and where the last of its data ends. Only what was ever written is read: most of a log's first
     /// segment is a hole. (One made of a spare is all zeros: reading those takes some tens of milliseconds.)
-    fn read_data(&self) -> Result<(Vec<u8>, usize), Error> {
+    fn read_data(&self) -> Result<(MmapMut, usize), Error> {
         let size =
             usize::try_from(self.size).map_err(|_| Error::corrupt(self.name(), 24, "the segment is too large"))?;
-        // Zeroed memory that is not touched costs nothing.
-        let mut bytes = vec![0; size];
+        // Zeroed memory that is not touched costs nothing. Not of the heap, which would keep it for a while and put other things there.
+        let mut bytes = MmapMut::map_anon(size).map_err(Error::io("cannot get memory for", self.name()))?;
         let mut at = 0;
         let mut data_end = 0;
         while let Some(data) = self.file.data_from(at, self.size) {

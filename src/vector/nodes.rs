@@ -4,7 +4,7 @@
 //! The high halves of a row's bytes take `dim / 2` bytes in whole cache lines; the low halves, which a search wants of few rows,
 //! `dim / 2` bytes elsewhere, or below [`ROUGH_DIM`] numbers, where it wants all, behind the high ones; a trailer of
 //! [`TRAILER_BYTES`] lies where the last of these lines has room, else elsewhere, two to a line; links take [`LINKS_BYTES`]. All
-//! lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed. A chunk that fills half a huge page asks for such:
+//! lie in chunks of [`CHUNK_SLOTS`] slots that are mapped when first needed. A chunk that fills half a huge page or more asks for such:
 //! a search reads a few hundred rows in no order, and with small pages it would wait for the page table as long as for the row.
 //!
 //! Who may write what, and when
@@ -30,10 +30,9 @@ const CHUNKS_MAX: usize = 1 << 12;
 /// From so many numbers on rows are longer than three cache lines, and the rounding of each evens out: walks and scans go by
 /// the high halves of rows first.
 pub const ROUGH_DIM: usize = 128;
-/// A huge page.
+/// A huge page. A chunk that room for so much was asked for takes such: a small graph would take four for a tenth of their bytes.
+/// Room is asked for twice what is needed, so that half of one is filled then.
 const HUGE_BYTES: usize = 2 << 20;
-/// From so many bytes on a chunk asks for them: a small graph would take four for a tenth of their bytes.
-const HUGE_FROM_BYTES: usize = HUGE_BYTES / 2;
 /// High halves and links start at cache lines.
 const LINE_BYTES: usize = 64;
 /// Most links of a slot: with their count they fill [`LINKS_BYTES`].
@@ -106,8 +105,8 @@ impl Nodes {
     pub fn bytes_of(&self, slots: usize) -> usize {
         let last = slots % CHUNK_SLOTS;
         let of_table = |(_, bytes): (_, usize)| {
-            let page = if last * bytes < HUGE_FROM_BYTES { 1 } else { HUGE_BYTES };
-            (slots - last) * bytes + (last * bytes).next_multiple_of(page)
+            let page = if last * bytes < HUGE_BYTES / 2 { 1 } else { HUGE_BYTES };
+            (slots - last) * bytes + (last * bytes).next_multiple_of(page).min(CHUNK_SLOTS * bytes)
         };
         self.tables().map(of_table).sum()
     }
@@ -136,14 +135,14 @@ impl Nodes {
             if chunk >= CHUNKS_MAX {
                 return Err(no_room(format!("a collection holds at most {} vectors", CHUNKS_MAX * CHUNK_SLOTS)));
             }
-            let used = (slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS);
+            let room = (slots - chunk * CHUNK_SLOTS).min(CHUNK_SLOTS);
             for (table, bytes) in self.tables() {
                 if table[chunk].get().is_none() {
                     let map = MmapOptions::new().len(bytes * CHUNK_SLOTS).map_anon();
                     // Another thread may have been first; then this one is unmapped again.
                     drop(table[chunk].set(map.map_err(|e| no_room(e.to_string()))?.into()));
                 }
-                if used * bytes >= HUGE_FROM_BYTES {
+                if room * bytes >= HUGE_BYTES {
                     ask_for_huge_pages(table[chunk].get().expect("it was just mapped"));
                 }
             }
@@ -397,6 +396,9 @@ mod tests {
         assert_eq!(nodes.bytes_of(33_000), (3 * 4 + 1) * HUGE_BYTES);
         assert_eq!(nodes.bytes_of(CHUNK_SLOTS), CHUNK_SLOTS * slot);
         assert_eq!(nodes.bytes_of(CHUNK_SLOTS + 10), (CHUNK_SLOTS + 10) * slot);
+        // Whose chunks are no whole pages.
+        let nodes = Nodes::new(130);
+        assert_eq!(nodes.bytes_of(CHUNK_SLOTS - 1), nodes.bytes_of(CHUNK_SLOTS));
     }
 
     #[test]
