@@ -378,6 +378,7 @@ async fn small_bodies_do_not_keep_the_buffers_they_came_in() {
     for number in 0..VALUES {
         put(number).await;
     }
-    let each = (resident_kib() - before) * 1024 / VALUES;
+    // The server may have given back what its start had left.
+    let each = resident_kib().saturating_sub(before) * 1024 / VALUES;
     assert!(each < 3000, "{each} bytes for each value of 100");
 }

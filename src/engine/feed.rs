@@ -42,7 +42,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 /// Memory that recent frames may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
-/// small events to a dozen of a megabyte.
+/// small events to eight of a megabyte.
 const RING_BYTES_MAX: usize = 16 << 20;
 /// Positions a topic notes; a stream further behind looks at the ring itself.
 const TOPIC_NOTED_MAX: usize = 4096;
