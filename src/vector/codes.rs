@@ -19,7 +19,7 @@
 //!   by a quarter, a search found one answer in twelve.
 
 use super::Metric;
-use super::distance::{BIAS, STEPS, Steps, kernels};
+use super::distance::{BIAS, GROUP, Rows, STEPS, Steps, half_bytes, kernels};
 use super::nodes::{Figures, Nodes};
 
 /// Writes the bytes of a row and returns its figures. `centre` is taken off first; empty for none.
@@ -51,10 +51,6 @@ fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
         rough_square: square(rough_squares - rough_errors),
     }
 }
-
-/// Rows compared by one call of a kernel.
-const GROUP: usize = 16;
-const NO_ROWS: [&[u8]; GROUP] = [&[]; GROUP];
 
 /// What rows are compared with: the bytes of a query or of another row, signed.
 #[derive(Clone, Debug, Default)]
@@ -120,17 +116,20 @@ impl Probe {
     pub fn rough_distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
         scratch.keys.clear();
         for slots in slots.chunks(GROUP) {
-            let (mut highs, mut dots) = (NO_ROWS, [0; GROUP]);
-            for (high, &slot) in highs.iter_mut().zip(slots) {
-                *high = nodes.high(slot);
+            let highs = Rows::new(half_bytes(nodes.dim()), slots.iter().map(|&slot| nodes.high(slot)));
+            let dots = (kernels().half_dots)(&self.code, &highs);
+            let (mut scales, mut squares, mut keys) = ([0.0; GROUP], [0.0; GROUP], [0.0; GROUP]);
+            for ((scale, square), &slot) in scales.iter_mut().zip(&mut squares).zip(slots) {
+                let figures = nodes.figures(slot);
+                (*scale, *square) = (figures.scale, figures.rough_square);
             }
-            (kernels().half_dots)(&self.code, &highs[..slots.len()], &mut dots[..slots.len()]);
-            scratch.keys.extend(slots.iter().zip(dots).map(|(&slot, high)| {
-                let Figures { scale, rough_square, .. } = nodes.figures(slot);
+            // Of a whole group, so that several are worked out together.
+            for (((key, scale), square), dot) in keys.iter_mut().zip(scales).zip(squares).zip(dots) {
                 // Twice the steps, see `rough_twice`. The cast: f32 keeps seven digits.
-                let twice = 32 * high + (15 - 2 * BIAS) * self.sum;
-                self.key(scale, rough_square, twice as f32 / 2.0)
-            }));
+                let twice = 32 * dot + (15 - 2 * BIAS) * self.sum;
+                *key = self.key(scale, square, twice as f32 / 2.0);
+            }
+            scratch.keys.extend_from_slice(&keys[..slots.len()]);
         }
     }
 
@@ -143,13 +142,10 @@ impl Probe {
     /// Inner products of up to [`GROUP`] rows, in steps.
     #[inline]
     fn dots(&self, nodes: &Nodes, slots: &[u32]) -> [i32; GROUP] {
-        let (mut highs, mut lows, mut dots) = (NO_ROWS, NO_ROWS, [0; GROUP]);
-        for ((high, low), &slot) in highs.iter_mut().zip(&mut lows).zip(slots) {
-            (*high, *low) = (nodes.high(slot), nodes.low(slot));
-        }
-        let count = slots.len();
-        (kernels().whole_dots)(&self.code, &highs[..count], &lows[..count], &mut dots[..count]);
-        dots.map(|dot| dot - BIAS * self.sum)
+        let bytes = half_bytes(nodes.dim());
+        let highs = Rows::new(bytes, slots.iter().map(|&slot| nodes.high(slot)));
+        let lows = Rows::new(bytes, slots.iter().map(|&slot| nodes.low(slot)));
+        (kernels().whole_dots)(&self.code, &highs, &lows).map(|dot| dot - BIAS * self.sum)
     }
 
     #[inline]

@@ -44,6 +44,7 @@
 
 use super::Metric;
 use super::codes::{Distances, Probe};
+use super::distance::GROUP;
 use super::nodes::{LINKS_MAX, Nodes, ROUGH_DIM};
 use super::plan::EF_DEFAULT;
 use parking_lot::{Mutex, RwLock};
@@ -69,8 +70,6 @@ const STRIPES: usize = 1024;
 const POOL_PER_RESULT: usize = 16;
 /// Kept candidates compared at a time while pruning: the nearest ones rule out most.
 const PRUNE_GROUP: usize = 8;
-/// Rows of a scan scored together; they are prefetched one group ahead.
-const SCAN_GROUP: usize = 16;
 /// Standard deviations of what the high halves are off by, that must lie between the last hit and what was left out. The best
 /// of thousands are those that are off most to their side: at 1.5, where what is off decides, a quarter of the hits was missed.
 const MARGIN: f32 = 3.0;
@@ -146,11 +145,11 @@ impl Pool {
         self.ef = ef;
     }
 
-    /// Whether something at this distance would be kept.
+    /// What is nearer than this would be kept.
     #[inline]
-    fn admits(&self, key: f32) -> bool {
+    fn limit(&self) -> f32 {
         let is_full = self.results >= self.ef || self.spots.len() >= self.ef * POOL_PER_RESULT;
-        !is_full || self.spots.last().is_none_or(|last| key < last.key)
+        self.spots.last().filter(|_| is_full).map_or(f32::INFINITY, |last| last.key)
     }
 
     /// Results before a place.
@@ -179,6 +178,25 @@ impl Pool {
         }
         at
     }
+}
+
+/// The places of a group's keys below a limit. Few are: all compared at once and the others passed over, not each branched on.
+#[inline]
+fn below(keys: &[f32], limit: f32) -> impl Iterator<Item = usize> + use<> {
+    let group = keys.try_into().unwrap_or_else(|_| {
+        let mut group = [f32::INFINITY; GROUP];
+        group[..keys.len()].copy_from_slice(keys);
+        group
+    });
+    let mut left = 0_u32;
+    for (place, key) in group.into_iter().enumerate() {
+        left |= u32::from(key < limit) << place;
+    }
+    std::iter::from_fn(move || {
+        let place = (left != 0).then(|| left.trailing_zeros() as usize)?;
+        left &= left - 1;
+        Some(place)
+    })
 }
 
 /// Memory of a search or a link, kept for the next: no allocation while searching.
@@ -444,7 +462,7 @@ impl Graph {
         let Some(left_out) = pool.spots.last().map(|spot| spot.key) else { return true };
         pool.spots.retain(|spot| spot.is_result());
         let (mut errors, mut squares) = (0.0, 0.0);
-        for spots in pool.spots.chunks_mut(SCAN_GROUP) {
+        for spots in pool.spots.chunks_mut(GROUP) {
             scratch.fresh.clear();
             scratch.fresh.extend(spots.iter().map(|spot| spot.slot()));
             for &slot in &scratch.fresh {
@@ -496,13 +514,16 @@ impl Graph {
         self.distances(probe, is_rough, &scratch.fresh, &mut scratch.distances);
         effort.scored += scratch.fresh.len();
         let mut first = usize::MAX;
-        for (&slot, &key) in scratch.fresh.iter().zip(&scratch.distances.keys) {
-            if scratch.pool.admits(key) {
-                let at = scratch.pool.insert(key, slot, is_result(slot));
-                if at <= first {
-                    // So far the next to be expanded.
-                    first = at;
-                    self.nodes.prefetch_links(slot);
+        for (slots, keys) in scratch.fresh.chunks(GROUP).zip(scratch.distances.keys.chunks(GROUP)) {
+            for place in below(keys, scratch.pool.limit()) {
+                let (slot, key) = (slots[place], keys[place]);
+                if key < scratch.pool.limit() {
+                    let at = scratch.pool.insert(key, slot, is_result(slot));
+                    if at <= first {
+                        // So far the next to be expanded.
+                        first = at;
+                        self.nodes.prefetch_links(slot);
+                    }
                 }
             }
         }
@@ -541,14 +562,15 @@ impl Graph {
         is_result: impl Fn(u32) -> bool,
         scratch: &mut Scratch,
     ) -> Effort {
-        let mut groups = slots.chunks(SCAN_GROUP).peekable();
+        let mut groups = slots.chunks(GROUP).peekable();
         while let Some(group) = groups.next() {
             for &slot in groups.peek().copied().unwrap_or_default() {
                 self.prefetch(slot, is_rough);
             }
             self.distances(probe, is_rough, group, &mut scratch.distances);
-            for (&slot, &key) in group.iter().zip(&scratch.distances.keys) {
-                if scratch.pool.admits(key) && is_result(slot) {
+            for place in below(&scratch.distances.keys, scratch.pool.limit()) {
+                let (slot, key) = (group[place], scratch.distances.keys[place]);
+                if key < scratch.pool.limit() && is_result(slot) {
                     scratch.pool.insert(key, slot, true);
                 }
             }

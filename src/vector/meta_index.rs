@@ -28,7 +28,7 @@
 
 use super::filter::{Filter, Node, PATH_NAMES_MAX, Test};
 use super::{Slot, VectorMeta};
-use roaring::RoaringBitmap;
+use roaring::{MultiOps, RoaringBitmap};
 use serde_json::{Number, Value};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -347,11 +347,11 @@ impl Posting {
         }
     }
 
-    /// Adds the slots to a set; those that are cheaper to add sorted go to `few`.
-    fn gather(&self, found: &mut RoaringBitmap, few: &mut Vec<u32>) {
+    /// Adds the slots to those of a union: the many as the sets they are, the few one by one.
+    fn gather<'a>(&'a self, many: &mut Vec<&'a RoaringBitmap>, few: &mut Vec<u32>) {
         match self {
             Self::Few(len, slots) => few.extend(&slots[..usize::from(*len)]),
-            Self::Many(bits) => *found |= &bits.slots,
+            Self::Many(bits) => many.push(&bits.slots),
         }
     }
 
@@ -669,16 +669,18 @@ impl Evaluation<'_> {
             let mut last = None;
             (self.look)(&mut |index| {
                 let Some(field) = index.fields.get(name) else { return };
-                let mut work = 0;
+                let (mut work, mut many) = (0, Vec::new());
                 for (key, posting) in values(field).range((from.as_ref(), Unbounded)).take_while(|(k, _)| is_within(k))
                 {
-                    posting.gather(&mut found, &mut few);
+                    posting.gather(&mut many, &mut few);
                     work += VALUE_WORK + posting.len();
                     if work >= SLICE_WORK_MAX {
                         last = Some(key.clone());
-                        return;
+                        break;
                     }
                 }
+                // All at once: one after the other, what was found would be written anew with each.
+                found |= many.union();
             });
             few.sort_unstable();
             found.extend(few.drain(..));
