@@ -19,7 +19,7 @@
 //!   by a quarter, a search found one answer in twelve.
 
 use super::Metric;
-use super::distance::{BIAS, GROUP, Rows, STEPS, Steps, half_bytes, kernels};
+use super::distance::{BIAS, STEPS, Steps, kernels};
 use super::nodes::{Figures, Nodes};
 
 /// Writes the bytes of a row and returns its figures. `centre` is taken off first; empty for none.
@@ -51,6 +51,10 @@ fn encode_centred(metric: Metric, numbers: &[f32], code: &mut [u8]) -> Figures {
         rough_square: square(rough_squares - rough_errors),
     }
 }
+
+/// Rows compared by one call of a kernel.
+pub const GROUP: usize = 16;
+const NO_ROWS: [&[u8]; GROUP] = [&[]; GROUP];
 
 /// What rows are compared with: the bytes of a query or of another row, signed.
 #[derive(Clone, Debug, Default)]
@@ -116,15 +120,16 @@ impl Probe {
     pub fn rough_distances(&self, nodes: &Nodes, slots: &[u32], scratch: &mut Distances) {
         scratch.keys.clear();
         for slots in slots.chunks(GROUP) {
-            let highs = Rows::new(half_bytes(nodes.dim()), slots.iter().map(|&slot| nodes.high(slot)));
-            let dots = (kernels().half_dots)(&self.code, &highs);
-            let (mut scales, mut squares, mut keys) = ([0.0; GROUP], [0.0; GROUP], [0.0; GROUP]);
-            for ((scale, square), &slot) in scales.iter_mut().zip(&mut squares).zip(slots) {
-                let figures = nodes.figures(slot);
-                (*scale, *square) = (figures.scale, figures.rough_square);
+            let (mut highs, mut dots, mut figures) = (NO_ROWS, [0; GROUP], [(0.0, 0.0); GROUP]);
+            for ((high, figures), &slot) in highs.iter_mut().zip(&mut figures).zip(slots) {
+                *high = nodes.high(slot);
+                let Figures { scale, rough_square, .. } = nodes.figures(slot);
+                *figures = (scale, rough_square);
             }
-            // Of a whole group, so that several are worked out together.
-            for (((key, scale), square), dot) in keys.iter_mut().zip(scales).zip(squares).zip(dots) {
+            (kernels().half_dots)(&self.code, &highs[..slots.len()], &mut dots[..slots.len()]);
+            // For a whole group, whose keys are then worked out together.
+            let mut keys = [0.0; GROUP];
+            for ((key, (scale, square)), dot) in keys.iter_mut().zip(figures).zip(dots) {
                 // Twice the steps, see `rough_twice`. The cast: f32 keeps seven digits.
                 let twice = 32 * dot + (15 - 2 * BIAS) * self.sum;
                 *key = self.key(scale, square, twice as f32 / 2.0);
@@ -142,10 +147,13 @@ impl Probe {
     /// Inner products of up to [`GROUP`] rows, in steps.
     #[inline]
     fn dots(&self, nodes: &Nodes, slots: &[u32]) -> [i32; GROUP] {
-        let bytes = half_bytes(nodes.dim());
-        let highs = Rows::new(bytes, slots.iter().map(|&slot| nodes.high(slot)));
-        let lows = Rows::new(bytes, slots.iter().map(|&slot| nodes.low(slot)));
-        (kernels().whole_dots)(&self.code, &highs, &lows).map(|dot| dot - BIAS * self.sum)
+        let (mut highs, mut lows, mut dots) = (NO_ROWS, NO_ROWS, [0; GROUP]);
+        for ((high, low), &slot) in highs.iter_mut().zip(&mut lows).zip(slots) {
+            (*high, *low) = (nodes.high(slot), nodes.low(slot));
+        }
+        let count = slots.len();
+        (kernels().whole_dots)(&self.code, &highs[..count], &lows[..count], &mut dots[..count]);
+        dots.map(|dot| dot - BIAS * self.sum)
     }
 
     #[inline]
@@ -210,7 +218,8 @@ mod tests {
     #[test]
     fn rough_distances_are_right_on_average_and_as_far_off_as_they_say() {
         const DIM: usize = 200;
-        const ROWS: u32 = 2000;
+        // No whole number of groups.
+        const ROWS: u32 = 2003;
         // Xorshift (Marsaglia 2003).
         let mut state = 88_172_645_463_325_252_u64;
         let mut number = || {
@@ -235,6 +244,12 @@ mod tests {
                 ((0..ROWS).collect(), Distances::default(), Distances::default());
             probe.rough_distances(&nodes, &slots, &mut rough);
             probe.distances(&nodes, &slots, &mut whole);
+            let mut one = Distances::default();
+            for (&slot, (rough, whole)) in slots.iter().zip(rough.keys.iter().zip(&whole.keys)) {
+                probe.rough_distances(&nodes, &[slot], &mut one);
+                assert_eq!(one.keys, [*rough], "{metric:?} {slot}: by itself as in a group");
+                assert_eq!(probe.distance(&nodes, slot), *whole, "{metric:?} {slot}: by itself as in a group");
+            }
             let errors: Vec<f32> = rough
                 .keys
                 .iter()

@@ -30,6 +30,8 @@
 //! - Half as many entry points: 50 to 60 rows less for each search, of 354 for a quick one; the same recall.
 //! - Prefetching links as a spot enters the front of the pool, and rows before they are scored: 10 to 20 % faster; into the second
 //!   level of cache rather than the first: 1.4 to 1.5 times at ef 20 to 100. The rows of the spot that is probably next: slower.
+//! - Distances of a group of 16 worked out together, and all compared with the pool's limit before any branch: a scan of 6,288 rows
+//!   8.2 to 9.3 k/s, walks 2 to 4 %, linking level.
 //! - A place in the pool sought from its end in strides rather than by bisection: 6 to 10 % faster at ef 20 to 100.
 //! - Beside hnswlib (M 16, efConstruction 200) in one run: 4.4 and 4.9 times its searches at recall 0.95 and 0.99, built 1.9 times as
 //!   fast; Fashion-MNIST (784, L2) 4.1 and 4.5 times, 5 times.
@@ -43,8 +45,7 @@
 //! Deliberately absent: threads, ids, metadata, the decision what to search how (`plan.rs`).
 
 use super::Metric;
-use super::codes::{Distances, Probe};
-use super::distance::GROUP;
+use super::codes::{Distances, GROUP, Probe};
 use super::nodes::{LINKS_MAX, Nodes, ROUGH_DIM};
 use super::plan::EF_DEFAULT;
 use parking_lot::{Mutex, RwLock};
@@ -145,11 +146,16 @@ impl Pool {
         self.ef = ef;
     }
 
+    /// Whether what comes now takes another's place.
+    #[inline]
+    fn is_full(&self) -> bool {
+        self.results >= self.ef || self.spots.len() >= self.ef * POOL_PER_RESULT
+    }
+
     /// What is nearer than this would be kept.
     #[inline]
     fn limit(&self) -> f32 {
-        let is_full = self.results >= self.ef || self.spots.len() >= self.ef * POOL_PER_RESULT;
-        self.spots.last().filter(|_| is_full).map_or(f32::INFINITY, |last| last.key)
+        self.spots.last().filter(|_| self.is_full()).map_or(f32::INFINITY, |last| last.key)
     }
 
     /// Results before a place.
@@ -180,18 +186,15 @@ impl Pool {
     }
 }
 
-/// The places of a group's keys below a limit. Few are: all compared at once and the others passed over, not each branched on.
+/// The places of a group's keys, of at most [`GROUP`], that are below a limit. As a rule few are, so all are compared at once and
+/// there is a branch for each of these rather than for each key.
 #[inline]
 fn below(keys: &[f32], limit: f32) -> impl Iterator<Item = usize> + use<> {
-    let group = keys.try_into().unwrap_or_else(|_| {
-        let mut group = [f32::INFINITY; GROUP];
-        group[..keys.len()].copy_from_slice(keys);
-        group
-    });
-    let mut left = 0_u32;
-    for (place, key) in group.into_iter().enumerate() {
-        left |= u32::from(key < limit) << place;
-    }
+    let mask = |keys: &[f32]| {
+        keys.iter().enumerate().fold(0_u32, |mask, (place, &key)| mask | u32::from(key < limit) << place)
+    };
+    // The compiler compares a whole group by a few instructions.
+    let mut left = <&[f32; GROUP]>::try_from(keys).map_or_else(|_| mask(keys), |group| mask(group));
     std::iter::from_fn(move || {
         let place = (left != 0).then(|| left.trailing_zeros() as usize)?;
         left &= left - 1;
@@ -458,7 +461,7 @@ impl Graph {
     /// the nearest `wanted`.
     fn refine(&self, probe: &Probe, wanted: usize, scratch: &mut Scratch) -> bool {
         let pool = &mut scratch.pool;
-        let is_full = pool.results >= pool.ef || pool.spots.len() >= pool.ef * POOL_PER_RESULT;
+        let is_full = pool.is_full();
         let Some(left_out) = pool.spots.last().map(|spot| spot.key) else { return true };
         pool.spots.retain(|spot| spot.is_result());
         let (mut errors, mut squares) = (0.0, 0.0);
@@ -562,6 +565,7 @@ impl Graph {
         is_result: impl Fn(u32) -> bool,
         scratch: &mut Scratch,
     ) -> Effort {
+        // Rows are fetched one group ahead.
         let mut groups = slots.chunks(GROUP).peekable();
         while let Some(group) = groups.next() {
             for &slot in groups.peek().copied().unwrap_or_default() {
@@ -958,5 +962,41 @@ impl Repair {
     #[must_use]
     pub fn is_condemned(&self, slot: u32) -> bool {
         self.condemned.get(slot as usize / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a pool admits of a group must not depend on comparing it with one limit first.
+    #[test]
+    fn a_group_at_once_leaves_what_one_by_one_leaves() {
+        // Few values, so that many are equal to the limit.
+        let key = |n: u32| match n.wrapping_mul(2_654_435_761) >> 27 {
+            0 => f32::MAX,
+            1 => f32::MIN,
+            n => (n % 11) as f32 - 3.0,
+        };
+        for (ef, count) in (0..6).flat_map(|ef| (0..120).map(move |count| (ef, count))) {
+            let is_result = |n: u32| n.is_multiple_of(7) || ef % 2 == 0;
+            let [mut at_once, mut one_by_one] = [Pool { ef, ..Pool::default() }, Pool { ef, ..Pool::default() }];
+            let slots: Vec<u32> = (0..count).collect();
+            for slots in slots.chunks(GROUP) {
+                let keys: Vec<f32> = slots.iter().map(|&slot| key(slot + 1000 * count)).collect();
+                for place in below(&keys, at_once.limit()) {
+                    if keys[place] < at_once.limit() {
+                        at_once.insert(keys[place], slots[place], is_result(slots[place]));
+                    }
+                }
+                for (&slot, &key) in slots.iter().zip(&keys) {
+                    if !one_by_one.is_full() || one_by_one.spots.last().is_none_or(|last| key < last.key) {
+                        one_by_one.insert(key, slot, is_result(slot));
+                    }
+                }
+                let left = |pool: &Pool| pool.spots.iter().map(|spot| (spot.key, spot.tag)).collect::<Vec<_>>();
+                assert_eq!(left(&at_once), left(&one_by_one), "ef {ef}, {count}");
+            }
+        }
     }
 }

@@ -38,7 +38,7 @@ use std::ops::Bound::{self, Excluded, Included, Unbounded};
 /// Strings up to this length are keys as they are; of longer ones the key is the first bytes beyond it that end a
 /// character. So a key longer than this stands for every string that begins with it.
 pub const STRING_KEY_BYTES: usize = 64;
-/// How much of a range is read in one go, in slots: some 20 µs.
+/// How much of a range is read in one go, in slots: some 20 µs, more where values of a few slots each are strewn over millions.
 const SLICE_WORK_MAX: usize = 16_384;
 /// What going to the next value costs in the same unit: a slice ends after a thousand values of one slot.
 const VALUE_WORK: usize = 16;
@@ -666,7 +666,7 @@ impl Evaluation<'_> {
         let mut found = RoaringBitmap::new();
         let mut few = Vec::new();
         loop {
-            let mut last = None;
+            let (mut last, mut united) = (None, RoaringBitmap::new());
             (self.look)(&mut |index| {
                 let Some(field) = index.fields.get(name) else { return };
                 let (mut work, mut many) = (0, Vec::new());
@@ -680,8 +680,9 @@ impl Evaluation<'_> {
                     }
                 }
                 // All at once: one after the other, what was found would be written anew with each.
-                found |= many.union();
+                united = many.union();
             });
+            found |= united;
             few.sort_unstable();
             found.extend(few.drain(..));
             match last {
@@ -920,6 +921,28 @@ mod tests {
         }
         assert!(index.fields.is_empty());
         assert_eq!(index.memory_bytes(), MetaIndex::default().memory_bytes());
+    }
+
+    /// With values of three slots and fewer, of some, of very many, and of more than one slice may hold; in several containers.
+    #[test]
+    fn a_range_over_values_of_many_slots_finds_all_of_them() {
+        const SLOTS: u32 = 150_000;
+        let value = |slot: u32| match slot % 5 {
+            // Half of all by itself, a hundred of 300, and one for each of the others.
+            0 | 1 => 0,
+            2 => 1 + slot % 97,
+            3 => 200 + slot / 300,
+            _ => 10_000 + slot,
+        };
+        let mut index = MetaIndex::default();
+        for slot in 0..SLOTS {
+            index.insert(Slot(slot), &VectorMeta::new(&json!({"n": value(slot)}).to_string()).unwrap());
+        }
+        for (from, to) in [(0, u32::MAX), (0, 1), (1, 98), (1, 10_000), (50, 500), (200, 20_000), (9999, u32::MAX)] {
+            let found = select_all(&index, &Filter::parse(&json!({"n": {"$gte": from, "$lt": to}})).unwrap());
+            let expected: RoaringBitmap = (0..SLOTS).filter(|&slot| (from..to).contains(&value(slot))).collect();
+            assert!(found.is_exact && found.slots == expected, "{from}..{to}: {} found", found.slots.len());
+        }
     }
 
     /// Two words for most values: they are most of the index.
