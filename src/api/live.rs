@@ -248,7 +248,7 @@ impl Live {
 /// An event for a thousand streams keeps a core busy for five milliseconds. A write that comes meanwhile is read, decided, synced
 /// and answered by other threads, and without a core of their own each of these steps waits for the scheduler's tick, up to 4 ms.
 /// At 1,600 events a second for 1,000 streams, several to a send, on one core, the p99 of writes was 75 to 160 ms and that of
-/// events 85 to 175; with offers 3 to 12 and 20 to 24. Where nobody waits for the core an offer costs a system call.
+/// events 85 to 175; with offers 3 to 12 and 19 to 26. Where nobody waits for the core an offer costs a system call.
 #[derive(Debug, Default)]
 struct Offers(Cell<u32>);
 
