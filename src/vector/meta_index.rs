@@ -928,7 +928,7 @@ mod tests {
     fn a_range_over_values_of_many_slots_finds_all_of_them() {
         const SLOTS: u32 = 150_000;
         let value = |slot: u32| match slot % 5 {
-            // Half of all by itself, a hundred of 300, and one for each of the others.
+            // Two fifths of all have one value; then come 97 of 309 slots, 500 of 60, and one for each of the others.
             0 | 1 => 0,
             2 => 1 + slot % 97,
             3 => 200 + slot / 300,
