@@ -23,14 +23,14 @@ use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::ChildStdout;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
 /// Longest wait for one answer or one frame; a machine busy with other things is slow, not wrong.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -611,18 +611,20 @@ impl Story {
         let ttl_ms = if self.terminal.fast { 400 } else { 1500 };
         let body = json!({"value": {"user": "ana"}, "ttl_ms": ttl_ms});
         let answer = self.ask(Method::PUT, "/v1/state/session:7", body).await?.success()?;
-        let deadline = answer["expires_at_ms"].as_u64().with_context(|| format!("no deadline in {answer}"))?;
+        ensure!(answer["expires_at_ms"].is_u64(), "no deadline in {answer}");
+        // Counted from the answer, which came after the deadline was set, and not by the wall clock, which the server's
+        // only leans towards.
+        let deadline = Instant::now() + Duration::from_millis(ttl_ms);
         let (data, arrival) = watch.event().await?;
         self.show_frame(&data, &arrival.frame, "");
         self.say(&format!("Now nobody does anything for {ttl_ms} ms."));
-        sleep(until(deadline)).await;
+        // The millisecond is for a lean.
+        sleep_until((deadline + Duration::from_millis(1)).into()).await;
         let answer = self.ask(Method::GET, "/v1/state/session:7", Value::Null).await?;
         ensure!(answer.status.as_u16() == 404, "the key outlived its deadline: {}", answer.status);
         ensure!(answer.json()?["code"] == "key_not_found", "another code than key_not_found");
         let (data, arrival) = watch.event().await?;
-        let late =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.saturating_sub(Duration::from_millis(deadline));
-        let late = late.saturating_sub(arrival.at.elapsed());
+        let late = arrival.at.saturating_duration_since(deadline);
         self.show_frame(&data, &arrival.frame, &format!("{} after the deadline", ms(late)));
         ensure!(arrival.frame.event == "state_deleted" && data["reason"] == "expired", "not an expiry: {data}");
         ensure!(late < Duration::from_secs(2), "the event came {} after the deadline", ms(late));
@@ -987,12 +989,6 @@ fn summary(terminal: Terminal, held: &[String], took: Duration) {
     ] {
         terminal.line(ink::REQUEST, &format!("   {line}"));
     }
-}
-
-/// Time left until a moment of the Unix clock.
-fn until(deadline_ms: u64) -> Duration {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Duration::from_millis(deadline_ms).saturating_sub(now)
 }
 
 /// For a failure: what the server logged last.

@@ -5,24 +5,34 @@
 //! give or take a twentieth. After a restart the wall clock is believed again.
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The correction changes by at most this many milliseconds for each second that passes.
-const SLEW_MS_PER_S: i64 = 50;
+/// The correction changes by at most this much for each second that passes.
+const SLEW_US_PER_S: i64 = 50_000;
+
+/// Held up for longer than this between two looks at a clock, a difference says nothing.
+const LOOK_MAX: Duration = Duration::from_millis(1);
 
 /// See the module. Reading it costs one look at the monotonic clock.
+///
+/// It counts in microseconds and cuts off once, where milliseconds are told: as the wall clock reaches a key's deadline,
+/// so does this one.
 #[derive(Debug)]
 pub struct Clock {
     started: Instant,
-    wall_ms: u64,
-    correction_ms: AtomicI64,
+    started_us: u64,
+    correction_us: AtomicI64,
     /// The latest time told: leaning back must not bring a key back that was told to be gone.
     latest_ms: AtomicU64,
 }
 
-fn wall_ms() -> u64 {
+fn wall_us() -> u64 {
     // A clock before 1970 counts as 1970.
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, micros)
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Clock {
@@ -31,8 +41,8 @@ impl Clock {
     pub fn start() -> Self {
         Self {
             started: Instant::now(),
-            wall_ms: wall_ms(),
-            correction_ms: AtomicI64::new(0),
+            started_us: wall_us(),
+            correction_us: AtomicI64::new(0),
             latest_ms: AtomicU64::new(0),
         }
     }
@@ -40,21 +50,28 @@ impl Clock {
     /// Unix milliseconds; never less than was told before.
     #[must_use]
     pub fn now_ms(&self) -> u64 {
-        let elapsed = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let correction = self.correction_ms.load(Ordering::Relaxed);
-        let now = self.wall_ms.saturating_add(elapsed).saturating_add_signed(correction);
+        let now = self.us_at(self.started.elapsed()) / 1_000;
         self.latest_ms.fetch_max(now, Ordering::Relaxed).max(now)
+    }
+
+    /// Unix microseconds so long after the start.
+    fn us_at(&self, elapsed: Duration) -> u64 {
+        let correction = self.correction_us.load(Ordering::Relaxed);
+        self.started_us.saturating_add(micros(elapsed)).saturating_add_signed(correction)
     }
 
     /// Leans towards the wall clock. Call it about once a second.
     pub fn lean(&self) {
-        self.lean_towards(wall_ms());
+        let before = self.started.elapsed();
+        let wall_us = wall_us();
+        if self.started.elapsed().saturating_sub(before) < LOOK_MAX {
+            self.lean_by(wall_us.cast_signed().saturating_sub(self.us_at(before).cast_signed()));
+        }
     }
 
-    fn lean_towards(&self, wall_ms: u64) {
-        let difference = wall_ms.cast_signed().saturating_sub(self.now_ms().cast_signed());
-        let step = difference.clamp(-SLEW_MS_PER_S, SLEW_MS_PER_S);
-        self.correction_ms.fetch_add(step, Ordering::Relaxed);
+    fn lean_by(&self, difference_us: i64) {
+        let step = difference_us.clamp(-SLEW_US_PER_S, SLEW_US_PER_S);
+        self.correction_us.fetch_add(step, Ordering::Relaxed);
     }
 }
 
@@ -65,11 +82,21 @@ mod tests {
     #[test]
     fn a_jump_of_the_wall_clock_moves_time_by_a_twentieth_at_most() {
         let clock = Clock::start();
-        for jump in [i64::MAX / 2, -1_000_000_000, 1_000] {
-            let before = clock.now_ms();
-            clock.lean_towards(wall_ms().saturating_add_signed(jump));
-            let moved = clock.now_ms().cast_signed() - before.cast_signed();
-            assert!(moved.abs() <= SLEW_MS_PER_S + 10, "{jump}: moved {moved}");
+        for jump in [i64::MAX, -1_000_000_000_000, 1_000_000] {
+            let before = clock.us_at(Duration::ZERO);
+            clock.lean_by(jump);
+            let moved = clock.us_at(Duration::ZERO).cast_signed() - before.cast_signed();
+            assert_eq!(moved, jump.clamp(-50_000, 50_000));
         }
+    }
+
+    #[test]
+    fn a_millisecond_begins_when_the_wall_clock_begins_it() {
+        let mut clock = Clock::start();
+        clock.started_us = 999_600;
+        assert_eq!(clock.us_at(Duration::from_micros(399)) / 1_000, 999);
+        assert_eq!(clock.us_at(Duration::from_micros(400)) / 1_000, 1_000);
+        clock.lean_by(300);
+        assert_eq!(clock.us_at(Duration::from_micros(100)) / 1_000, 1_000);
     }
 }
