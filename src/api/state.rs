@@ -2,8 +2,8 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Head, Object, Params, body_type, condition, etags, meta, parse_json, parse_list, parse_object, path_tail,
-    read_body, read_json, vector,
+    BodyType, Head, Object, Params, aside, body_type, condition, etags, meta, offer_core, parse_json, parse_list,
+    parse_object, path_tail, read_body, read_json, vector,
 };
 use super::serve::HEAD_BYTES_MAX;
 use super::{App, json, json_with_etag};
@@ -539,8 +539,11 @@ pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult 
     if body.ops.is_empty() || body.ops.len() > BATCH_OPS_MAX {
         return Err(invalid(format!("a batch has 1 to {BATCH_OPS_MAX} ops, this one has {}", body.ops.len())));
     }
-    let ops: Result<Vec<Op>, Rejection> =
-        body.ops.into_iter().enumerate().map(|(index, op)| op.0.parse().map_err(|e| e.at(index))).collect();
+    let parse = |(index, op): (usize, Object<BatchOp<'_>>)| {
+        offer_core(op.0.vector.map_or(0, |vector| vector.get().len()));
+        op.0.parse().map_err(|e| e.at(index))
+    };
+    let ops: Result<Vec<Op>, Rejection> = aside(&bytes, || body.ops.into_iter().enumerate().map(parse).collect());
     let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, push_outcome);

@@ -1,7 +1,7 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, meta, parse_list, parse_object, read_json, vector};
+use super::extract::{Head, Object, Params, meta, offer_core, parse_list, parse_object, read_json, vector};
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::SharedCollection;
@@ -15,7 +15,7 @@ use crate::revision::Revision;
 use crate::vector::collection::{Item, Query};
 use crate::vector::filter::{Filter, parse_path};
 use crate::vector::plan::EF_MAX;
-use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId};
+use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId, VectorMeta};
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -158,8 +158,7 @@ struct WriteBody<'a> {
     #[serde(borrow)]
     meta: Option<&'a RawValue>,
     if_revision: Option<Revision>,
-    #[serde(borrow)]
-    items: Option<Vec<Object<ItemBody<'a>>>>,
+    items: Option<Vec<ListItem>>,
 }
 
 /// What each kind of write must carry.
@@ -178,15 +177,41 @@ pub fn check_write(op: Op) -> Result<Op, Rejection> {
     Ok(op)
 }
 
-fn write_op(write: VectorWrite, collection: &CollectionName, item: &ItemBody<'_>) -> Result<Op, Rejection> {
-    check_write(Op::WriteVector {
-        write,
-        collection: collection.clone(),
-        id: VectorId::new(&item.id)?,
-        vector: vector(item.vector, item.vector_base64.as_deref())?,
-        meta: meta(item.meta)?,
-        if_revision: item.if_revision,
-    })
+/// What an [`ItemBody`] says.
+struct Write {
+    id: VectorId,
+    vector: Option<Vector>,
+    meta: Option<VectorMeta>,
+    if_revision: Option<Revision>,
+}
+
+impl Write {
+    fn parse(body: &ItemBody<'_>) -> Result<Self, Rejection> {
+        Ok(Self {
+            id: VectorId::new(&body.id)?,
+            vector: vector(body.vector, body.vector_base64.as_deref())?,
+            meta: meta(body.meta)?,
+            if_revision: body.if_revision,
+        })
+    }
+
+    fn into_op(self, write: VectorWrite, collection: CollectionName) -> Result<Op, Rejection> {
+        let Self { id, vector, meta, if_revision } = self;
+        check_write(Op::WriteVector { write, collection, id, vector, meta, if_revision })
+    }
+}
+
+/// One of a list's items, parsed as soon as it is read: its text is at hand then.
+struct ListItem(Result<Write, Rejection>);
+
+impl<'de> Deserialize<'de> for ListItem {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Object(body) = Object::<ItemBody<'_>>::deserialize(deserializer)?;
+        let write = Write::parse(&body);
+        let text = body.vector.map_or(0, |raw| raw.get().len()) + body.vector_base64.map_or(0, |text| text.len());
+        offer_core(text);
+        Ok(Self(write))
+    }
 }
 
 async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: Body) -> ApiResult {
@@ -197,8 +222,8 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
     let Some(items) = body.items else {
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
-        let item = ItemBody { id, vector, vector_base64, meta, if_revision };
-        let committed = app.commit(&head, &bytes, Command::one(write_op(write, &collection, &item)?)).await?;
+        let item = Write::parse(&ItemBody { id, vector, vector_base64, meta, if_revision })?;
+        let committed = app.commit(&head, &bytes, Command::one(item.into_op(write, collection)?)).await?;
         return Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])));
     };
     if body.id.is_some()
@@ -213,9 +238,9 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
         return Err(invalid(format!("items holds 1 to {ITEMS_MAX} items, these are {}", items.len())));
     }
     let ops: Result<Vec<Op>, Rejection> = items
-        .iter()
+        .into_iter()
         .enumerate()
-        .map(|(index, item)| write_op(write, &collection, &item.0).map_err(|e| e.at(index)))
+        .map(|(index, item)| item.0.and_then(|item| item.into_op(write, collection.clone())).map_err(|e| e.at(index)))
         .collect();
     let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");

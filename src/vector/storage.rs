@@ -18,7 +18,7 @@ use crate::disk::{self, File};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::wire::{Malformed, Put, Reader};
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{Advice, MmapMut, MmapOptions};
 use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -112,11 +112,16 @@ impl RowStore {
                     MmapMut::map_anon(bytes).map_err(Error::io("cannot get memory for", Path::new("vector rows")))?
                 }
                 Some((path, file)) => {
+                    let length = file.length().map_err(Error::io("cannot stat", path))?;
                     preallocate(file, offset, bytes).map_err(Error::io("cannot grow", path))?;
                     // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data
                     // directory's lock keeps other servers away from it.
-                    unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file.as_system()) }
-                        .map_err(Error::io("cannot map", path))?
+                    let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file.as_system()) }
+                        .map_err(Error::io("cannot map", path))?;
+                    if offset >= length {
+                        advise(&map, Advice::Random);
+                    }
+                    map
                 }
             };
             fresh.push(NewChunk { first: capacity, map });
@@ -140,6 +145,9 @@ impl RowStore {
     pub fn grow(&mut self, chunks: Vec<NewChunk>) {
         for NewChunk { first, map } in chunks {
             if first == self.capacity() {
+                if let Some(full) = self.chunks.last() {
+                    advise(full, Advice::Normal);
+                }
                 self.chunks.push(map);
             }
         }
@@ -188,6 +196,14 @@ impl RowStore {
     /// A handle whose `sync_data` writes every changed mapped row to disk, usable without the collection's lock.
     pub fn sync_handle(&self) -> Result<Option<File>, Error> {
         self.file.as_ref().map(|(path, file)| file.try_clone().map_err(Error::io("cannot duplicate", path))).transpose()
+    }
+}
+
+/// How a chunk of a file is read ahead: where nothing is yet, not at all. Else whoever writes the first row there waits for as
+/// much zeroed memory as the system reads ahead, 8 MB and as many milliseconds where it was measured.
+fn advise(map: &MmapMut, advice: Advice) {
+    if let Err(error) = map.advise(advice) {
+        tracing::debug!(%error, ?advice, "rows are read ahead as the system does by itself");
     }
 }
 
