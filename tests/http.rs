@@ -327,7 +327,7 @@ async fn keys_expire_for_every_read_at_once_and_as_an_event() {
         let data = event.json().unwrap();
         assert!(contains(&data, &json!({"type":"state_deleted","reason":"expired"})), "{data}");
         let late_ms = data["ts"].as_f64().unwrap() * 1000.0 - deadline as f64;
-        assert!((-1.0..1000.0).contains(&late_ms), "{late_ms} ms after the deadline");
+        assert!((-0.001..1000.0).contains(&late_ms), "{late_ms} ms after the deadline");
     }
     assert_eq!(call(c, "GET /v1/state/t1").await.status, 404);
     assert_eq!(ok(c, "GET /v1/state").await["items"].as_array().unwrap().len(), 0);
@@ -473,6 +473,13 @@ async fn vectors_write_and_read() {
         row("items are atomic", r#"POST /v1/vector/c/add {"items":[{"id":"n1","vector":[1,1]},{"id":"x","vector":[1,2]}]}"#, 409, json!({"code":"already_exists","op":1})),
         row("none of them", "GET /v1/vector/c/get?id=n1", 404, code("vector_not_found")),
         row("an item that is none", r#"POST /v1/vector/c/upsert {"items":[{"id":"x","vector":[1,1]},{"vector":[1,1]}]}"#, 400, json!({"code":"invalid_argument","op":1})),
+        row("bad id in a list", r#"POST /v1/vector/c/upsert {"items":[{"id":"x","vector":[1,1]},{"id":"","vector":[1,1]}]}"#, 400, json!({"code":"invalid_argument","op":1})),
+        row("bad number in a list", r#"POST /v1/vector/c/upsert {"items":[{"id":"x","vector":[1,1]},{"id":"y","vector":[1e39,0]}]}"#, 400, json!({"code":"invalid_vector","op":1})),
+        row("no vector in a list", r#"POST /v1/vector/c/upsert {"items":[{"id":"x","vector":[1,1]},{"id":"y"}]}"#, 400, json!({"code":"invalid_argument","op":1})),
+        row("nothing to update in a list", r#"POST /v1/vector/c/update {"items":[{"id":"x"}]}"#, 400, json!({"code":"invalid_argument","op":0})),
+        row("the first fault counts", r#"POST /v1/vector/c/upsert {"items":[{"id":"x","vector":[1,1]},{"id":"y","vector":[true,1]},{"id":"","vector":[1,1]}]}"#, 400, json!({"code":"invalid_argument","op":1})),
+        row("what is no item first", r#"POST /v1/vector/c/upsert {"items":[{"id":"","vector":[1,1]},{"id":"y","vector":[1,1]},{"id":"z","vec":[1,1]}]}"#, 400, json!({"code":"invalid_argument","op":2})),
+        row("item and bad items", r#"POST /v1/vector/c/add {"id":"q","items":[{"id":""}]}"#, 400, json!({"detail":"give one item or items, not both"})),
         row("item and items", r#"POST /v1/vector/c/add {"id":"q","items":[]}"#, 400, bad()),
         row("delete one", r#"POST /v1/vector/c/delete {"id":"x"}"#, 200, json!({"id":"x","deleted":true,"revision":10})),
         row("delete absent", r#"POST /v1/vector/c/delete {"id":"x"}"#, 404, code("vector_not_found")),
@@ -488,6 +495,76 @@ async fn vectors_write_and_read() {
         row("dropped", "DELETE /v1/vector/c", 404, code("collection_not_found")),
         row("anew with another shape", r#"POST /v1/vector/c {"dim":3,"metric":"dot"}"#, 201, json!({"dim":3,"count":0})),
     ]).await;
+}
+
+/// Bodies above 64 KiB are parsed aside, and are answered like others.
+#[tokio::test]
+async fn large_bodies_are_answered_like_small_ones() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/c {"dim":2,"metric":"l2"}"#).await;
+    let space = " ".repeat(70_000);
+    let items = |last: &str| {
+        let items: String = (0..4000).map(|n| format!("{{\"id\":\"{n}\",\"vector\":[{n},0.5]}},")).collect();
+        format!("POST /v1/vector/c/upsert {{\"items\":[{items}{last}]}}")
+    };
+    let ops = |last: &str| {
+        let ops: String = (0..900)
+            .map(|n| {
+                format!("{{\"op\":\"vector_upsert\",\"collection\":\"c\",\"id\":\"b{n}\",\"vector\":[-{n},0.5]}},")
+            })
+            .collect();
+        format!("POST /v1/batch {{{space}\"ops\":[{ops}{last}]}}")
+    };
+    let at = |place: usize| json!({"code":"invalid_argument","op":place});
+    check(
+        c,
+        vec![
+            row("no item", items(r#"{"id":"x","vec":[1,1]}"#), 400, at(4000)),
+            row("no numbers", items(r#"{"id":"x","vector":["1",1]}"#), 400, at(4000)),
+            row("dimension", items(r#"{"id":"x","vector":[1]}"#), 400, json!({"code":"dimension_mismatch","op":4000})),
+            row("items", items(r#"{"id":"x","vector_base64":"AACAPwAAAEA="}"#), 200, json!({"revision":4002})),
+            row("no op", ops(r#"{"op":"put","key":"k","val":1}"#), 400, at(900)),
+            row("no key", ops(r#"{"op":"put","value":1}"#), 400, at(900)),
+            row("ops", ops(r#"{"op":"put","key":"k","value":1}"#), 200, json!({"last_revision":4903})),
+            row(
+                "search",
+                format!("POST /v1/vector/c/search {{{space}\"vector\":[7,0.5],\"k\":1}}"),
+                200,
+                json!({"hits":[{"id":"7","score":0.0}]}),
+            ),
+            row(
+                "searches",
+                format!(
+                    "POST /v1/vector/c/search {{{space}\"queries\":[{{\"vector\":[-7,0.5],\"k\":1}},{{\"id\":\"x\",\"k\":1}}]}}"
+                ),
+                200,
+                json!({"results":[{"hits":[{"id":"b7"}]},{"hits":[{"id":"x"}]}]}),
+            ),
+            row(
+                "a search that is none",
+                format!("POST /v1/vector/c/search {{{space}\"queries\":[{{\"k\":1}}]}}"),
+                400,
+                json!({"op":0}),
+            ),
+            row("value", format!("PUT /v1/state/k {{{space}\"value\":2}}"), 200, json!({"revision":4904})),
+            row("no JSON", format!("PUT /v1/state/k {{{space}\"value\":}}"), 400, code("invalid_argument")),
+            row("k", "GET /v1/state/k", 200, json!({"value":2})),
+        ],
+    )
+    .await;
+    // A page whose numbers are written aside too.
+    ok(c, r#"POST /v1/vector/wide {"dim":4096,"metric":"l2"}"#).await;
+    let wide: Vec<String> =
+        (1..=4).map(|n| format!("{{\"id\":\"{n}\",\"vector\":[{}]}}", vec![n.to_string(); 4096].join(","))).collect();
+    ok(c, &format!("POST /v1/vector/wide/upsert {{\"items\":[{}]}}", wide.join(","))).await;
+    let page = ok(c, "GET /v1/vector/wide/list?include_vector=true").await;
+    let found =
+        ok(c, &format!("POST /v1/vector/wide/search {{\"id\":\"1\",\"k\":4,\"include_vector\":true{space}}}")).await;
+    for list in [&page["items"], &found["hits"]] {
+        let firsts: Vec<_> = list.as_array().unwrap().iter().map(|item| (&item["id"], &item["vector"][4095])).collect();
+        assert_eq!(json!(firsts), json!([["1", 1.0], ["2", 2.0], ["3", 3.0], ["4", 4.0]]));
+    }
 }
 
 #[tokio::test]

@@ -539,11 +539,13 @@ pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult 
     if body.ops.is_empty() || body.ops.len() > BATCH_OPS_MAX {
         return Err(invalid(format!("a batch has 1 to {BATCH_OPS_MAX} ops, this one has {}", body.ops.len())));
     }
-    let parse = |(index, op): (usize, Object<BatchOp<'_>>)| {
-        offer_core(op.0.vector.map_or(0, |vector| vector.get().len()));
-        op.0.parse().map_err(|e| e.at(index))
+    let parse = |(index, Object(op)): (usize, Object<BatchOp<'_>>)| {
+        let text = op.vector.map_or(0, |raw| raw.get().len()) + op.vector_base64.as_ref().map_or(0, String::len);
+        let parsed = op.parse().map_err(|e| e.at(index));
+        offer_core(text);
+        parsed
     };
-    let ops: Result<Vec<Op>, Rejection> = aside(&bytes, || body.ops.into_iter().enumerate().map(parse).collect());
+    let ops: Result<Vec<Op>, Rejection> = aside(bytes.len(), || body.ops.into_iter().enumerate().map(parse).collect());
     let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, push_outcome);

@@ -1,12 +1,12 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, meta, offer_core, parse_list, parse_object, read_json, vector};
+use super::extract::{Head, Object, Params, aside, meta, offer_core, parse_list, parse_object, read_json, vector};
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::SharedCollection;
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
-use crate::engine::frame::{push_fmt, push_numbers};
+use crate::engine::frame::{push_fmt, push_number, push_numbers};
 use crate::engine::json::push_string;
 use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
 use crate::error::Rejection;
@@ -33,6 +33,8 @@ const GROUP_SIZE_MAX: usize = 100;
 const GROUPED_MAX: usize = 8;
 /// Numbers of vectors one answer may carry (`include_vector`): 10,000,000 are 100 MB of JSON.
 const ANSWER_NUMBERS_MAX: usize = 10_000_000;
+/// Text of a number, on average: a digit before the point, eight after it, a comma.
+const NUMBER_BYTES: usize = 12;
 /// Most scores one request may ask to keep: `queries` times (`offset` + `k`). Bounds memory for a search.
 const KEPT_MAX: usize = 500_000;
 
@@ -178,14 +180,14 @@ pub fn check_write(op: Op) -> Result<Op, Rejection> {
 }
 
 /// What an [`ItemBody`] says.
-struct Write {
+struct ItemWrite {
     id: VectorId,
     vector: Option<Vector>,
     meta: Option<VectorMeta>,
     if_revision: Option<Revision>,
 }
 
-impl Write {
+impl ItemWrite {
     fn parse(body: &ItemBody<'_>) -> Result<Self, Rejection> {
         Ok(Self {
             id: VectorId::new(&body.id)?,
@@ -201,13 +203,13 @@ impl Write {
     }
 }
 
-/// One of a list's items, parsed as soon as it is read: its text is at hand then.
-struct ListItem(Result<Write, Rejection>);
+/// One of a list's items, parsed as soon as it is read: its text is at hand then. Between items the core is offered.
+struct ListItem(Result<ItemWrite, Rejection>);
 
 impl<'de> Deserialize<'de> for ListItem {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let Object(body) = Object::<ItemBody<'_>>::deserialize(deserializer)?;
-        let write = Write::parse(&body);
+        let write = ItemWrite::parse(&body);
         let text = body.vector.map_or(0, |raw| raw.get().len()) + body.vector_base64.map_or(0, |text| text.len());
         offer_core(text);
         Ok(Self(write))
@@ -222,7 +224,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
     let Some(items) = body.items else {
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
-        let item = Write::parse(&ItemBody { id, vector, vector_base64, meta, if_revision })?;
+        let item = ItemWrite::parse(&ItemBody { id, vector, vector_base64, meta, if_revision })?;
         let committed = app.commit(&head, &bytes, Command::one(item.into_op(write, collection)?)).await?;
         return Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])));
     };
@@ -372,19 +374,22 @@ pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     let (mut items, revision) = shared.read(|c| (c.list(after.as_deref(), limit + 1, include_vector), c.revision()));
     let mut has_more = items.len() > limit;
     items.truncate(limit);
+    let numbers = items.iter().filter_map(|item| item.vector.as_ref()).map(|vector| vector.len()).sum::<usize>();
     let mut out = String::from("{\"items\":[");
     let mut count = 0;
-    for item in &items {
-        if out.len() > PAGE_BYTES_MAX {
-            has_more = true;
-            break;
+    aside(numbers * NUMBER_BYTES, || {
+        for item in &items {
+            if out.len() > PAGE_BYTES_MAX {
+                has_more = true;
+                break;
+            }
+            if count > 0 {
+                out.push(',');
+            }
+            push_item(&mut out, item);
+            count += 1;
         }
-        if count > 0 {
-            out.push(',');
-        }
-        push_item(&mut out, item);
-        count += 1;
-    }
+    });
     items.truncate(count);
     out.push_str("],");
     push_next_cursor(&mut out, items.last().filter(|_| has_more).map(|item| item.id.as_str()));
@@ -534,7 +539,8 @@ impl SearchBody<'_> {
 fn push_hit(out: &mut String, hit: &Hit, include_meta: bool) {
     out.push_str("{\"id\":");
     push_string(out, hit.id.as_str());
-    push_fmt(out, format_args!(",\"score\":{:?}", hit.score));
+    out.push_str(",\"score\":");
+    push_number(out, hit.score);
     if include_meta {
         out.push_str(",\"meta\":");
         out.push_str(hit.meta.text());
@@ -598,6 +604,16 @@ fn hit_count(found: &Found) -> usize {
     }
 }
 
+/// Numbers of the vectors that hits carry.
+fn number_count(found: &Found) -> usize {
+    let count =
+        |hits: &[Hit]| hits.iter().filter_map(|hit| hit.vector.as_ref()).map(|vector| vector.len()).sum::<usize>();
+    match found {
+        Found::Hits(hits) => count(hits),
+        Found::Groups(groups) => groups.iter().map(|(_, hits)| count(hits)).sum(),
+    }
+}
+
 /// `POST /v1/vector/{collection}/search`
 pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
@@ -605,7 +621,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: SearchBody<'_> = parse_list::<_, SearchBody<'_>>(&bytes, "queries")?;
-    let prepare = |shared: &SharedCollection| match &body.queries {
+    let prepare_all = |shared: &SharedCollection| match &body.queries {
         None => Ok(vec![body.prepare(shared)?]),
         Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),
         Some(queries) if queries.is_empty() || queries.len() > QUERIES_MAX => {
@@ -619,7 +635,9 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
                     if query.queries.is_some() {
                         return Err(Rejection::invalid("queries do not nest").at(index));
                     }
-                    query.prepare(shared).map_err(|e| e.at(index))
+                    let prepared = query.prepare(shared).map_err(|e| e.at(index));
+                    offer_core(query.vector.map_or(0, |raw| raw.get().len()));
+                    prepared
                 })
                 .collect();
             let prepared = prepared?;
@@ -641,10 +659,12 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
             Ok(prepared)
         }
     };
+    let prepare = |shared: &SharedCollection| aside(bytes.len(), || prepare_all(shared));
     let (answers, revision, took_us) = app.engine.search(collection.as_str(), prepare).await?;
     let mut out = String::with_capacity(1024);
     out.push('{');
-    match &body.queries {
+    let numbers = answers.iter().map(|answer| number_count(&answer.found)).sum::<usize>();
+    aside(numbers * NUMBER_BYTES, || match &body.queries {
         None => push_answer(&mut out, &answers[0], &body),
         Some(queries) => {
             out.push_str("\"results\":[");
@@ -655,7 +675,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
             });
             out.push(']');
         }
-    }
+    });
     push_fmt(&mut out, format_args!(",\"took_us\":{took_us},\"revision\":{revision}}}"));
     let queries: Vec<&SearchBody<'_>> =
         body.queries.as_ref().map_or_else(|| vec![&body], |queries| queries.iter().map(|q| &q.0).collect());

@@ -15,8 +15,8 @@ const LOOK_MAX: Duration = Duration::from_millis(1);
 
 /// See the module. Reading it costs one look at the monotonic clock.
 ///
-/// It counts in microseconds and cuts off once, where milliseconds are told: as the wall clock reaches a key's deadline,
-/// so does this one.
+/// It counts in microseconds and cuts off once, where milliseconds are told: unless it leans, it reaches a key's deadline when
+/// the wall clock does.
 #[derive(Debug)]
 pub struct Clock {
     started: Instant,
@@ -39,11 +39,12 @@ impl Clock {
     /// Starts from the wall clock.
     #[must_use]
     pub fn start() -> Self {
-        Self {
-            started: Instant::now(),
-            started_us: wall_us(),
-            correction_us: AtomicI64::new(0),
-            latest_ms: AtomicU64::new(0),
+        loop {
+            let started = Instant::now();
+            let started_us = wall_us();
+            if started.elapsed() < LOOK_MAX {
+                return Self { started, started_us, correction_us: AtomicI64::new(0), latest_ms: AtomicU64::new(0) };
+            }
         }
     }
 
@@ -87,6 +88,22 @@ mod tests {
             clock.lean_by(jump);
             let moved = clock.us_at(Duration::ZERO).cast_signed() - before.cast_signed();
             assert_eq!(moved, jump.clamp(-50_000, 50_000));
+        }
+    }
+
+    #[test]
+    fn it_leans_towards_the_wall_clock_and_never_tells_an_earlier_time() {
+        for ahead_us in [20_000, -20_000] {
+            let mut clock = Clock::start();
+            clock.started_us = clock.started_us.saturating_add_signed(ahead_us);
+            let told = clock.now_ms();
+            while clock.correction_us.load(Ordering::Relaxed) == 0 {
+                clock.lean();
+            }
+            let correction = clock.correction_us.load(Ordering::Relaxed);
+            assert!((correction + ahead_us).abs() < 5_000, "{ahead_us}: {correction}");
+            clock.lean_by(-50_000);
+            assert!(clock.now_ms() >= told);
         }
     }
 

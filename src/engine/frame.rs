@@ -390,16 +390,21 @@ pub fn push_labels(out: &mut String, labels: Option<&Labels>) {
     out.push('}');
 }
 
-/// Appends `[1.5,2.0]`: the shortest text that reads back as the same f32.
+/// Appends `[1.5,2.0]`.
 pub fn push_numbers(out: &mut String, numbers: &[f32]) {
     out.push('[');
     for (at, number) in numbers.iter().enumerate() {
         if at > 0 {
             out.push(',');
         }
-        push_fmt(out, format_args!("{number:?}"));
+        push_number(out, *number);
     }
     out.push(']');
+}
+
+/// Appends the shortest text that reads back as the same float.
+pub fn push_number(out: &mut String, number: impl zmij::Float) {
+    out.push_str(zmij::Buffer::new().format(number));
 }
 
 #[cfg(test)]
@@ -435,7 +440,7 @@ mod tests {
 
     #[test]
     fn numbers_read_back_as_the_same_floats() {
-        let numbers = [0.1f32, -0.0, 1e-45, f32::MAX, 1e16, 123_456.79, 1.0];
+        let numbers = [0.1f32, -0.0, 1e-45, -1.5e-7, f32::MAX, 1e16, 16_777_216.0, 123_456.79, 1.0];
         let mut out = String::new();
         push_numbers(&mut out, &numbers);
         let back: Vec<f32> = serde_json::from_str(&out).unwrap();

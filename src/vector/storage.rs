@@ -127,6 +127,13 @@ impl RowStore {
             fresh.push(NewChunk { first: capacity, map });
             capacity += chunk_rows;
         }
+        // Whoever needs a new chunk has filled all before the last.
+        if !fresh.is_empty()
+            && self.file.is_some()
+            && let [full @ .., _] = &self.chunks[..]
+        {
+            full.iter().for_each(|map| advise(map, Advice::Normal));
+        }
         Ok(fresh)
     }
 
@@ -145,9 +152,6 @@ impl RowStore {
     pub fn grow(&mut self, chunks: Vec<NewChunk>) {
         for NewChunk { first, map } in chunks {
             if first == self.capacity() {
-                if let Some(full) = self.chunks.last() {
-                    advise(full, Advice::Normal);
-                }
                 self.chunks.push(map);
             }
         }
@@ -200,7 +204,7 @@ impl RowStore {
 }
 
 /// How a chunk of a file is read ahead: where nothing is yet, not at all. Else whoever writes the first row there waits for as
-/// much zeroed memory as the system reads ahead, 8 MB and as many milliseconds where it was measured.
+/// much zeroed memory as the device is set to read ahead (8 MB and up to 24 ms where it was measured).
 fn advise(map: &MmapMut, advice: Advice) {
     if let Err(error) = map.advise(advice) {
         tracing::debug!(%error, ?advice, "rows are read ahead as the system does by itself");
