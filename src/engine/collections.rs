@@ -62,9 +62,10 @@ const REPAIRED_SLOTS: usize = 256;
 const CENTRE_ROWS: usize = 16;
 /// Slots looked at under one hold of the lock where each takes nanoseconds.
 const LISTED_SLOTS: usize = 4096;
-/// Rows whose memory is made ready under one hold of the lock, in bytes, and how much is made ready ahead of the writer: so
-/// many bytes, and no more than a part of what the collection has.
-const POPULATED_BYTES: usize = 64 << 10;
+/// Rows whose memory is made ready under one hold of the lock and before the core is offered, in bytes (where each page has to
+/// come from a host, 50 us), and how much is made ready ahead of the writer: so many bytes, and no more than a part of what the
+/// collection has.
+const POPULATED_BYTES: usize = 16 << 10;
 const AHEAD_BYTES: usize = 4 << 20;
 const AHEAD_PART: usize = 16;
 /// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.

@@ -266,15 +266,17 @@ fn give_up(path: &Path, error: Option<&io::Error>) {
     }
 }
 
-/// Overwrites a range with zeros.
+/// Overwrites a range with zeros, and offers the core between writes: where the system gets its memory from a host, page by page,
+/// 64 KiB take 170 us, and whoever serves a request waited for as much.
 pub fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
-    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 14] = [0; 1 << 14];
     let mut at = from;
     while at < to {
         // The cast: at most the length of ZEROS.
         let length = (to - at).min(ZEROS.len() as u64) as usize;
         file.write_all_at(&ZEROS[..length], at)?;
         at += length as u64;
+        std::thread::yield_now();
     }
     Ok(())
 }
