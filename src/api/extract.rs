@@ -25,7 +25,6 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
-use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::marker::PhantomData;
@@ -146,9 +145,6 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Text up to this size is parsed or written where it is needed, in a fifth of a millisecond or so. Handing over the thread
 /// takes two wake-ups of another.
 const BYTES_AT_ONCE: usize = 64 << 10;
-
-/// Text of vectors parsed between two offers of the core: some 50 µs.
-const BYTES_PER_OFFER: usize = 16 << 10;
 
 /// A query string's pairs, all of them known names.
 #[derive(Debug)]
@@ -318,17 +314,6 @@ pub async fn read_json(headers: &HeaderMap, body: Body, limit: usize) -> ApiResu
 /// thousand vectors of 384 numbers in JSON take it 15 ms.
 pub fn aside<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
     if bytes > BYTES_AT_ONCE { tokio::task::block_in_place(work) } else { work() }
-}
-
-/// Notes that an item of a list with so much text has been parsed, and offers the core to others now and then. Where others
-/// compute all the time, as the linkers do, the system has a request wait on the core it was on before, up to a tick of 4 ms.
-pub fn offer_core(parsed_bytes: usize) {
-    thread_local!(static PARSED: Cell<usize> = const { Cell::new(0) });
-    let parsed = PARSED.get() + parsed_bytes;
-    PARSED.set(parsed % BYTES_PER_OFFER);
-    if parsed >= BYTES_PER_OFFER {
-        std::thread::yield_now();
-    }
 }
 
 /// Parses JSON that is nested no deeper than allowed. Errors name the field and the place.

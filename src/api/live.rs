@@ -10,13 +10,13 @@
 //! the head is flushed the connection is taken apart. A stream over HTTP/2 shares its connection and stays with hyper.
 
 use super::events::EventStream;
+use super::offer;
 use super::serve::Connected;
 use bytes::{Buf, Bytes};
 use futures_util::future::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use http_body::Frame;
 use parking_lot::Mutex;
-use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -32,8 +32,6 @@ use tokio::sync::{mpsc, watch};
 
 /// Chunks written before other tasks of the thread get their turn.
 const CHUNKS_PER_POLL: usize = 4;
-/// Sends before a thread offers its core to others, a millisecond or so.
-const SENDS_PER_OFFER: u32 = 256;
 /// What a client may send behind a request whose answer never ends, before it is cut off.
 const IGNORED_BYTES_MAX: usize = 16 << 10;
 /// What ends a chunked body.
@@ -192,10 +190,10 @@ impl Live {
     }
 
     /// Writes what is left of the chunk.
-    fn poll_write(&mut self, cx: &mut Context<'_>, offers: &Offers) -> Poll<io::Result<()>> {
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.chunk.is_empty() {
             ready!(self.tcp.poll_write_ready(cx))?;
-            offers.note_send();
+            offer::note_sent(self.chunk.len());
             match self.tcp.try_write(&self.chunk) {
                 // Freed here: a stream that is level keeps nothing.
                 Ok(count) if count == self.chunk.len() => self.chunk = Bytes::new(),
@@ -221,9 +219,9 @@ impl Live {
     }
 
     /// Writes what there is; ready when the stream or its socket has ended.
-    fn poll(&mut self, cx: &mut Context<'_>, offers: &Offers) -> Poll<()> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..CHUNKS_PER_POLL {
-            match self.poll_write(cx, offers) {
+            match self.poll_write(cx) {
                 Poll::Ready(Ok(())) if self.is_ending => return Poll::Ready(()),
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(_)) => return Poll::Ready(()),
@@ -240,25 +238,6 @@ impl Live {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-}
-
-/// Sends of a thread since it last offered its core to others.
-///
-/// An event for a thousand streams keeps a core busy for five milliseconds. A write that comes meanwhile is read, decided, synced
-/// and answered by other threads, and without a core of their own each of these steps waits for the scheduler's tick, up to 4 ms.
-/// At 1,600 events a second for 1,000 streams, several to a send, on one core, the p99 of writes was 75 to 160 ms and that of
-/// events 85 to 175; with offers 3 to 12 and 19 to 26. Where nobody waits for the core an offer costs a system call.
-#[derive(Debug, Default)]
-struct Offers(Cell<u32>);
-
-impl Offers {
-    fn note_send(&self) {
-        let sends = self.0.get() + 1;
-        self.0.set(sends % SENDS_PER_OFFER);
-        if sends == SENDS_PER_OFFER {
-            std::thread::yield_now();
-        }
     }
 }
 
@@ -325,12 +304,8 @@ impl StreamThreads {
 
 /// Takes in streams and serves them, until no more can begin.
 async fn serve_streams(mut begins: mpsc::UnboundedReceiver<Live>) {
-    let offers = Offers::default();
     // One that panics ends alone.
-    let serve = |mut live: Live| {
-        let offers = &offers;
-        AssertUnwindSafe(poll_fn(move |cx| live.poll(cx, offers))).catch_unwind()
-    };
+    let serve = |mut live: Live| AssertUnwindSafe(poll_fn(move |cx| live.poll(cx))).catch_unwind();
     let mut streams = FuturesUnordered::new();
     poll_fn(|cx| {
         while let Poll::Ready(begun) = begins.poll_recv(cx) {

@@ -2,9 +2,10 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Head, Object, Params, aside, body_type, condition, etags, meta, offer_core, parse_json, parse_list,
-    parse_object, path_tail, read_body, read_json, vector,
+    BodyType, Head, Object, Params, aside, body_type, condition, etags, meta, parse_json, parse_list, parse_object,
+    path_tail, read_body, read_json, vector,
 };
+use super::offer;
 use super::serve::HEAD_BYTES_MAX;
 use super::{App, json, json_with_etag};
 use crate::engine::codec::Entry;
@@ -542,7 +543,7 @@ pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult 
     let parse = |(index, Object(op)): (usize, Object<BatchOp<'_>>)| {
         let text = op.vector.map_or(0, |raw| raw.get().len()) + op.vector_base64.as_ref().map_or(0, String::len);
         let parsed = op.parse().map_err(|e| e.at(index));
-        offer_core(text);
+        offer::note_parsed(text);
         parsed
     };
     let ops: Result<Vec<Op>, Rejection> = aside(bytes.len(), || body.ops.into_iter().enumerate().map(parse).collect());

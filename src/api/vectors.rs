@@ -1,7 +1,8 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, aside, meta, offer_core, parse_list, parse_object, read_json, vector};
+use super::extract::{Head, Object, Params, aside, meta, parse_list, parse_object, read_json, vector};
+use super::offer;
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::SharedCollection;
@@ -211,7 +212,7 @@ impl<'de> Deserialize<'de> for ListItem {
         let Object(body) = Object::<ItemBody<'_>>::deserialize(deserializer)?;
         let write = ItemWrite::parse(&body);
         let text = body.vector.map_or(0, |raw| raw.get().len()) + body.vector_base64.map_or(0, |text| text.len());
-        offer_core(text);
+        offer::note_parsed(text);
         Ok(Self(write))
     }
 }
@@ -636,7 +637,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
                         return Err(Rejection::invalid("queries do not nest").at(index));
                     }
                     let prepared = query.prepare(shared).map_err(|e| e.at(index));
-                    offer_core(query.vector.map_or(0, |raw| raw.get().len()));
+                    offer::note_parsed(query.vector.map_or(0, |raw| raw.get().len()));
                     prepared
                 })
                 .collect();
