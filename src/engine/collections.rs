@@ -68,6 +68,9 @@ const LISTED_SLOTS: usize = 4096;
 const POPULATED_BYTES: usize = 16 << 10;
 const AHEAD_BYTES: usize = 4 << 20;
 const AHEAD_PART: usize = 16;
+/// Slots whose memory in the graph is made ready ahead of the writer, no more than a part of what there is either: what is written
+/// while a linker gets to it, behind [`JOBS_OUT`] others.
+const GRAPH_SLOTS_AHEAD: usize = 8192;
 /// Vector writes wait while so many slots, and this part of all, are dead and not yet free: growth has a bound.
 const GARBAGE_FROM: usize = 2048;
 const GARBAGE_PART: usize = 10;
@@ -109,8 +112,10 @@ struct Searches {
 struct Upkeep {
     /// The graph file has yet to be looked at.
     has_to_load: bool,
-    /// Slots below this have their memory.
+    /// Rows of slots below this have their memory.
     populated: usize,
+    /// And those in the graph, or a linker has been told.
+    graph_populated: usize,
     /// Jobs that linkers have and have not reported.
     jobs_out: usize,
     repair: Option<(Arc<Repair>, Walk)>,
@@ -155,6 +160,7 @@ struct SearchParty {
 /// Work on a graph that takes no lock which writes or searches wait for.
 #[derive(Debug)]
 enum Piece {
+    Populate(std::ops::Range<usize>),
     Link(Vec<u32>),
     Repair(Arc<Repair>, std::ops::Range<usize>),
     Find(Vec<u32>, usize, Arc<OnceLock<Vec<bool>>>),
@@ -163,6 +169,8 @@ enum Piece {
 /// What became of it.
 #[derive(Debug)]
 enum Done {
+    /// Memory, made ready.
+    Populated,
     /// Slots, and whether each was linked.
     Linked(Vec<(u32, bool)>),
     /// So many slots looked at.
@@ -185,6 +193,10 @@ impl Job {
     pub fn run(self, scratch: &mut Scratch) {
         let Self { collection, graph, number, piece } = self;
         let done = match piece {
+            Piece::Populate(slots) => {
+                graph.nodes().populate(slots);
+                Done::Populated
+            }
             Piece::Link(slots) => {
                 Done::Linked(slots.into_iter().map(|slot| (slot, graph.link(slot, scratch))).collect())
             }
@@ -452,6 +464,7 @@ impl SharedCollection {
             upkeep.jobs_out -= 1;
             self.end_search(number);
             match done {
+                Done::Populated => {}
                 Done::Linked(slots) => linked.extend(slots),
                 Done::Repaired(count) => {
                     if let Some((repair, walk)) = &mut upkeep.repair {
@@ -481,7 +494,7 @@ impl SharedCollection {
         has_some
     }
 
-    /// Makes memory ready for what a bulk load writes next. Getting it from the kernel and clearing it was a third of what
+    /// Makes rows' memory ready for what a bulk load writes next. Getting it from the kernel and clearing it was a third of what
     /// the writer did, and key writes waited for it.
     fn populate(&self, upkeep: &mut Upkeep) -> bool {
         let row_bytes = self.spec.dim * size_of::<f32>();
@@ -499,10 +512,21 @@ impl SharedCollection {
         }
         self.read(|c| c.populate(populated.clone()));
         upkeep.populated = populated.end;
-        if let Some(graph) = self.read(|c| c.graph().cloned()) {
-            graph.nodes().populate(populated);
-        }
         true
+    }
+
+    /// Slots whose memory in the graph is to be made ready for a bulk load. A linker's work: it comes in huge pages, and one that
+    /// has to come from a host takes 5 ms to clear, which at idle priority nobody waits for.
+    fn graph_to_populate(&self, upkeep: &mut Upkeep, graph: &Graph) -> Option<std::ops::Range<usize>> {
+        let (counts, slots) = self.read(|c| (c.graph_counts(), c.slot_count()));
+        let ahead = GRAPH_SLOTS_AHEAD.min(slots / AHEAD_PART);
+        let start = upkeep.graph_populated.max(slots);
+        let end = (start + ahead / 4).min(graph.nodes().capacity());
+        if !counts.is_full || start >= end || end > slots + ahead {
+            return None;
+        }
+        upkeep.graph_populated = end;
+        Some(start..end)
     }
 
     /// Work under the collection's lock, a slice of it.
@@ -558,7 +582,7 @@ impl SharedCollection {
         while upkeep.jobs_out < JOBS_OUT {
             // Before the slots are looked at: from here on none that is live now is reused.
             let number = self.begin();
-            let Some(piece) = self.next_piece(upkeep) else {
+            let Some(piece) = self.next_piece(upkeep, &graph) else {
                 self.end_search(number);
                 break;
             };
@@ -570,7 +594,10 @@ impl SharedCollection {
         has_handed_out
     }
 
-    fn next_piece(&self, upkeep: &mut Upkeep) -> Option<Piece> {
+    fn next_piece(&self, upkeep: &mut Upkeep, graph: &Graph) -> Option<Piece> {
+        if let Some(slots) = self.graph_to_populate(upkeep, graph) {
+            return Some(Piece::Populate(slots));
+        }
         if let Some((repair, walk)) = &mut upkeep.repair
             && let Some(piece) = walk.claim()
         {
