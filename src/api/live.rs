@@ -193,8 +193,9 @@ impl Live {
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.chunk.is_empty() {
             ready!(self.tcp.poll_write_ready(cx))?;
-            offer::note_sent(self.chunk.len());
-            match self.tcp.try_write(&self.chunk) {
+            let sent = self.tcp.try_write(&self.chunk);
+            offer::note_sent(*sent.as_ref().unwrap_or(&0));
+            match sent {
                 // Freed here: a stream that is level keeps nothing.
                 Ok(count) if count == self.chunk.len() => self.chunk = Bytes::new(),
                 Ok(count) => self.chunk.advance(count),

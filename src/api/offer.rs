@@ -10,22 +10,22 @@
 
 use std::cell::Cell;
 
-/// Work after which a thread offers its core, counted in bytes sent: a quarter of a millisecond or so for large sends, a millisecond
-/// for those of a short event.
+/// Work after which a thread offers its core, in bytes sent: a quarter of a millisecond or so for large sends, a millisecond for those
+/// of a short event.
 const OFFER_AFTER: usize = 256 << 10;
-/// What a send costs beside its bytes.
-const SEND: usize = 1 << 10;
-/// What parsing a byte of JSON costs.
-const PARSED_BYTE: usize = 16;
+/// What a send counts for beside its bytes.
+const SEND_BYTES: usize = 1 << 10;
+/// What a byte parsed counts for: an offer each 16 KiB, some 50 us.
+const BYTES_PER_PARSED: usize = 16;
 
 /// Notes a send of so many bytes.
 pub fn note_sent(bytes: usize) {
-    note(SEND + bytes);
+    note(SEND_BYTES + bytes);
 }
 
 /// Notes that so much text has been parsed.
 pub fn note_parsed(bytes: usize) {
-    note(bytes * PARSED_BYTE);
+    note(bytes * BYTES_PER_PARSED);
 }
 
 fn note(work: usize) {

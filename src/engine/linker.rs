@@ -1,4 +1,4 @@
-//! Background work on collections: putting vectors into the graph, repairing around deleted ones, filling the index over
+//! Background work on collections: making memory ready, putting vectors into the graph, repairing around deleted ones, filling the index over
 //! metadata, loading graph files.
 //!
 //! Threads
@@ -57,8 +57,16 @@ impl<T> Queue<T> {
         self.has_some.notify_one();
     }
 
-    fn try_pop(&self) -> Option<T> {
-        self.items.lock().0.pop_front()
+    /// For what the others wait for.
+    fn push_first(&self, item: T) {
+        self.items.lock().0.push_front(item);
+        self.has_some.notify_one();
+    }
+
+    /// The first that will do.
+    fn try_pop(&self, will_do: impl Fn(&T) -> bool) -> Option<T> {
+        let items = &mut self.items.lock().0;
+        items.iter().position(will_do).and_then(|place| items.remove(place))
     }
 
     /// Waits for an item; `None` once stopped.
@@ -106,12 +114,12 @@ impl Background {
 
     /// Gives a job to the linkers.
     pub fn give_job(&self, job: Job) {
-        self.jobs.push(job);
+        if job.is_populating() { self.jobs.push_first(job) } else { self.jobs.push(job) }
     }
 
-    /// A job that no linker has taken yet.
-    pub fn take_job(&self) -> Option<Job> {
-        self.jobs.try_pop()
+    /// A job that no linker has taken yet and that will do.
+    pub fn take_job(&self, will_do: impl Fn(&Job) -> bool) -> Option<Job> {
+        self.jobs.try_pop(will_do)
     }
 
     /// Starts the threads.

@@ -16,7 +16,7 @@
 //!   taking one takes back what was asked, and the writer asks again only in the segment that the spare has become.
 //!
 //! The lock is never held over I/O. The writer takes it to say that it needs more; it waits only when it overtakes the zeros
-//! while a piece is being written there, for that piece.
+//! while a piece is being written there, for that piece and the offers in it.
 
 use crate::disk::{self, File};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -30,6 +30,8 @@ use thread_priority::unix::NormalThreadSchedulePolicy;
 pub const AHEAD_BYTES: u64 = 2 << 20;
 /// Zeros written and synced at a time: what a sync of the writer may have to wait for.
 const PIECE_BYTES: u64 = 128 << 10;
+/// Zeros written between two offers of the core.
+const BYTES_PER_OFFER: usize = 16 << 10;
 
 /// A file for the next segment: of its size, and zero, on disk.
 #[derive(Debug)]
@@ -210,7 +212,7 @@ impl Shared {
             let to = (from + PIECE_BYTES).min(state.wanted);
             state.is_writing = true;
             drop(state);
-            let written = write_zeros(file, from, to);
+            let written = write_zeros_aside(file, from, to);
             {
                 let mut state = self.state.lock();
                 state.is_writing = false;
@@ -248,7 +250,7 @@ fn begin_spare(path: &Path, size: u64) -> Option<Unfinished> {
 fn go_on(mut unfinished: Unfinished, size: u64) -> Option<Unfinished> {
     let Unfinished { spare, zeroed } = &mut unfinished;
     let to = (*zeroed + PIECE_BYTES).min(size);
-    if let Err(error) = write_zeros(&spare.file, *zeroed, to).and_then(|()| spare.file.sync()) {
+    if let Err(error) = write_zeros_aside(&spare.file, *zeroed, to).and_then(|()| spare.file.sync()) {
         give_up(&spare.path, Some(&error));
         return None;
     }
@@ -266,16 +268,24 @@ fn give_up(path: &Path, error: Option<&io::Error>) {
     }
 }
 
-/// Overwrites a range with zeros, and offers the core between writes: where the system gets its memory from a host, page by page,
-/// 64 KiB take 170 us, and whoever serves a request waited for as much.
+/// Overwrites a range with zeros.
 pub fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
-    static ZEROS: [u8; 1 << 14] = [0; 1 << 14];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut at = from;
     while at < to {
         // The cast: at most the length of ZEROS.
         let length = (to - at).min(ZEROS.len() as u64) as usize;
         file.write_all_at(&ZEROS[..length], at)?;
         at += length as u64;
+    }
+    Ok(())
+}
+
+/// The same, offering the core in between: where the system gets its memory from a host, page by page, 64 KiB take 170 us, and
+/// whoever serves a request waited for as much.
+fn write_zeros_aside(file: &File, from: u64, to: u64) -> io::Result<()> {
+    for at in (from..to).step_by(BYTES_PER_OFFER) {
+        write_zeros(file, at, to.min(at + BYTES_PER_OFFER as u64))?;
         std::thread::yield_now();
     }
     Ok(())
