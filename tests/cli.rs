@@ -8,7 +8,7 @@ use kiss_vdb::client::Client;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -909,7 +909,8 @@ async fn a_backup_under_load_is_the_state_of_one_revision() {
     let url = server.target.url();
     let mut client = server.client();
     ok(&mut client, r#"POST /v1/vector/docs {"dim":3,"metric":"cosine"}"#).await;
-    let mut rows: String = (0..10_000).map(|n| format!("{{\"key\":\"k{n}\",\"value\":{n}}}\n")).collect();
+    // More than the sockets between server and client hold: a backup then waits for its reader while others write.
+    let mut rows: String = (0..10_000).map(|n| format!("{{\"key\":\"k{n}\",\"value\":\"{n:>1000}\"}}\n")).collect();
     rows.extend(
         (0..3000).map(|n| {
             format!("{{\"collection\":\"docs\",\"id\":\"v{n}\",\"vector\":[{n},2,1],\"meta\":{{\"n\":{n}}}}}\n")
@@ -923,12 +924,16 @@ async fn a_backup_under_load_is_the_state_of_one_revision() {
         .collect();
     let dir = tempfile::tempdir().unwrap();
     let mut backups = Vec::new();
-    for n in 0..4 {
+    // Four of them, and on until one has records that were written meanwhile: a walk takes milliseconds, in which a busy
+    // machine may not commit anything.
+    let written_meanwhile =
+        |backups: &[(PathBuf, Value)]| backups.iter().any(|(_, contents)| contents["records"].as_u64().unwrap() > 0);
+    while backups.len() < 4 || (backups.len() < 100 && !written_meanwhile(&backups)) {
         let before = count.load(Ordering::Relaxed);
         while count.load(Ordering::Relaxed) < before + 50 {
             tokio::task::yield_now().await;
         }
-        let path = dir.path().join(format!("{n}.backup"));
+        let path = dir.path().join(format!("{}.backup", backups.len()));
         let line = run_ok(&url, &["backup", path.to_str().unwrap(), "--json"]);
         backups.push((path, serde_json::from_str::<Value>(&line).unwrap()));
     }
@@ -936,7 +941,7 @@ async fn a_backup_under_load_is_the_state_of_one_revision() {
     for writer in writers {
         writer.await.unwrap();
     }
-    assert!(backups.iter().any(|(_, contents)| contents["records"].as_u64().unwrap() > 0), "{backups:?}");
+    assert!(written_meanwhile(&backups), "{backups:?}");
     let mut model = Model::default();
     let mut since = 0;
     for (path, contents) in &backups {
