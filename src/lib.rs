@@ -21,6 +21,7 @@ pub mod keys;
 mod lab;
 pub mod npy;
 pub mod revision;
+pub mod turns;
 pub mod vector;
 pub mod wire;
 

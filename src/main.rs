@@ -8,13 +8,13 @@ use kiss_vdb::api::tls::Tls;
 use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved};
-use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max, stand_back};
+use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
+use kiss_vdb::turns::{self, Turn};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use thread_priority::unix::NormalThreadSchedulePolicy;
 use tokio::net::TcpSocket;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -257,13 +257,11 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     if config.worker_threads > 0 {
         runtime.worker_threads(config.worker_threads);
     }
-    // A request that comes does not push aside who runs: the writer in the midst of its answers, a client of this machine in
-    // the midst of its sends. Measured at 64 connections: a tenth more reads and writes a second, a fifth off their p99.
-    runtime.on_thread_start(|| stand_back(NormalThreadSchedulePolicy::Batch));
+    runtime.on_thread_start(|| turns::take(Turn::Behind)).on_thread_park(turns::look_at_requests);
     // Large scans and parsing, now rather than when first needed: threads take after whoever starts them.
     let pool = rayon::ThreadPoolBuilder::new()
         .thread_name(|n| format!("scan-{n}"))
-        .start_handler(|_| stand_back(NormalThreadSchedulePolicy::Batch));
+        .start_handler(|_| turns::take(Turn::Behind));
     pool.build_global().context("cannot start the threads for searches")?;
     let runtime = runtime.enable_all().build().context("cannot start the threads for requests")?;
     // On this thread: connections are accepted apart from where requests are served.

@@ -35,6 +35,7 @@ use crate::engine::metrics::{Metrics, RequestLabels};
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
 use crate::revision::Revision;
+use crate::turns;
 use auth::{Auth, Client, counted_address};
 use axum::Router;
 use axum::body::Body;
@@ -332,6 +333,7 @@ fn is_public(path: &str) -> bool {
 impl Guard {
     async fn answer(&self, mut request: Request) -> Response {
         let started = Instant::now();
+        turns::note_request();
         let app = &self.app;
         let meter = app.meters.of(request.uri().path(), request.method());
         let request_id = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();

@@ -7,6 +7,7 @@
 //! - Open loop: requests fall due on a schedule, whichever connection is free sends them, and the time is counted from
 //!   when they were due. A server that stalls is charged for everyone who had to wait.
 
+use crate::turns::{self, Turn};
 use anyhow::{Context, anyhow, ensure};
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
@@ -251,6 +252,7 @@ impl Run {
     /// Hands out permits on schedule. A thread of its own, because the runtime's timer ticks in milliseconds and this
     /// sleep is exact to a few microseconds.
     fn pace(&self, rate: f64) {
+        turns::take(Turn::First);
         // Refused only on kernels that don't know it; then wake-ups are some 50 µs late.
         rustix::thread::set_current_timer_slack(NonZeroU64::new(1)).ok();
         let start = self.wait_for_start();
@@ -268,6 +270,10 @@ impl Run {
 
     /// One generator thread: its own single-threaded runtime with its share of the connections.
     fn drive_share(self: &Arc<Self>, index: usize, threads: usize) -> anyhow::Result<Tally> {
+        if self.load.rate.is_some() {
+            // What is late by the generator's own fault would be charged to the server.
+            turns::take(Turn::First);
+        }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let share = (index..self.load.connections).step_by(threads).count();
         let tally = Arc::new(Mutex::new(Tally::new()));

@@ -13,6 +13,7 @@
 //! to push or pop. A shutdown waits for one job.
 
 use super::collections::{Job, SharedCollection};
+use crate::turns::{self, Turn};
 use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
 use parking_lot::{Condvar, Mutex};
@@ -20,7 +21,6 @@ use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use thread_priority::unix::NormalThreadSchedulePolicy;
 
 /// Vectors waiting to be linked before vector writes wait for them. A search scans the tail: at 384 numbers 50,000 take
 /// it half a millisecond.
@@ -136,7 +136,7 @@ impl Background {
     }
 
     fn keep_up(&self) {
-        super::stand_back(NormalThreadSchedulePolicy::Batch);
+        turns::take(Turn::Behind);
         while let Some(collection) = self.waiting.pop() {
             if let Some(collection) = collection.upgrade() {
                 collection.work();
@@ -148,7 +148,7 @@ impl Background {
     }
 
     fn run_jobs(&self) {
-        super::stand_back(NormalThreadSchedulePolicy::Idle);
+        turns::take(Turn::Last);
         let mut scratch = Scratch::default();
         while let Some(job) = self.jobs.pop() {
             job.run(&mut scratch);

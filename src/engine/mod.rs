@@ -72,10 +72,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use thread_priority::unix::{
-    NormalThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id,
-};
-use thread_priority::{ThreadPriority, ThreadPriorityOsValue};
 use tokio::sync::oneshot;
 use view::View;
 use wal::Log;
@@ -534,21 +530,6 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
     #[cfg(test)]
     let run = crate::lab::inherited(run);
     std::thread::Builder::new().name(name.into()).spawn(run).expect("the system can start a thread")
-}
-
-/// Lets other threads go before this one: batch work that becomes ready does not take the core of whoever runs, and idle work
-/// gets one when nobody else wants it. Where the system refuses, everything is slower under load and nothing else.
-pub fn stand_back(policy: NormalThreadSchedulePolicy) {
-    // As nice as the rest of the process, whatever its operator chose (less than 0 only where the process may choose that): what
-    // it holds a lock for must not wait long either.
-    let nice = rustix::process::getpriority_process(None);
-    let neutral = ThreadPriority::Os(ThreadPriorityOsValue::default());
-    let policy = ThreadSchedulePolicy::Normal(policy);
-    let changed = set_thread_priority_and_policy(thread_native_id(), neutral, policy);
-    let nice = nice.and_then(|nice| rustix::process::setpriority_process(None, nice));
-    if changed.is_err() || nice.is_err() {
-        tracing::debug!(?changed, ?nice, ?policy, "a thread runs like any other");
-    }
 }
 
 fn join(thread: JoinHandle<()>) {

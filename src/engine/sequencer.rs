@@ -26,6 +26,7 @@ use crate::config::Fsync;
 use crate::error::{Error, Rejection};
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
+use crate::turns::{self, Turn};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -128,6 +129,7 @@ impl Sequencer {
 
     /// Runs until told to stop, or until every handle to the engine is gone.
     pub fn run(mut self) {
+        turns::take(Turn::First);
         loop {
             let first = match self.queue.recv_timeout(self.patience()) {
                 Ok(request) => Some(request),

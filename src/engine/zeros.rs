@@ -19,12 +19,12 @@
 //! while a piece is being written there, for that piece and the offers in it.
 
 use crate::disk::{self, File};
+use crate::turns::{self, Turn};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use thread_priority::unix::NormalThreadSchedulePolicy;
 
 /// Zeros are kept written this far ahead of the log's end.
 pub const AHEAD_BYTES: u64 = 2 << 20;
@@ -179,7 +179,7 @@ impl Shared {
     }
 
     fn run(&self, spare_path: &Path, spare_bytes: u64) {
-        super::stand_back(NormalThreadSchedulePolicy::Batch);
+        turns::take(Turn::Behind);
         let mut file = None;
         let mut segment = 0;
         let mut failed_in = None;
