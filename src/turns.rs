@@ -2,19 +2,19 @@
 //!
 //! Linux lets whoever runs go on for a time slice, also when somebody wakes up who has waited for long, and looks again at its
 //! next tick: beside programs that keep all cores busy each of the five wake-ups of a durable write waits up to 4 ms. Not so for a
-//! thread whose own slice is the shorter one (Linux 6.12 and later; before that the writer is like any other thread), and not as
-//! often for one that is not batch work.
+//! thread whose own slice is the shorter one (Linux 6.12 and later; before that it is like any other thread).
 //!
-//! Threads that serve requests are batch work only while there are very many. Measured on two cores: beside two programs that
-//! never sleep, one connection wrote 200 to 1,000 keys a second as batch work and 3,900 to 6,200 otherwise, sixteen 3,200 to 5,700 and
-//! 16,000 to 17,800. But with 64 connections of a program on the same machine, batch work cuts nobody off in the midst of what it
-//! sends, so that more comes at once: a tenth more writes and a sixth more reads a second.
+//! The writer has such a slice, and so have threads that serve requests unless there are very many: then they are batch work.
+//! Measured on two cores: beside two programs that never sleep, one connection wrote 200 to 1,000 keys a second where requests
+//! were always batch work and 3,700 to 4,800 like this, sixteen 3,200 to 14,000 and 15,000 to 18,800. But with 64 connections of
+//! a program on the same machine, batch work cuts nobody off in the midst of what it sends, so that more comes at once: a tenth
+//! more writes and a sixth more reads a second (`docs/benchmarks.md`).
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The shortest slice there is. The writer works for tens of microseconds and sleeps.
+/// The shortest slice there is. The writer works for tens of microseconds and sleeps, and so do most requests.
 const SHORT_SLICE: Duration = Duration::from_micros(100);
 /// From so many requests a second on, of all threads, they are batch work. 64 busy connections make twice as many on a slow
 /// day, sixteen beside busy programs half.
@@ -27,8 +27,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 pub enum Turn {
     /// At once when it wakes, and for a short time.
     First,
-    /// Like any thread.
-    Fair,
     /// As batch work: when it wakes it does not take the core of whoever runs.
     Behind,
     /// On a core that nobody else wants.
@@ -40,7 +38,6 @@ pub fn take(turn: Turn) {
     let (policy, slice) = match turn {
         Turn::First => (libc::SCHED_OTHER, SHORT_SLICE),
         // Zero is what the system gives everyone.
-        Turn::Fair => (libc::SCHED_OTHER, Duration::ZERO),
         Turn::Behind => (libc::SCHED_BATCH, Duration::ZERO),
         Turn::Last => (libc::SCHED_IDLE, Duration::ZERO),
     };
@@ -127,7 +124,7 @@ mod tests {
     fn a_turn_is_what_the_system_says_it_is_and_as_nice_as_before() {
         let in_a_thread = || {
             rustix::process::setpriority_process(None, 3).unwrap();
-            let turns = [Turn::Behind, Turn::First, Turn::Last, Turn::Fair];
+            let turns = [Turn::Behind, Turn::First, Turn::Last, Turn::First];
             let told = turns.map(|turn| {
                 take(turn);
                 as_told()
@@ -144,10 +141,10 @@ mod tests {
         let first = Look { at, requests: 1000, turn: Turn::Behind };
         assert!(first.next(after(9), 1_000_000).is_none());
         let calm = first.next(after(10), 1000 + 299).unwrap();
-        assert_eq!(calm.turn, Turn::Fair);
+        assert_eq!(calm.turn, Turn::First);
         let busy = calm.next(after(20), calm.requests + 301).unwrap();
         assert_eq!(busy.turn, Turn::Behind);
         // A thread that has slept for long looks at all of it.
-        assert_eq!(busy.next(after(10_020), busy.requests + 200_000).unwrap().turn, Turn::Fair);
+        assert_eq!(busy.next(after(10_020), busy.requests + 200_000).unwrap().turn, Turn::First);
     }
 }

@@ -76,8 +76,13 @@ impl Handoff {
 
     /// The stream, when hyper has written everything up to it. To be asked when hyper has nothing to do.
     pub fn take(&self) -> Option<EventStream> {
-        let is_ready = self.is_parked.load(Ordering::Relaxed) && self.is_flushed.load(Ordering::Relaxed);
+        let is_ready = self.is_parked() && self.is_flushed.load(Ordering::Relaxed);
         is_ready.then(|| self.stream.lock().take()).flatten()
+    }
+
+    /// Whether it became a stream.
+    pub fn is_parked(&self) -> bool {
+        self.is_parked.load(Ordering::Relaxed)
     }
 
     /// Whether hyper has been given anything of what the client sent, or its end.

@@ -7,7 +7,7 @@
 //! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS; with a certificate both over TLS, as ALPN says.
 //! - Connections are accepted, and wait for their first bytes, on a runtime of one thread. From there a few at a time go to the
 //!   threads that serve requests: when thousands of streams come back at once they wait in a line of their own, and
-//!   not in front of whoever is connected already.
+//!   not in front of whoever is connected already, nor of connections that want something else.
 //!
 //! On a stop: no more connections are accepted, streams end, what was begun is finished within [`DRAIN_TIMEOUT`].
 
@@ -48,8 +48,14 @@ pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
-/// Connections on their way to the threads that serve requests.
+/// Connections on their way to the threads that serve requests: so many that ask for events, and as many others.
 const FIRST_TURNS: usize = 8;
+/// A stream that has begun keeps its turn for so long (the timer makes 1 to 2 ms of it): 4,000 to 5,000 begin in a second. With no
+/// pause the threads between a connection and its stream wake each other for microseconds at a time for as long as there are
+/// more, and Linux lets its own thread behind a sync wait meanwhile, 60 ms and longer: each write with it.
+const STREAM_TURN: Duration = Duration::from_millis(1);
+/// How a request for events begins: a stream, or a page.
+const ASKS_FOR_EVENTS: &[u8] = b"GET /v1/events";
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also the largest buffer that what a client sends is read into.
@@ -117,6 +123,7 @@ struct Server {
     tls: Option<TlsAcceptor>,
     runtimes: Runtimes,
     first_turns: Arc<Semaphore>,
+    stream_turns: Arc<Semaphore>,
     stop: watch::Receiver<bool>,
 }
 
@@ -139,8 +146,9 @@ pub async fn serve(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let first_turns = Arc::new(Semaphore::new(FIRST_TURNS));
-    let server = Arc::new(Server { service, http1, http2, tls, runtimes, first_turns, stop: stop.clone() });
+    let [first_turns, stream_turns] = [(); 2].map(|()| Arc::new(Semaphore::new(FIRST_TURNS)));
+    let server =
+        Arc::new(Server { service, http1, http2, tls, runtimes, first_turns, stream_turns, stop: stop.clone() });
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let (alive, mut all_gone) = mpsc::channel(1);
     loop {
@@ -196,7 +204,8 @@ impl Server {
             _ = stop.wait_for(|stop| *stop) => None,
         };
         let Some(protocol) = protocol else { return };
-        let Ok(turn) = Arc::clone(&self.first_turns).acquire_owned().await else { return };
+        let turns = if protocol == Protocol::Events { &self.stream_turns } else { &self.first_turns };
+        let Ok(turn) = Arc::clone(turns).acquire_owned().await else { return };
         // Without the runtime it was accepted on. What fails here is a connection that is gone.
         let Ok(tcp) = tcp.into_std() else { return };
         let requests = self.runtimes.requests.clone();
@@ -210,17 +219,22 @@ impl Server {
     /// Waits for the first bytes and tells which protocol they begin; `None` when there are none. HTTP/2 without TLS begins
     /// with `PRI`, which no method of HTTP/1.1 does.
     async fn protocol(&self, tcp: &TcpStream) -> Option<Protocol> {
-        let mut first = [0; 3];
+        const PRIOR: &[u8] = b"PRI";
+        let mut first = [0; ASKS_FOR_EVENTS.len()];
         loop {
             let count = tcp.peek(&mut first).await.ok().filter(|&count| count > 0)?;
             if self.tls.is_some() {
                 return Some(Protocol::Tls);
             }
-            if first[..count] != b"PRI"[..count] {
-                return Some(Protocol::Http1);
+            // Who sends less of it at first waits with the others.
+            if first == *ASKS_FOR_EVENTS {
+                return Some(Protocol::Events);
             }
-            if count == first.len() {
+            if first[..count].starts_with(PRIOR) {
                 return Some(Protocol::Http2);
+            }
+            if !PRIOR.starts_with(&first[..count]) {
+                return Some(Protocol::Http1);
             }
             // Less than three bytes in the first packet: nobody does, but nobody shall spin here.
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -237,7 +251,7 @@ impl Server {
     ) {
         let service = self.service.of(peer);
         match protocol {
-            Protocol::Http1 => {
+            Protocol::Http1 | Protocol::Events => {
                 if let Some((tcp, stream)) = self.http1(tcp, service, true, Some(turn)).await {
                     self.runtimes.streams.spawn(tcp, stream, connected);
                 }
@@ -272,7 +286,7 @@ impl Server {
 
     /// Answers requests until the connection ends, or until it has become a stream to be handed off. Its `turn` is over when
     /// what its client had sent is read and seen to: told by the socket only behind the thread's other tasks, many would come
-    /// at once otherwise, and stand in front of requests all the same.
+    /// at once otherwise, and stand in front of requests all the same. A stream's is over a little later.
     async fn http1<I>(
         &self,
         io: I,
@@ -315,8 +329,14 @@ impl Server {
                 }
             }
             let ended = Pin::new(&mut connection).poll(cx);
-            if turn.is_some() && handoff.has_read() {
-                turn = None;
+            if handoff.has_read()
+                && let Some(turn) = turn.take()
+                && handoff.is_parked()
+            {
+                tokio::spawn(async move {
+                    tokio::time::sleep(STREAM_TURN).await;
+                    drop(turn);
+                });
             }
             match ended {
                 // A broken connection is the client's affair.
@@ -416,9 +436,11 @@ fn take_stream(response: &mut Response) -> Option<EventStream> {
     Some(stream)
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Protocol {
     Http1,
+    /// HTTP/1.1 too, and its first request is for events.
+    Events,
     Http2,
     Tls,
 }
