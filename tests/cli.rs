@@ -942,6 +942,8 @@ async fn a_backup_under_load_is_the_state_of_one_revision() {
         writer.await.unwrap();
     }
     assert!(written_meanwhile(&backups), "{backups:?}");
+    // The last is the one with records, unless one of the first four is.
+    backups.drain(3..backups.len() - 1);
     let mut model = Model::default();
     let mut since = 0;
     for (path, contents) in &backups {

@@ -1,8 +1,9 @@
 //! Threads with much to do offer their core to others now and then.
 //!
 //! A write that comes meanwhile is read, decided, synced and answered by several threads, and without a core of their own each
-//! of these steps waits for the scheduler's tick, up to 4 ms: also where another core is free, or has only a linker at idle
-//! priority, because a thread that waits is moved late. On one core, with 1,000 streams and 1,600 events a second, the p99 of
+//! of these steps can wait for the scheduler's tick, up to 4 ms: also where another core is free, or has only a linker at idle
+//! priority, because a thread that waits is moved late. (Those with a short time slice, see `turns.rs`, do so less, from Linux
+//! 6.12 on; the system's own threads behind a sync do.) On one core, with 1,000 streams and 1,600 events a second, the p99 of
 //! writes was 75 to 160 ms and that of events 85 to 175; with offers 3 to 12 and 19 to 26. Where nobody waits for the core an
 //! offer costs a system call. Each lets go of the rest of a time slice: offered four times as often, streams take up to twice as
 //! long beside programs that keep all cores busy, and offered with each stream that begins, some thousands at once, the

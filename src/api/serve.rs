@@ -49,8 +49,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
 /// Connections on their way to the threads that serve requests: so many that ask for events, and as many others.
-const FIRST_TURNS: usize = 8;
-/// A stream that has begun keeps its turn for so long (the timer makes 1 to 2 ms of it): 4,000 to 5,000 begin in a second. With no
+const TURNS: usize = 8;
+/// A stream that began with its connection keeps its turn for so long (the timer makes 1 to 2 ms of it): 4,000 to 5,000 in a second. With no
 /// pause the threads between a connection and its stream wake each other for microseconds at a time for as long as there are
 /// more, and Linux lets its own thread behind a sync wait meanwhile, 60 ms and longer: each write with it.
 const STREAM_TURN: Duration = Duration::from_millis(1);
@@ -122,7 +122,7 @@ struct Server {
     http2: http2::Builder<TokioExecutor>,
     tls: Option<TlsAcceptor>,
     runtimes: Runtimes,
-    first_turns: Arc<Semaphore>,
+    other_turns: Arc<Semaphore>,
     stream_turns: Arc<Semaphore>,
     stop: watch::Receiver<bool>,
 }
@@ -146,9 +146,9 @@ pub async fn serve(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let [first_turns, stream_turns] = [(); 2].map(|()| Arc::new(Semaphore::new(FIRST_TURNS)));
+    let [other_turns, stream_turns] = [(); 2].map(|()| Arc::new(Semaphore::new(TURNS)));
     let server =
-        Arc::new(Server { service, http1, http2, tls, runtimes, first_turns, stream_turns, stop: stop.clone() });
+        Arc::new(Server { service, http1, http2, tls, runtimes, other_turns, stream_turns, stop: stop.clone() });
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let (alive, mut all_gone) = mpsc::channel(1);
     loop {
@@ -204,8 +204,12 @@ impl Server {
             _ = stop.wait_for(|stop| *stop) => None,
         };
         let Some(protocol) = protocol else { return };
-        let turns = if protocol == Protocol::Events { &self.stream_turns } else { &self.first_turns };
-        let Ok(turn) = Arc::clone(turns).acquire_owned().await else { return };
+        let turns = if protocol == Protocol::Events { &self.stream_turns } else { &self.other_turns };
+        let turn = tokio::select! {
+            turn = Arc::clone(turns).acquire_owned() => turn.ok(),
+            _ = stop.wait_for(|stop| *stop) => None,
+        };
+        let Some(turn) = turn else { return };
         // Without the runtime it was accepted on. What fails here is a connection that is gone.
         let Ok(tcp) = tcp.into_std() else { return };
         let requests = self.runtimes.requests.clone();
@@ -216,25 +220,16 @@ impl Server {
         });
     }
 
-    /// Waits for the first bytes and tells which protocol they begin; `None` when there are none. HTTP/2 without TLS begins
-    /// with `PRI`, which no method of HTTP/1.1 does.
+    /// Waits for the first bytes and tells which protocol they begin; `None` when there are none.
     async fn protocol(&self, tcp: &TcpStream) -> Option<Protocol> {
-        const PRIOR: &[u8] = b"PRI";
         let mut first = [0; ASKS_FOR_EVENTS.len()];
         loop {
             let count = tcp.peek(&mut first).await.ok().filter(|&count| count > 0)?;
             if self.tls.is_some() {
                 return Some(Protocol::Tls);
             }
-            // Who sends less of it at first waits with the others.
-            if first == *ASKS_FOR_EVENTS {
-                return Some(Protocol::Events);
-            }
-            if first[..count].starts_with(PRIOR) {
-                return Some(Protocol::Http2);
-            }
-            if !PRIOR.starts_with(&first[..count]) {
-                return Some(Protocol::Http1);
+            if let Some(protocol) = Protocol::of(&first[..count]) {
+                return Some(protocol);
             }
             // Less than three bytes in the first packet: nobody does, but nobody shall spin here.
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -252,7 +247,8 @@ impl Server {
         let service = self.service.of(peer);
         match protocol {
             Protocol::Http1 | Protocol::Events => {
-                if let Some((tcp, stream)) = self.http1(tcp, service, true, Some(turn)).await {
+                let turn = Some((turn, protocol));
+                if let Some((tcp, stream)) = self.http1(tcp, service, true, turn).await {
                     self.runtimes.streams.spawn(tcp, stream, connected);
                 }
             }
@@ -292,7 +288,7 @@ impl Server {
         io: I,
         service: Service,
         hands_off: bool,
-        mut turn: Option<OwnedSemaphorePermit>,
+        mut turn: Option<(OwnedSemaphorePermit, Protocol)>,
     ) -> Option<(I, EventStream)>
     where
         I: AsyncRead + AsyncWrite + Unpin,
@@ -330,7 +326,7 @@ impl Server {
             }
             let ended = Pin::new(&mut connection).poll(cx);
             if handoff.has_read()
-                && let Some(turn) = turn.take()
+                && let Some((turn, Protocol::Events)) = turn.take()
                 && handoff.is_parked()
             {
                 tokio::spawn(async move {
@@ -445,6 +441,21 @@ enum Protocol {
     Tls,
 }
 
+impl Protocol {
+    /// What begins like this, without TLS; `None` when that is not to be told yet. HTTP/2 begins with `PRI`, which no method of
+    /// HTTP/1.1 does.
+    fn of(first: &[u8]) -> Option<Self> {
+        const PRIOR: &[u8] = b"PRI";
+        match first {
+            // Who sends less of it at first waits with the others.
+            _ if first.starts_with(ASKS_FOR_EVENTS) => Some(Self::Events),
+            _ if first.starts_with(PRIOR) => Some(Self::Http2),
+            _ if PRIOR.starts_with(first) => None,
+            _ => Some(Self::Http1),
+        }
+    }
+}
+
 fn tune(stream: &TcpStream) {
     // Answers are written whole; waiting to fill a segment would only delay them.
     stream.set_nodelay(true).ok();
@@ -478,4 +489,28 @@ async fn tell_refusal(mut stream: TcpStream, refusal: ApiError) {
     };
     // The client may be gone already.
     tokio::time::timeout(Duration::from_secs(1), answer).await.ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_bytes_tell_which_line_a_connection_waits_in() {
+        for (first, protocol) in [
+            ("GET /v1/events", Some(Protocol::Events)),
+            ("GET /v1/events?since=0 HTTP/1.1", Some(Protocol::Events)),
+            ("GET /v1/event", Some(Protocol::Http1)),
+            ("GET /v1/state/", Some(Protocol::Http1)),
+            ("HEAD /v1/events", Some(Protocol::Http1)),
+            ("POST /v1/event", Some(Protocol::Http1)),
+            ("PUT /v1/state/", Some(Protocol::Http1)),
+            ("P", None),
+            ("PR", None),
+            ("PRI", Some(Protocol::Http2)),
+            ("PRI * HTTP/2.0", Some(Protocol::Http2)),
+        ] {
+            assert_eq!(Protocol::of(first.as_bytes()), protocol, "{first}");
+        }
+    }
 }

@@ -263,24 +263,25 @@ fn a_cut_in_never_mode_leaves_a_prefix_and_no_revision_comes_back() {
 /// The same workload and the same checks, on a program with a bug: they must fail.
 #[test]
 fn the_checks_of_power_cuts_catch_seeded_bugs() {
-    // Any of the complaints: which comes first depends on when background threads get on. An empty one is any.
-    for (name, fsync, complaints) in [
-        ("skip_fsync", "always", ["inside its header", "was promised"]),
-        ("skip_dir_sync", "always", ["missing", "was promised"]),
-        ("answer_before_sync", "always", ["was promised"; 2]),
-        ("publish_before_durable", "always", ["was promised"; 2]),
-        ("reuse_revision", "never", ["are given out"; 2]),
-        ("short_replay", "always", ["it shows"; 2]),
-        ("split_batch", "always", ["in the middle of a record"; 2]),
-        ("keep_torn_tail", "always", ["behind the end of the log"; 2]),
+    // One of the complaints: which comes first depends on when background threads get on. None stands for any.
+    let bugs: [(_, _, &[&str]); 9] = [
+        ("skip_fsync", "always", &["inside its header", "was promised"]),
+        ("skip_dir_sync", "always", &["missing", "was promised"]),
+        ("answer_before_sync", "always", &["was promised"]),
+        ("publish_before_durable", "always", &["was promised"]),
+        ("reuse_revision", "never", &["are given out"]),
+        ("short_replay", "always", &["it shows"]),
+        ("split_batch", "always", &["in the middle of a record"]),
+        ("keep_torn_tail", "always", &["behind the end of the log"]),
         // Rows that are missing, or others than were written.
-        ("skip_rows_sync", "always", [""; 2]),
-    ] {
+        ("skip_rows_sync", "always", &[]),
+    ];
+    for (name, fsync, complaints) in bugs {
         let bug = Bug::named(name).unwrap();
         let how = cut(Settings { seed: 1, fsync, waits: true }, Some(bug));
         let how = how.expect_err(name);
         let how = how.lines().next().unwrap_or_default();
-        let is_expected = complaints.iter().any(|complaint| how.contains(complaint));
+        let is_expected = complaints.is_empty() || complaints.iter().any(|complaint| how.contains(complaint));
         assert!(is_expected, "{name} is caught by something else: {how}");
         println!("{name}: {how}");
     }
