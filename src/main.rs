@@ -257,7 +257,9 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     if config.worker_threads > 0 {
         runtime.worker_threads(config.worker_threads);
     }
-    runtime.on_thread_start(|| turns::take(Turn::Behind)).on_thread_park(turns::look_at_requests);
+    // All begin as batch work; those for blocking work, which never look, remain so.
+    let look = || turns::look_at_requests(Turn::Behind);
+    runtime.on_thread_start(|| turns::take(Turn::Behind)).on_thread_park(look);
     // Large scans and parsing, now rather than when first needed: threads take after whoever starts them.
     let pool = rayon::ThreadPoolBuilder::new()
         .thread_name(|n| format!("scan-{n}"))

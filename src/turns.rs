@@ -4,7 +4,8 @@
 //! next tick: beside programs that keep all cores busy each of the five wake-ups of a durable write waits up to 4 ms. Not so for a
 //! thread whose own slice is the shorter one (Linux 6.12 and later; before that it is like any other thread).
 //!
-//! The writer has such a slice, and so have threads that serve requests unless there are very many: then they are batch work.
+//! The writer has such a slice, and so have threads that serve requests, unless there are very many: then the writer is like any
+//! thread, for larger batches, and requests are batch work.
 //! Measured on two cores: beside two programs that never sleep, one connection wrote 540 to 2,300 keys a second where requests
 //! were always batch work and 4,100 to 5,200 like this, sixteen 4,900 to 6,500 and 15,000 to 19,000. But with 64 connections of
 //! a program on the same machine, batch work cuts nobody off in the midst of what it sends, so that more comes at once: a tenth
@@ -27,6 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 pub enum Turn {
     /// At once when it wakes, and for a short time.
     First,
+    /// Like any thread.
+    Fair,
     /// As batch work: when it wakes it does not take the core of whoever runs.
     Behind,
     /// On a core that nobody else wants.
@@ -44,6 +47,7 @@ pub fn take(turn: Turn) {
     let (policy, slice) = match turn {
         Turn::First => (libc::SCHED_OTHER, SHORT_SLICE),
         // Zero is what the system gives everyone.
+        Turn::Fair => (libc::SCHED_OTHER, Duration::ZERO),
         Turn::Behind => (libc::SCHED_BATCH, Duration::ZERO),
         Turn::Last => (libc::SCHED_IDLE, Duration::ZERO),
     };
@@ -88,24 +92,24 @@ struct Look {
 
 impl Look {
     /// The next look, unless it is too early for one.
-    fn next(self, at: Instant, requests: u64) -> Option<Self> {
+    fn next(self, at: Instant, requests: u64, when_many: Turn) -> Option<Self> {
         let elapsed = at.duration_since(self.at);
         let rate = requests.saturating_sub(self.requests) as f64 / elapsed.as_secs_f64();
-        let turn = if rate < MANY_REQUESTS { Turn::First } else { Turn::Behind };
+        let turn = if rate < MANY_REQUESTS { Turn::First } else { when_many };
         (elapsed >= LOOK_EVERY).then_some(Self { at, requests, turn })
     }
 }
 
-/// For threads that serve requests, when they are about to sleep: whether they shall wake up as batch work. All threads of their
-/// runtime begin so (`main.rs`), and those for blocking work, which never come here, remain so.
-pub fn look_at_requests() {
+/// For the writer, and for threads that serve requests when they are about to sleep: this thread's turn is the first, or while
+/// there are many requests `when_many`, which it has to begin with.
+pub fn look_at_requests(when_many: Turn) {
     thread_local!(static LAST: Cell<Option<Look>> = const { Cell::new(None) });
     let (now, requests) = (Instant::now(), REQUESTS.load(Ordering::Relaxed));
     let Some(last) = LAST.get() else {
-        LAST.set(Some(Look { at: now, requests, turn: Turn::Behind }));
+        LAST.set(Some(Look { at: now, requests, turn: when_many }));
         return;
     };
-    if let Some(look) = last.next(now, requests) {
+    if let Some(look) = last.next(now, requests, when_many) {
         LAST.set(Some(look));
         if look.turn != last.turn {
             take(look.turn);
@@ -145,12 +149,12 @@ mod tests {
             rustix::process::setpriority_process(None, nice).unwrap();
             let usual = slice();
             // The last is last: only who may be less nice gets out of it again.
-            let turns = [Turn::Behind, Turn::First, Turn::Behind, Turn::Last];
+            let turns = [Turn::Behind, Turn::First, Turn::Fair, Turn::Last];
             let told = turns.map(|turn| {
                 take(turn);
                 (as_told(), slice())
             });
-            let expected = [libc::SCHED_BATCH, libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE];
+            let expected = [libc::SCHED_BATCH, libc::SCHED_OTHER, libc::SCHED_OTHER, libc::SCHED_IDLE];
             assert_eq!(told.map(|(told, _)| told), expected.map(|policy| (policy, nice)));
             if usual != 0 {
                 let short = u64::try_from(SHORT_SLICE.as_nanos()).unwrap();
@@ -176,12 +180,12 @@ mod tests {
         let at = Instant::now();
         let after = |ms| at + Duration::from_millis(ms);
         let first = Look { at, requests: 1000, turn: Turn::Behind };
-        assert!(first.next(after(9), 1_000_000).is_none());
-        let calm = first.next(after(10), 1000 + 299).unwrap();
+        assert!(first.next(after(9), 1_000_000, Turn::Behind).is_none());
+        let calm = first.next(after(10), 1000 + 299, Turn::Behind).unwrap();
         assert_eq!(calm.turn, Turn::First);
-        let busy = calm.next(after(20), calm.requests + 301).unwrap();
+        let busy = calm.next(after(20), calm.requests + 301, Turn::Behind).unwrap();
         assert_eq!(busy.turn, Turn::Behind);
         // A thread that has slept for long looks at all of it.
-        assert_eq!(busy.next(after(10_020), busy.requests + 200_000).unwrap().turn, Turn::First);
+        assert_eq!(busy.next(after(10_020), busy.requests + 200_000, Turn::Behind).unwrap().turn, Turn::First);
     }
 }

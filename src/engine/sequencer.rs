@@ -129,8 +129,8 @@ impl Sequencer {
 
     /// Runs until told to stop, or until every handle to the engine is gone.
     pub fn run(mut self) {
-        turns::take(Turn::First);
         loop {
+            turns::look_at_requests(Turn::Fair);
             let first = match self.queue.recv_timeout(self.patience()) {
                 Ok(request) => Some(request),
                 Err(RecvTimeoutError::Disconnected) if self.vector_writes.is_empty() => break,
