@@ -40,7 +40,7 @@ pub enum Turn {
 pub fn take(turn: Turn) {
     // SAFETY: it takes and touches no memory; 0 is the calling thread.
     let present = unsafe { libc::sched_getscheduler(0) };
-    if turn == Turn::First && present != libc::SCHED_OTHER && present != libc::SCHED_BATCH {
+    if matches!(turn, Turn::First | Turn::Fair) && present != libc::SCHED_OTHER && present != libc::SCHED_BATCH {
         // Real time, or idle: so its operator wants it.
         return;
     }
@@ -170,6 +170,7 @@ mod tests {
         let in_a_thread = || {
             take(Turn::Last);
             take(Turn::First);
+            take(Turn::Fair);
             assert_eq!(as_told().0, libc::SCHED_IDLE);
         };
         std::thread::spawn(in_a_thread).join().unwrap();
