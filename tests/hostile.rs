@@ -352,6 +352,81 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
     }
 }
 
+/// However a request is cut into packets, and whatever came before it on its connection, it is answered the same.
+#[tokio::test]
+async fn requests_in_pieces_and_in_a_row_are_answered_in_order() {
+    let server = Server::start(&[]);
+    ok(&mut server.client(), r#"PUT /v1/state/a {"value":1}"#).await;
+    let put = "PUT /v1/state/b HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 11\r\n\r\n{\"value\":2}";
+    for at in 0..put.len() {
+        let mut socket = connect(&server.target).await;
+        socket.set_nodelay(true).unwrap();
+        socket.write_all(&put.as_bytes()[..at]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        socket.write_all(&put.as_bytes()[at..]).await.unwrap();
+        let mut answer = [0; 15];
+        timeout(Duration::from_secs(5), socket.read_exact(&mut answer)).await.expect("it is answered").unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&answer),
+            if at == 0 { "HTTP/1.1 201 Cre" } else { "HTTP/1.1 200 OK" }[..15],
+            "cut at {at}"
+        );
+    }
+    // What comes whole, what does not, what is refused, and a stream at last: one packet.
+    let chunked = "PUT /v1/state/c HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nb\r\n{\"value\":3}\r\n0\r\n\r\n";
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: h\r\n\r\n");
+    let big = format!(
+        "PUT /v1/state/d HTTP/1.1\r\nhost: h\r\ncontent-type: text/plain\r\ncontent-length: 100000\r\n\r\n{}",
+        "x".repeat(100_000)
+    );
+    for other in ["", chunked, &big] {
+        let row =
+            [&get("/v1/state/a"), put, &get("/v1/state/none"), other, &get("/v1/state/b"), &get("/v1/events?since=0")]
+                .concat();
+        let (answer, is_closed) = say(&server.target, row.as_bytes()).await;
+        let statuses: Vec<&str> = answer.split("HTTP/1.1 ").skip(1).map(|answer| &answer[..3]).collect();
+        let expected = if other.is_empty() {
+            &["200", "200", "404", "200", "200"][..]
+        } else {
+            &["200", "200", "404", "2xx", "200", "200"]
+        };
+        assert!(statuses.iter().zip(expected).all(|(a, b)| a == b || *b == "2xx" && a.starts_with('2')), "{answer}");
+        assert_eq!(statuses.len(), expected.len(), "{answer}");
+        assert!(answer.contains("text/event-stream") && answer.contains("\nid: 1\n") && !is_closed, "{answer}");
+    }
+    let (answer, is_closed) =
+        say(&server.target, get("/v1/state/a").replace("host", "connection: close\r\nhost").as_bytes()).await;
+    assert!(answer.contains("connection: close") && answer.ends_with('}') && is_closed, "{answer}");
+}
+
+/// Many who have begun a request and say no more hold up no connection that comes after them.
+#[tokio::test]
+async fn half_requests_keep_no_new_connection_waiting() {
+    let server = Server::start(&[]);
+    let mut slow = Vec::new();
+    for part in [
+        "GET /v1/health HTTP/1.1\r\nhost",
+        "GET /v1/events HTTP/1.1\r\nhost",
+        "PUT /v1/state/a HTTP/1.1\r\ncontent-length: 9\r\n\r\n1",
+    ]
+    .repeat(100)
+    {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(part.as_bytes()).await.unwrap();
+        slow.push(socket);
+    }
+    for path in ["/v1/health", "/v1/events?since=0"] {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: h\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = [0; 15];
+        timeout(Duration::from_millis(800), socket.read_exact(&mut answer))
+            .await
+            .expect("it waits behind them")
+            .unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    }
+}
+
 /// A small value of bytes must cost about as much memory as it is long, not as much as the buffer it came in.
 #[tokio::test]
 async fn small_bodies_do_not_keep_the_buffers_they_came_in() {

@@ -1,31 +1,29 @@
 //! A stream over HTTP/1.1 behind the head of its answer: the socket and the stream, nothing else.
 //!
 //! ```text
-//! hyper: request ─▶ handler ─▶ head of the answer ─written─▶ Live: chunk, chunk, … end
-//!                                   └── EventStream waits in a Handoff ──┘
+//! whole.rs: request ─▶ handler ─▶ head of the answer ─written─▶ Live: chunk, chunk, … end
+//!                                    └──────── EventStream ─────────┘
 //! ```
 //!
 //! hyper keeps two buffers of 8 KiB and the state of every handler for as long as a connection lives: 35 KiB for a stream
-//! that says nothing. So it parses the request and writes the head, and gives its socket back: its body is parked, and once
-//! the head is flushed the connection is taken apart. A stream over HTTP/2 shares its connection and stays with hyper.
+//! that says nothing. So one whose request came whole is behind its head a socket and a stream, nothing more. A stream over
+//! HTTP/2 shares its connection and stays with hyper, as one over TLS does.
 
 use super::events::EventStream;
 use super::offer;
 use super::serve::Connected;
+use axum::http::header;
+use axum::response::Response;
 use bytes::{Buf, Bytes};
 use futures_util::future::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use http_body::Frame;
 use parking_lot::Mutex;
-use std::convert::Infallible;
 use std::future::poll_fn;
-use std::io::{self, IoSlice};
+use std::io;
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -36,8 +34,6 @@ const CHUNKS_PER_POLL: usize = 4;
 const IGNORED_BYTES_MAX: usize = 16 << 10;
 /// What ends a chunked body.
 const END: &[u8] = b"0\r\n\r\n";
-/// Up to so many bytes, an answer's head and body are copied into one piece: that is dearer for the kernel in two.
-const ONE_PIECE: usize = 1024;
 
 /// An answer's stream, in the extensions of the response, until it is known which protocol carries it. One holder at a
 /// time; the lock is there because extensions are shared by type.
@@ -50,129 +46,20 @@ impl Pending {
     pub fn new(stream: EventStream) -> Self {
         Self(Arc::new(Mutex::new(Some(stream))))
     }
-
-    /// The stream, once.
-    #[must_use]
-    pub fn take(&self) -> Option<EventStream> {
-        self.0.lock().take()
-    }
 }
 
-/// Between a connection's handler, hyper and whoever polls it; all on one task, one after the other.
-#[derive(Debug, Default)]
-pub struct Handoff {
-    stream: Mutex<Option<EventStream>>,
-    is_parked: AtomicBool,
-    is_flushed: AtomicBool,
-    has_read: AtomicBool,
+/// Whether an answer has a stream.
+#[must_use]
+pub fn is_stream(response: &Response) -> bool {
+    response.extensions().get::<Pending>().is_some()
 }
 
-impl Handoff {
-    /// Keeps a stream and returns the body that stands in for it.
-    pub fn park(self: &Arc<Self>, stream: EventStream) -> Parked {
-        *self.stream.lock() = Some(stream);
-        Parked(Arc::clone(self))
-    }
-
-    /// The stream, when hyper has written everything up to it. To be asked when hyper has nothing to do.
-    pub fn take(&self) -> Option<EventStream> {
-        let is_ready = self.is_parked() && self.is_flushed.load(Ordering::Relaxed);
-        is_ready.then(|| self.stream.lock().take()).flatten()
-    }
-
-    /// Whether it became a stream.
-    pub fn is_parked(&self) -> bool {
-        self.is_parked.load(Ordering::Relaxed)
-    }
-
-    /// Whether hyper has been given anything of what the client sent, or its end.
-    pub fn has_read(&self) -> bool {
-        self.has_read.load(Ordering::Relaxed)
-    }
-}
-
-/// A body that never says anything, and notes that hyper asked: the head is in its buffer then.
-#[derive(Debug)]
-pub struct Parked(Arc<Handoff>);
-
-impl http_body::Body for Parked {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        self.0.is_parked.store(true, Ordering::Relaxed);
-        Poll::Pending
-    }
-}
-
-/// hyper's side of the socket: notes whether all it was given is written.
-#[derive(Debug)]
-pub struct Socket<I> {
-    io: I,
-    handoff: Arc<Handoff>,
-}
-
-impl<I> Socket<I> {
-    /// Over a connected socket, or a TLS session on one.
-    #[must_use]
-    pub fn new(io: I, handoff: Arc<Handoff>) -> Self {
-        Self { io, handoff }
-    }
-
-    /// The socket again.
-    #[must_use]
-    pub fn into_inner(self) -> I {
-        self.io
-    }
-}
-
-impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
-        self.handoff.has_read.store(true, Ordering::Relaxed);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<I: AsyncWrite + Unpin> AsyncWrite for Socket<I> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.handoff.is_flushed.store(false, Ordering::Relaxed);
-        Pin::new(&mut self.io).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.handoff.is_flushed.store(false, Ordering::Relaxed);
-        let length = slices.iter().map(|slice| slice.len()).sum::<usize>();
-        if length <= ONE_PIECE {
-            let mut piece = [0; ONE_PIECE];
-            let mut at = 0;
-            for slice in slices {
-                piece[at..at + slice.len()].copy_from_slice(slice);
-                at += slice.len();
-            }
-            return Pin::new(&mut self.io).poll_write(cx, &piece[..length]);
-        }
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    // hyper flushes when its own buffer is empty.
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
-        self.handoff.is_flushed.store(true, Ordering::Relaxed);
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
+/// The stream of an answer that has one. axum took its empty body for the whole.
+#[must_use]
+pub fn take_stream(response: &mut Response) -> Option<EventStream> {
+    let stream = response.extensions_mut().remove::<Pending>()?.0.lock().take()?;
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    Some(stream)
 }
 
 /// Writes a stream to its socket until one of them ends. Small on purpose: there may be ten thousand.

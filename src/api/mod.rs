@@ -1,9 +1,9 @@
 //! HTTP: the whole route table, and what every request passes through.
 //!
 //! ```text
-//! serve.rs  connection ─▶ CORS ─▶ Guard: key, rate, room, metrics ─▶ route ─▶ handler ─▶ Command ─▶ Engine
-//!                                                                    ▲
-//!                                       extract.rs: query, body, conditions, vectors
+//! serve.rs  connection ─▶ whole.rs, or hyper ─▶ CORS ─▶ Guard: key, rate, room, metrics ─▶ route ─▶ handler ─▶ Command ─▶ Engine
+//!                                                                                                 ▲
+//!                                                                    extract.rs: query, body, conditions, vectors
 //! ```
 //!
 //! Invariants
@@ -19,13 +19,13 @@ pub mod docs;
 pub mod error;
 pub mod events;
 pub mod extract;
-pub mod heads;
 pub mod live;
 pub mod offer;
 pub mod serve;
 pub mod state;
 pub mod tls;
 pub mod vectors;
+pub mod whole;
 
 use crate::config::Config;
 use crate::engine::Engine;

@@ -13,20 +13,18 @@
 
 use super::auth::NoPlace;
 use super::error::ApiError;
-use super::events::EventStream;
-use super::heads::HeadTimer;
-use super::live::{Handoff, Pending, Socket, StreamThreads};
+use super::live::{StreamThreads, take_stream};
+use super::whole::{self, Served};
 use super::{App, Service};
 use crate::error::Rejection;
 use axum::body::Body;
-use axum::http::{Method, Version, header};
+use axum::http::Method;
 use axum::response::Response;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use std::convert::Infallible;
-use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::atomic::Ordering;
@@ -138,7 +136,7 @@ pub async fn serve(
     mut stop: watch::Receiver<bool>,
 ) {
     let mut http1 = http1::Builder::new();
-    http1.header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
+    http1.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
     let mut http2 = http2::Builder::new(TokioExecutor::new());
     http2
         .timer(TokioTimer::new())
@@ -238,7 +236,7 @@ impl Server {
 
     async fn connection(
         &self,
-        tcp: TcpStream,
+        mut tcp: TcpStream,
         protocol: Protocol,
         peer: IpAddr,
         connected: Connected,
@@ -247,9 +245,27 @@ impl Server {
         let service = self.service.of(peer);
         match protocol {
             Protocol::Http1 | Protocol::Events => {
-                let turn = Some((turn, protocol));
-                if let Some((tcp, stream)) = self.http1(tcp, service, true, turn).await {
-                    self.runtimes.streams.spawn(tcp, stream, connected);
+                let mut turn = Some(turn);
+                // Its turn is over when what its client had sent is read and seen to: told by the socket only behind the
+                // thread's other tasks, many would come at once otherwise, and stand in front of requests all the same.
+                let seen = |is_stream| {
+                    let turn = turn.take();
+                    if is_stream && protocol == Protocol::Events {
+                        tokio::spawn(async move {
+                            tokio::time::sleep(STREAM_TURN).await;
+                            drop(turn);
+                        });
+                    }
+                };
+                match whole::serve(&mut tcp, &service, self.stop.clone(), seen).await {
+                    Served::Over => {}
+                    Served::Stream(stream) => self.runtimes.streams.spawn(tcp, stream, connected),
+                    Served::Rest(rest) => {
+                        drop(turn);
+                        let (read, write) = tcp.into_split();
+                        let io = tokio::io::join(std::io::Cursor::new(rest).chain(read), write);
+                        Box::pin(self.http1(io, service)).await;
+                    }
                 }
             }
             // Boxed, so that the many others need not have room for them.
@@ -276,72 +292,24 @@ impl Server {
         if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
             Box::pin(self.http2(stream, service)).await;
         } else {
-            self.http1(stream, service, false, None).await;
+            self.http1(stream, service).await;
         }
     }
 
-    /// Answers requests until the connection ends, or until it has become a stream to be handed off. Its `turn` is over when
-    /// what its client had sent is read and seen to: told by the socket only behind the thread's other tasks, many would come
-    /// at once otherwise, and stand in front of requests all the same. A stream's is over a little later.
-    async fn http1<I>(
-        &self,
-        io: I,
-        service: Service,
-        hands_off: bool,
-        mut turn: Option<(OwnedSemaphorePermit, Protocol)>,
-    ) -> Option<(I, EventStream)>
-    where
-        I: AsyncRead + AsyncWrite + Unpin,
-    {
-        let handoff = Arc::<Handoff>::default();
-        let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
-            let (handoff, service) = (Arc::clone(&handoff), &service);
-            async move {
-                let (is_head, is_chunked) = (request.method() == Method::HEAD, request.version() == Version::HTTP_11);
-                let mut response = service.answer(request.map(Body::new)).await;
-                let stream = take_stream(&mut response);
-                if let Some(stream) = stream.filter(|_| !is_head) {
-                    *response.body_mut() =
-                        if is_chunked && hands_off { Body::new(handoff.park(stream)) } else { Body::new(stream) };
-                }
-                Ok::<_, Infallible>(response)
-            }
+    /// Has hyper answer a connection's requests: over TLS, and what is not for [`whole`].
+    async fn http1(&self, io: impl AsyncRead + AsyncWrite + Unpin, service: Service) {
+        let answer = service_fn(|request: hyper::Request<hyper::body::Incoming>| async {
+            Ok::<_, Infallible>(answer_with_body(&service, request).await)
         });
-        let socket = Socket::new(io, Arc::clone(&handoff));
-        let heads = HeadTimer::start();
-        let mut connection = self.http1.clone().timer(heads.clone()).serve_connection(TokioIo::new(socket), answer);
-        let mut alarm = pin!(tokio::time::sleep(HEAD_TIMEOUT));
-        let (mut stop, told) = (self.stop.clone(), self.stop.clone());
-        let mut stopped = pin!(tokio::task::unconstrained(stop.wait_for(|stop| *stop)));
-        let (mut is_waiting, mut is_stopping) = (false, false);
-        let taken = poll_fn(|cx| {
-            heads.poll(&mut alarm, HEAD_TIMEOUT, cx);
-            // Once polled it wakes this task; to poll it with every request is to take its lock with every request.
-            if !is_stopping && (!is_waiting || told.has_changed().unwrap_or(true)) {
-                is_waiting = true;
-                is_stopping = stopped.as_mut().poll(cx).is_ready();
-                if is_stopping {
-                    Pin::new(&mut connection).graceful_shutdown();
-                }
-            }
-            let ended = Pin::new(&mut connection).poll(cx);
-            if handoff.has_read()
-                && let Some((turn, Protocol::Events)) = turn.take()
-                && handoff.is_parked()
-            {
-                tokio::spawn(async move {
-                    tokio::time::sleep(STREAM_TURN).await;
-                    drop(turn);
-                });
-            }
-            match ended {
-                // A broken connection is the client's affair.
-                Poll::Ready(_) => Poll::Ready(None),
-                Poll::Pending => handoff.take().map_or(Poll::Pending, |stream| Poll::Ready(Some(stream))),
-            }
-        });
-        let stream = taken.await?;
-        Some((connection.into_parts().io.into_inner().into_inner(), stream))
+        let mut connection = pin!(self.http1.serve_connection(TokioIo::new(io), answer));
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            // A broken connection is the client's affair.
+            _ = &mut connection => return,
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        connection.await.ok();
     }
 
     async fn http2(&self, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: Service) {
@@ -351,11 +319,7 @@ impl Server {
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let (service, noted) = (service.clone(), noted.clone());
             async move {
-                let is_head = request.method() == Method::HEAD;
-                let mut response = service.answer(request.map(Body::new)).await;
-                if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
-                    *response.body_mut() = Body::new(stream);
-                }
+                let response = answer_with_body(&service, request).await;
                 Ok::<_, Infallible>(response.map(|body| noted.watch(body)))
             }
         });
@@ -425,11 +389,14 @@ impl http_body::Body for Watched {
     }
 }
 
-/// The stream of an answer that has one. axum took its empty body for the whole.
-fn take_stream(response: &mut Response) -> Option<EventStream> {
-    let stream = response.extensions_mut().remove::<Pending>()?.take()?;
-    response.headers_mut().remove(header::CONTENT_LENGTH);
-    Some(stream)
+/// An answer for hyper: a stream is its body.
+async fn answer_with_body(service: &Service, request: hyper::Request<hyper::body::Incoming>) -> Response {
+    let is_head = request.method() == Method::HEAD;
+    let mut response = service.answer(request.map(Body::new)).await;
+    if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
+        *response.body_mut() = Body::new(stream);
+    }
+    response
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
