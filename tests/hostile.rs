@@ -399,6 +399,49 @@ async fn requests_in_pieces_and_in_a_row_are_answered_in_order() {
     assert!(answer.contains("connection: close") && answer.ends_with('}') && is_closed, "{answer}");
 }
 
+/// Who sends some requests and then closes its side wants answers to all but the last all the same, and every one is carried out.
+#[tokio::test]
+async fn an_end_behind_a_row_of_requests_takes_none_of_them_back() {
+    let server = Server::start(&[]);
+    let row = |n| {
+        format!("PUT /v1/state/row:{n} HTTP/1.1\r\nhost: h\r\ncontent-type: text/plain\r\ncontent-length: 1\r\n\r\nx")
+    };
+    let mut socket = connect(&server.target).await;
+    socket.write_all((0..10).map(row).collect::<String>().as_bytes()).await.unwrap();
+    socket.shutdown().await.unwrap();
+    let mut answer = String::new();
+    timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it ends").unwrap();
+    assert!(answer.matches("HTTP/1.1 201").count() >= 9, "{answer}");
+    let page = ok(&mut server.client(), "GET /v1/state?prefix=row:&keys_only=true").await;
+    assert!(page["items"].as_array().unwrap().len() >= 9, "{page}");
+}
+
+/// What was begun before a stop is answered, whoever is about to take it over at that moment.
+#[tokio::test]
+async fn half_requests_at_a_stop_are_answered_once_they_are_whole() {
+    let server = Server::start(&[]);
+    let head = "PUT /v1/state/a HTTP/1.1\r\nhost: h\r\ncontent-type: text/plain\r\ncontent-length: 10\r\n\r\nhalf ";
+    let mut begun = Vec::new();
+    for _ in 0..12 {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(head.as_bytes()).await.unwrap();
+        begun.push(socket);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.signal(rustix::process::Signal::TERM);
+    // One half at once, the other when it has become hyper's.
+    for (n, socket) in begun.iter_mut().enumerate() {
+        if n == 6 {
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+        }
+        socket.write_all(b"whole").await.unwrap();
+        let mut answer = String::new();
+        timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it ends").ok();
+        assert!(answer.starts_with("HTTP/1.1 20") && answer.contains("connection: close"), "{n}: {answer:?}");
+    }
+    assert!(server.stop());
+}
+
 /// Many who have begun a request and say no more hold up no connection that comes after them.
 #[tokio::test]
 async fn half_requests_keep_no_new_connection_waiting() {

@@ -7,7 +7,7 @@
 //!
 //! hyper keeps two buffers of 8 KiB and the state of every handler for as long as a connection lives: 35 KiB for a stream
 //! that says nothing. So one whose request came whole is behind its head a socket and a stream, nothing more. A stream over
-//! HTTP/2 shares its connection and stays with hyper, as one over TLS does.
+//! HTTP/2 shares its connection and stays with hyper, as one over TLS does, and one on a connection that hyper has already.
 
 use super::events::EventStream;
 use super::offer;

@@ -20,6 +20,7 @@ use crate::error::Rejection;
 use axum::body::Body;
 use axum::http::Method;
 use axum::response::Response;
+use bytes::Bytes;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -31,14 +32,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
 /// A request's head must be complete by then; keeps slow senders from holding connections.
-/// Also how long a connection may be idle between requests.
+/// Also how long a connection may be idle between requests, at least: [`whole`] looks after twice that at the latest.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// A connection whose peer takes no byte for this long is cut.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -263,7 +264,7 @@ impl Server {
                     Served::Rest(rest) => {
                         drop(turn);
                         let (read, write) = tcp.into_split();
-                        let io = tokio::io::join(std::io::Cursor::new(rest).chain(read), write);
+                        let io = tokio::io::join(Rewound { rest, read }, write);
                         Box::pin(self.http1(io, service)).await;
                     }
                 }
@@ -304,6 +305,8 @@ impl Server {
         let mut connection = pin!(self.http1.serve_connection(TokioIo::new(io), answer));
         let mut stop = self.stop.clone();
         tokio::select! {
+            // At a stop, too, hyper has to have seen first what has come: it ends a connection that has said nothing.
+            biased;
             // A broken connection is the client's affair.
             _ = &mut connection => return,
             _ = stop.wait_for(|stop| *stop) => {}
@@ -369,13 +372,13 @@ struct Watched {
 }
 
 impl http_body::Body for Watched {
-    type Data = bytes::Bytes;
+    type Data = Bytes;
     type Error = axum::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<bytes::Bytes>, axum::Error>>> {
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, axum::Error>>> {
         *self.last.lock() = Instant::now();
         Pin::new(&mut self.body).poll_frame(cx)
     }
@@ -386,6 +389,27 @@ impl http_body::Body for Watched {
 
     fn size_hint(&self) -> http_body::SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// A connection on which something has been read that is to be read again.
+struct Rewound<R> {
+    rest: Bytes,
+    read: R,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Rewound<R> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        if self.rest.is_empty() {
+            return Pin::new(&mut self.read).poll_read(cx, buf);
+        }
+        let count = buf.remaining().min(self.rest.len());
+        buf.put_slice(&self.rest.split_to(count));
+        if self.rest.is_empty() {
+            // Even an empty end of it keeps all of it in memory.
+            self.rest = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! On one core that is a seventh more durable writes and a tenth more reads a second than hyper answers, because hyper must be
 //! able to do everything at any moment: send while it receives, take bodies in pieces, change protocols. What needs any of that
-//! is left to it: chunked and large bodies, `Expect`, upgrades, HTTP/1.0, `HEAD`, clients that take longer than [`PATIENCE`] to
+//! is left to it: chunked and large bodies, `Expect`, HTTP/1.0, `HEAD`, clients that take longer than [`PATIENCE`] to
 //! send a request, and whatever is not understood at first sight, so that only hyper refuses. The parser is hyper's own
 //! (httparse).
 //!
@@ -29,7 +29,7 @@ use http_body::Body as _;
 use http_body_util::BodyExt;
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::ops::Range;
+use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -40,8 +40,8 @@ use tokio::time::{Instant, Sleep};
 
 /// Largest head, and largest body, taken here.
 const BYTES_MAX: usize = HEAD_BYTES_MAX;
-/// More fields are hyper's affair.
-const FIELDS_MAX: usize = 32;
+/// As many fields as hyper takes.
+const FIELDS_MAX: usize = 100;
 /// Room to read into: most requests are smaller.
 const READ_BYTES: usize = 4 << 10;
 /// Larger buffers are given back between requests.
@@ -82,8 +82,9 @@ pub async fn serve(
         is_waiting: false,
         has_answered: false,
     };
+    let mut has_ended = false;
     loop {
-        let (request, is_last) = match next(tcp, &mut input, &mut idle, &mut seen).await {
+        let (request, is_last) = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
             Next::Request(request, is_last) => (request, is_last),
             Next::Rest => return Served::Rest(input.freeze()),
             Next::Over => return Served::Over,
@@ -97,16 +98,20 @@ pub async fn serve(
             }
             match answered {
                 Poll::Ready(response) => Poll::Ready(Some(response)),
-                // Who has hung up needs no answer.
-                Poll::Pending => poll_hung_up(tcp, &mut input, cx).map(|()| None),
+                Poll::Pending if has_ended => Poll::Pending,
+                Poll::Pending => {
+                    has_ended = poll_ended(tcp, &mut input, cx).is_ready();
+                    // Who has hung up needs no answer. Behind more requests an end is only the end of them.
+                    if has_ended && input.is_empty() { Poll::Ready(None) } else { Poll::Pending }
+                }
             }
         });
         let Some(mut response) = answered.await else { return Served::Over };
+        let is_last = is_last || told.has_changed().unwrap_or(true);
         if let Some(stream) = take_stream(&mut response) {
-            push_head(&mut output, &response, Framing::Chunked, false);
+            push_head(&mut output, &response, Framing::Chunked, is_last);
             return if tcp.write_all(&output).await.is_ok() { Served::Stream(stream) } else { Served::Over };
         }
-        let is_last = is_last || told.has_changed().unwrap_or(true);
         if write(tcp, response, &mut output, is_last).await.is_err() || is_last {
             // What a client gone cannot be told is its own affair.
             tcp.shutdown().await.ok();
@@ -134,6 +139,7 @@ enum Next {
 async fn next<S: Future>(
     tcp: &mut TcpStream,
     input: &mut BytesMut,
+    has_ended: bool,
     idle: &mut Idle<'_, S>,
     mut seen: impl FnMut(bool),
 ) -> Next {
@@ -145,11 +151,14 @@ async fn next<S: Future>(
             Parsed::Part(missing) => missing,
             Parsed::Other => return Next::Rest,
         };
-        if reads == READS_MAX {
+        if has_ended && input.is_empty() {
+            return Next::Over;
+        }
+        if has_ended || reads == READS_MAX {
             return Next::Rest;
         }
         if input.is_empty() {
-            if input.capacity() > KEPT_BYTES_MAX {
+            if input.try_reclaim(KEPT_BYTES_MAX + 1) {
                 *input = BytesMut::new();
             }
         } else if patience.is_none() {
@@ -184,8 +193,8 @@ fn poll_read(tcp: &mut TcpStream, input: &mut BytesMut, room: usize, cx: &mut Co
     pin!(tcp.read_buf(input)).poll(cx).map(|read| read.unwrap_or(0))
 }
 
-/// Ready when the client has hung up. What it sends meanwhile belongs to its next requests.
-fn poll_hung_up(tcp: &mut TcpStream, input: &mut BytesMut, cx: &mut Context<'_>) -> Poll<()> {
+/// Ready when the client sends no more. What it sends meanwhile belongs to its next requests.
+fn poll_ended(tcp: &mut TcpStream, input: &mut BytesMut, cx: &mut Context<'_>) -> Poll<()> {
     while input.len() < BYTES_MAX {
         if ready!(poll_read(tcp, input, READ_BYTES, cx)) == 0 {
             return Poll::Ready(());
@@ -207,7 +216,7 @@ struct Idle<'a, S> {
 
 impl<S: Future> Idle<'_, S> {
     /// Ready when there was no request for [`HEAD_TIMEOUT`], or at the server's stop. The alarm is set again only when it goes off,
-    /// so a connection is idle for up to twice as long; set for each request it would cost a twentieth of a small one.
+    /// so a connection may be idle for up to twice as long; set for each request it would cost a twentieth of a small one.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.is_waiting || self.told.has_changed().unwrap_or(true) {
             self.is_waiting = true;
@@ -240,9 +249,9 @@ fn parse(input: &mut BytesMut) -> Parsed {
     if input.is_empty() {
         return Parsed::Part(READ_BYTES);
     }
-    let mut fields = [httparse::EMPTY_HEADER; FIELDS_MAX];
-    let mut head = httparse::Request::new(&mut fields);
-    let head_bytes = match head.parse(input) {
+    let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
+    let mut head = httparse::Request::new(&mut []);
+    let head_bytes = match head.parse_with_uninit_headers(input, &mut fields) {
         Ok(httparse::Status::Complete(bytes)) if bytes <= BYTES_MAX => bytes,
         Ok(httparse::Status::Partial) if input.len() < BYTES_MAX => return Parsed::Part(READ_BYTES),
         _ => return Parsed::Other,
@@ -255,30 +264,21 @@ fn parse(input: &mut BytesMut) -> Parsed {
     if !target.starts_with('/') {
         return Parsed::Other;
     }
-    // Places rather than references: the bytes are about to be taken out.
-    let begin = input.as_ptr().addr();
-    let place = |part: &[u8]| -> Range<usize> {
-        let at = part.as_ptr().addr() - begin;
-        at..at + part.len()
-    };
-    let target = place(target.as_bytes());
     let mut body_bytes = None;
     let mut is_last = false;
-    let mut named = [const { None }; FIELDS_MAX];
-    let count = head.headers.len();
-    for (field, named) in head.headers.iter().zip(&mut named) {
-        let Ok(name) = HeaderName::from_bytes(field.name.as_bytes()) else { return Parsed::Other };
-        match name {
-            header::CONTENT_LENGTH => match decimal(field.value) {
+    for field in &*head.headers {
+        let is = |name| field.name.eq_ignore_ascii_case(name);
+        if is("content-length") {
+            match decimal(field.value) {
                 Some(bytes) if bytes <= BYTES_MAX && body_bytes.is_none() => body_bytes = Some(bytes),
                 _ => return Parsed::Other,
-            },
-            header::CONNECTION if field.value.eq_ignore_ascii_case(b"keep-alive") => {}
-            header::CONNECTION if field.value.eq_ignore_ascii_case(b"close") => is_last = true,
-            header::CONNECTION | header::TRANSFER_ENCODING | header::EXPECT | header::UPGRADE => return Parsed::Other,
-            _ => {}
+            }
+        } else if is("connection") {
+            is_last |=
+                field.value.split(|&byte| byte == b',').any(|word| word.trim_ascii().eq_ignore_ascii_case(b"close"));
+        } else if is("transfer-encoding") || is("expect") {
+            return Parsed::Other;
         }
-        *named = Some((name, place(field.value)));
     }
     let whole_bytes = head_bytes + body_bytes.unwrap_or(0);
     if input.len() < whole_bytes {
@@ -286,10 +286,17 @@ fn parse(input: &mut BytesMut) -> Parsed {
     }
     // One piece for all parts of the request; the buffer stays the connection's.
     let whole = Bytes::copy_from_slice(&input[..whole_bytes]);
-    let Ok(uri) = Uri::from_maybe_shared(whole.slice(target)) else { return Parsed::Other };
-    let mut headers = HeaderMap::with_capacity(count);
-    for (name, value) in named.into_iter().flatten() {
-        let Ok(value) = HeaderValue::from_maybe_shared(whole.slice(value)) else { return Parsed::Other };
+    let part = |part: &[u8]| {
+        let at = part.as_ptr().addr() - input.as_ptr().addr();
+        whole.slice(at..at + part.len())
+    };
+    let Ok(uri) = Uri::from_maybe_shared(part(target.as_bytes())) else { return Parsed::Other };
+    let mut headers = HeaderMap::with_capacity(head.headers.len());
+    for field in &*head.headers {
+        let name = HeaderName::from_bytes(field.name.as_bytes());
+        let (Ok(name), Ok(value)) = (name, HeaderValue::from_maybe_shared(part(field.value))) else {
+            return Parsed::Other;
+        };
         headers.append(name, value);
     }
     input.advance(whole_bytes);
@@ -325,6 +332,11 @@ async fn write(tcp: &mut TcpStream, response: Response, output: &mut Vec<u8>, is
     };
     push_head(output, &response, framing, is_last);
     let is_chunked = framing == Framing::Chunked;
+    if is_chunked {
+        // What comes in pieces may take its time for the first.
+        tcp.write_all(output).await?;
+        output.clear();
+    }
     let mut body = response.into_body();
     while let Some(frame) = body.frame().await {
         // Ended here, a body is cut short and is not taken for the whole.
@@ -334,18 +346,13 @@ async fn write(tcp: &mut TcpStream, response: Response, output: &mut Vec<u8>, is
         }
         if is_chunked {
             output.extend_from_slice(format!("{:x}\r\n", data.len()).as_bytes());
-        }
-        if data.len() <= COPY_BYTES_MAX {
-            output.extend_from_slice(&data);
+            tcp.write_all_buf(&mut Buf::chain(Buf::chain(&output[..], data), &b"\r\n"[..])).await?;
+            output.clear();
+        } else if data.len() > COPY_BYTES_MAX {
+            tcp.write_all_buf(&mut Buf::chain(&output[..], data)).await?;
+            output.clear();
         } else {
-            tcp.write_all(output).await?;
-            output.clear();
-            tcp.write_all(&data).await?;
-        }
-        if is_chunked {
-            output.extend_from_slice(b"\r\n");
-            tcp.write_all(output).await?;
-            output.clear();
+            output.extend_from_slice(&data);
         }
     }
     if is_chunked {
@@ -412,7 +419,12 @@ mod tests {
 
     #[test]
     fn a_whole_request_is_taken_out_and_what_follows_stays() {
-        for (fields, last) in [("", false), ("connection: Keep-Alive\r\n", false), ("Connection: close\r\n", true)] {
+        for (fields, last) in [
+            ("", false),
+            ("connection: Keep-Alive, Upgrade\r\nupgrade: h2c\r\n", false),
+            ("Connection: close\r\n", true),
+            ("connection: x, Close\r\n", true),
+        ] {
             let request = put(&format!("{fields}X-Y:  v \r\nx-y: w\r\nContent-Length: 3\r\n"), "123");
             let mut input = BytesMut::from(format!("{request}GET ").as_bytes());
             let Parsed::Request(request, is_last) = parse(&mut input) else { panic!("{fields:?} was not taken") };
@@ -445,8 +457,6 @@ mod tests {
             put("content-length: 99999999999999999999\r\n", "1"),
             put(&format!("content-length: {}\r\n", BYTES_MAX + 1), "1"),
             put("expect: 100-continue\r\ncontent-length: 1\r\n", "1"),
-            put("upgrade: h2c\r\n", ""),
-            put("connection: keep-alive, upgrade\r\n", ""),
             put("a b: c\r\n", ""),
             put(&many, ""),
             put(&format!("x: {}", "y".repeat(BYTES_MAX)), ""),
