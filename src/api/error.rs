@@ -187,6 +187,10 @@ impl IntoResponse for ApiError {
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            // Which of the two was not taken, the coding or the type, is in the detail (RFC 9110, 12.5.3).
+            response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
         response
     }
 }
