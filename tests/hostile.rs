@@ -399,21 +399,55 @@ async fn requests_in_pieces_and_in_a_row_are_answered_in_order() {
     assert!(answer.contains("connection: close") && answer.ends_with('}') && is_closed, "{answer}");
 }
 
-/// Who sends some requests and then closes its side wants answers to all but the last all the same, and every one is carried out.
+/// Who sends its requests and then closes its side is answered all the same, but a long poll does not outlive it.
 #[tokio::test]
-async fn an_end_behind_a_row_of_requests_takes_none_of_them_back() {
+async fn an_end_behind_requests_takes_none_of_them_back() {
     let server = Server::start(&[]);
-    let row = |n| {
+    let put = |n| {
         format!("PUT /v1/state/row:{n} HTTP/1.1\r\nhost: h\r\ncontent-type: text/plain\r\ncontent-length: 1\r\n\r\nx")
     };
-    let mut socket = connect(&server.target).await;
-    socket.write_all((0..10).map(row).collect::<String>().as_bytes()).await.unwrap();
-    socket.shutdown().await.unwrap();
+    for count in [1, 10] {
+        let mut socket = connect(&server.target).await;
+        socket.write_all((0..count).map(put).collect::<String>().as_bytes()).await.unwrap();
+        socket.shutdown().await.unwrap();
+        let mut answer = String::new();
+        timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it ends").unwrap();
+        assert_eq!(answer.matches("HTTP/1.1 20").count(), count, "{answer}");
+    }
+    let mut gone = connect(&server.target).await;
+    gone.write_all(b"GET /v1/events?since=99&wait_ms=60000 HTTP/1.1\r\nhost: h\r\naccept: application/json\r\n\r\n")
+        .await
+        .unwrap();
+    gone.shutdown().await.unwrap();
+    timeout(Duration::from_secs(10), gone.read_to_end(&mut Vec::new())).await.expect("it ends").unwrap();
+}
+
+/// One or two bytes and an end, which could still become another protocol, cost nothing once they are gone.
+#[tokio::test]
+async fn connections_that_said_next_to_nothing_are_let_go() {
+    let server = Server::start(&[]);
+    for _ in 0..500 {
+        connect(&server.target).await.write_all(b"P").await.unwrap();
+    }
+    let mut late = connect(&server.target).await;
+    late.write_all(b"PR").await.unwrap();
+    let c = &mut server.client();
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        let metrics = String::from_utf8_lossy(&call(c, "GET /v1/metrics").await.body).into_owned();
+        let open = metrics.lines().find_map(|line| line.strip_prefix("kiss_connections ")).unwrap();
+        if open.parse::<f64>().unwrap() <= 2.0 {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "{open} connections");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // Who is only slow is still understood.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    late.write_all(b"OPFIND / HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n").await.unwrap();
     let mut answer = String::new();
-    timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it ends").unwrap();
-    assert!(answer.matches("HTTP/1.1 201").count() >= 9, "{answer}");
-    let page = ok(&mut server.client(), "GET /v1/state?prefix=row:&keys_only=true").await;
-    assert!(page["items"].as_array().unwrap().len() >= 9, "{page}");
+    timeout(Duration::from_secs(5), late.read_to_string(&mut answer)).await.expect("it ends").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
 }
 
 /// What was begun before a stop is answered, whoever is about to take it over at that moment.

@@ -32,7 +32,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -55,6 +55,9 @@ const TURNS: usize = 8;
 const STREAM_TURN: Duration = Duration::from_millis(1);
 /// How a request for events begins: a stream, or a page.
 const ASKS_FOR_EVENTS: &[u8] = b"GET /v1/events";
+/// How often, and how many times, it is looked whether a connection's first one or two bytes have become more.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+const LOOKS: usize = 100;
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also the largest buffer that what a client sends is read into.
@@ -222,7 +225,7 @@ impl Server {
     /// Waits for the first bytes and tells which protocol they begin; `None` when there are none.
     async fn protocol(&self, tcp: &TcpStream) -> Option<Protocol> {
         let mut first = [0; ASKS_FOR_EVENTS.len()];
-        loop {
+        for _ in 0..LOOKS {
             let count = tcp.peek(&mut first).await.ok().filter(|&count| count > 0)?;
             if self.tls.is_some() {
                 return Some(Protocol::Tls);
@@ -230,9 +233,13 @@ impl Server {
             if let Some(protocol) = Protocol::of(&first[..count]) {
                 return Some(protocol);
             }
-            // Less than three bytes in the first packet: nobody does, but nobody shall spin here.
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            // Less than three bytes in the first packet: nobody does. An end behind them is not seen by peeking.
+            if tcp.ready(Interest::READABLE).await.ok()?.is_read_closed() {
+                return None;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
+        Some(Protocol::Http1)
     }
 
     async fn connection(

@@ -46,7 +46,8 @@ const FIELDS_MAX: usize = 100;
 const READ_BYTES: usize = 4 << 10;
 /// Larger buffers are given back between requests.
 const KEPT_BYTES_MAX: usize = 16 << 10;
-/// How long the rest of a request may take before hyper waits for it. Many clients send head and body one after the other.
+/// How long the rest of a request may take before hyper waits for it (many clients send head and body one after the other), and an
+/// answer to a client that has closed its side.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Reads for one request, for the same reason: each begins to parse the head from its beginning.
 const READS_MAX: usize = 64;
@@ -91,6 +92,7 @@ pub async fn serve(
         };
         let mut answer = pin!(service.answer(request));
         let mut is_first_look = true;
+        let mut leave = None;
         let answered = poll_fn(|cx| {
             let answered = answer.as_mut().poll(cx);
             if std::mem::take(&mut is_first_look) {
@@ -98,11 +100,14 @@ pub async fn serve(
             }
             match answered {
                 Poll::Ready(response) => Poll::Ready(Some(response)),
-                Poll::Pending if has_ended => Poll::Pending,
                 Poll::Pending => {
-                    has_ended = poll_ended(tcp, &mut input, cx).is_ready();
-                    // Who has hung up needs no answer. Behind more requests an end is only the end of them.
-                    if has_ended && input.is_empty() { Poll::Ready(None) } else { Poll::Pending }
+                    has_ended = has_ended || poll_ended(tcp, &mut input, cx).is_ready();
+                    if !has_ended || !input.is_empty() {
+                        return Poll::Pending;
+                    }
+                    // Who sends no more may still listen, for a moment: a long poll ends with a client that has gone.
+                    let leave = leave.get_or_insert_with(|| Box::pin(tokio::time::sleep(PATIENCE)));
+                    leave.as_mut().poll(cx).map(|()| None)
                 }
             }
         });
@@ -246,6 +251,10 @@ enum Parsed {
 }
 
 fn parse(input: &mut BytesMut) -> Parsed {
+    // What old clients send behind a body belongs to no request (RFC 9112, 2.2).
+    while input.starts_with(b"\r\n") {
+        input.advance(2);
+    }
     if input.is_empty() {
         return Parsed::Part(READ_BYTES);
     }
@@ -433,6 +442,14 @@ mod tests {
             assert_eq!(request.headers().get_all("x-y").iter().collect::<Vec<_>>(), ["v", "w"]);
             assert_eq!(request.body().size_hint().exact(), Some(3));
         }
+    }
+
+    #[test]
+    fn empty_lines_between_requests_are_no_request() {
+        let mut input = BytesMut::from(&b"\r\n\r\n"[..]);
+        assert!(matches!(parse(&mut input), Parsed::Part(READ_BYTES)) && input.is_empty());
+        let mut input = BytesMut::from(format!("\r\n{}", put("", "")).as_bytes());
+        assert!(matches!(parse(&mut input), Parsed::Request(..)) && input.is_empty());
     }
 
     #[test]
