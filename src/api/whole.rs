@@ -6,10 +6,10 @@
 //!            └─ anything else: leave what was read, and the connection, to hyper
 //! ```
 //!
-//! On one core that is a tenth more durable writes and reads a second than hyper answers, because hyper must be able to do everything at any moment: send while it receives, take bodies in pieces, change protocols. What needs any of that
-//! is left to it: chunked and large bodies, `Expect`, HTTP/1.0, `HEAD`, clients that take longer than [`PATIENCE`] to
-//! send a request, and whatever is not understood at first sight, so that only hyper refuses. The parser is hyper's own
-//! (httparse).
+//! On one core that is a tenth more durable writes and reads a second than hyper answers, because hyper must be able to do
+//! everything at any moment: send while it receives, take bodies in pieces, change protocols. What needs any of that is left to
+//! it: chunked and large bodies, `Expect`, HTTP/1.0, `HEAD`, clients that take longer than [`PATIENCE`] to send a request, and
+//! whatever is not understood at first sight, so that only hyper refuses. The parser is hyper's own (httparse).
 //!
 //! Invariants
 //! - A request is taken when it can be read in one way only: at most one `Content-Length`, of digits, no `Transfer-Encoding`.
