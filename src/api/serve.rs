@@ -60,7 +60,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const LOOKS: usize = 100;
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
-/// Largest request head; keys and filters travel in it. Also the largest buffer that what a client sends is read into.
+/// Largest request head; keys and filters travel in it. Also hyper's largest buffer, and the largest body that [`whole`] takes.
 pub const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Streams one HTTP/2 connection may have open.
 const H2_STREAMS_MAX: u32 = 256;

@@ -198,7 +198,7 @@ pub async fn put(State(app): State<App>, head: Head, body: Body) -> ApiResult {
     }
     let tags: Vec<&str> = params.all("tag").collect();
     let data = read_body(headers, body, app.max_body_bytes).await?;
-    // A small body is a part of the connection's buffer, and kept as such it would keep all of that.
+    // A small body is a part of what came with it, head or buffer, and kept as such it would keep all of that.
     let kept = if data.len() <= HEAD_BYTES_MAX { Bytes::copy_from_slice(&data) } else { data.clone() };
     let op = Op::Put {
         key,

@@ -13,7 +13,8 @@
 //!
 //! Invariants
 //! - A request is taken when it can be read in one way only: at most one `Content-Length`, of digits, no `Transfer-Encoding`.
-//! - One at a time, in order; what a client sends ahead waits in the buffer, of [`BYTES_MAX`].
+//! - One at a time, in order; what a client sends ahead waits in the buffer: a head and a body
+//!   of [`BYTES_MAX`] each at most.
 
 use super::Service;
 use super::events::EventStream;
