@@ -705,6 +705,36 @@ fn a_backup_goes_through_pipes_and_a_broken_one_is_refused() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "what was kept beside it is gone");
 }
 
+/// What a stop cuts short must not look like a whole backup, neither to the program nor to curl. Neither reads on before the
+/// stop, and what lies between holds much less than there is.
+#[tokio::test]
+async fn a_backup_that_is_given_up_is_no_whole_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    let value = "v".repeat(1 << 20);
+    for n in 0..64 {
+        ok(&mut server.client(), &format!("PUT /v1/state/large:{n} {{\"value\":\"{value}\"}}")).await;
+    }
+    let mut taker = program(&server.target.url(), &["backup", "-"]).spawn().unwrap();
+    taker.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    server.signal(rustix::process::Signal::TERM);
+    let ran = taker.wait_with_output().unwrap();
+    let err = String::from_utf8(ran.stderr).unwrap();
+    assert!(ran.status.code() == Some(1) && err.contains("the server was stopping"), "{err}");
+    assert!(server.stop());
+
+    let server = Server::start_in(dir.path(), &[]);
+    let mut socket = std::net::TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).unwrap();
+    socket.write_all(b"GET /v1/admin/backup HTTP/1.1\r\nhost: h\r\n\r\n").unwrap();
+    socket.read_exact(&mut [0]).unwrap();
+    server.signal(rustix::process::Signal::TERM);
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer).ok();
+    let end = String::from_utf8_lossy(&answer[answer.len() - 100..]).into_owned();
+    assert!(end.contains("the server was stopping") && !end.ends_with("\r\n0\r\n\r\n"), "{end:?}");
+    assert!(server.stop());
+}
+
 /// Everything but revisions, which a second server gives anew.
 fn without_revisions(export: &str) -> Vec<Value> {
     let mut rows: Vec<Value> = export.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -401,8 +401,15 @@ async fn heartbeats_carry_the_position_reached() {
     for _ in 0..5 {
         ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
     }
-    let beat = timeout(Duration::from_secs(3), stream.next_frame()).await.unwrap().unwrap().unwrap();
-    assert_eq!(beat, ServerEvent { event: String::new(), id: Some(5), data: String::new() });
+    loop {
+        let beat = timeout(Duration::from_secs(10), stream.next_frame()).await.unwrap().unwrap().unwrap();
+        assert!(beat.event.is_empty() && beat.data.is_empty(), "{beat:?}");
+        // Where the writes took longer than a beat, an earlier one came first.
+        if beat.id == Some(5) {
+            break;
+        }
+        assert!(beat.id < Some(5), "{beat:?}");
+    }
 }
 
 #[tokio::test]
@@ -570,14 +577,14 @@ async fn in_a_relaxed_mode_a_crash_loses_a_range_and_says_so() {
     assert_eq!(ok(&mut server.client(), "GET /v1/health").await["revision"], head + 1);
 }
 
-/// What a server sends to raw bytes, until it closes or is silent for half a second.
+/// What a server sends to raw bytes, until it closes or is silent for a second.
 async fn raw(server: &Server, request: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut socket =
         tokio::net::TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).await.unwrap();
     socket.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
-    while let Ok(Ok(1..)) = timeout(Duration::from_millis(500), socket.read_buf(&mut answer)).await {}
+    while let Ok(Ok(1..)) = timeout(Duration::from_secs(1), socket.read_buf(&mut answer)).await {}
     String::from_utf8(answer).unwrap()
 }
 

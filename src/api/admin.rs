@@ -18,7 +18,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
-use std::convert::Infallible;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -82,13 +82,18 @@ pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
     Params::parse(&uri, &[])?;
     let permit = Arc::clone(&app.backups).try_acquire_owned();
     let permit = permit.map_err(|_| Rejection::Overloaded("a backup is being taken; retry when it is done"))?;
-    let (send, blocks) = mpsc::channel::<Bytes>(BACKUP_BLOCKS);
+    let (send, blocks) = mpsc::channel(BACKUP_BLOCKS);
     let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
         let _permit = permit;
         let started = Instant::now();
-        let send = |block: Vec<u8>| runtime.block_on(send.send_timeout(block.into(), BACKUP_STALL)).is_ok();
-        match app.engine.backup(send) {
+        let send = |block| runtime.block_on(send.send_timeout(block, BACKUP_STALL)).is_ok();
+        let taken = app.engine.backup(|block| send(Ok(block.into())));
+        if !matches!(taken, Ok(Some(_))) {
+            // Cut short, the answer is not taken for a whole one.
+            send(Err(io::Error::other("the backup was given up")));
+        }
+        match taken {
             Ok(Some(taken)) => tracing::info!(
                 revision = taken.revision.0,
                 keys = taken.keys,
@@ -110,17 +115,14 @@ pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
 
 /// What the thread that takes a backup has ready.
 #[derive(Debug)]
-struct BackupBody(mpsc::Receiver<Bytes>);
+struct BackupBody(mpsc::Receiver<io::Result<Bytes>>);
 
 impl http_body::Body for BackupBody {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = io::Error;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        self.0.poll_recv(context).map(|block| block.map(|block| Ok(Frame::data(block))))
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        self.0.poll_recv(context).map(|block| block.map(|block| block.map(Frame::data)))
     }
 }
 

@@ -4,15 +4,14 @@ use super::auth::{Auth, StreamPlace};
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Head, Object, Params, parse_object, read_json};
 use super::live::Pending;
-use super::state::{MetaBody, push_entry};
+use super::state::MetaBody;
+use super::walk::{Walk, WalkPlace};
 use super::{App, json};
 use crate::engine::Engine;
 use crate::engine::command::{Command, EventType, KEY_BYTES_MAX, Key, Op};
 use crate::engine::feed::{EventFilter, FILTER_TERMS_MAX, ResetReason, Step, Subscription};
 use crate::engine::frame::{CHUNK_FRAMING_BYTES, END_OF_CHUNK, Ephemeral, Frame, begin_chunk, push_fmt};
 use crate::engine::json::compact;
-use crate::engine::state::is_live;
-use crate::engine::view::View;
 use crate::error::Rejection;
 use crate::faults::{self, Bug};
 use crate::keys::{Grant, Right};
@@ -24,16 +23,15 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame as BodyFrame;
-use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::hash::BuildHasher;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, Sleep};
 
 /// How long a client waits before it reconnects, in milliseconds.
@@ -41,17 +39,11 @@ const RETRY_MS: u64 = 1000;
 /// On shutdown clients are told to come back within this spread, so that they don't all come at once.
 const RETRY_SPREAD_MS: u64 = 2000;
 /// Bytes put into one chunk of a stream: enough to share a send among many small events.
-const CHUNK_BYTES: usize = 64 << 10;
+pub const CHUNK_BYTES: usize = 64 << 10;
 /// Frames put into one chunk.
 const CHUNK_FRAMES: usize = 1024;
-/// Slices of a snapshot looked at before other tasks of the thread get their turn.
-const SLICES_PER_POLL: usize = 4;
 /// Of so many events delivered the age of one is noted.
 const LAG_SAMPLED_OF: u64 = 64;
-/// How long a stream that wants a snapshot waits until it may walk one.
-const WALK_PATIENCE: Duration = Duration::from_secs(10);
-/// A walk that sends nothing for this long gives its place up.
-const WALK_STALL: Duration = Duration::from_secs(30);
 /// Bytes in one page of JSON history.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
@@ -272,7 +264,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         phase,
         first: Some(Bytes::from(out)),
         include_vector,
-        wants_snapshot,
+        walks: wants_snapshot.then(|| Arc::clone(&app.walks)),
         heartbeat,
         last_sent: Instant::now(),
         timer: None,
@@ -304,130 +296,6 @@ fn push_reset(out: &mut String, engine: &Engine, reason: ResetReason, requested:
             feed.head()
         ),
     );
-}
-
-/// A snapshot being sent.
-#[derive(Debug)]
-struct Walk {
-    filter: EventFilter,
-    /// `None` until the first slice is wanted.
-    view: Option<Arc<View>>,
-    /// Prefixes still to walk, last first; none of them lies within another.
-    prefixes: Vec<String>,
-    from: String,
-    count: u64,
-    place: Option<Arc<WalkPlace>>,
-}
-
-/// One of [`super::WALKS_MAX`]: many walks at once would make every write keep many old versions. A walk whose reader takes
-/// nothing for long loses its place and is cut, so that nobody keeps the others out: over HTTP/2 a reader can stand still while
-/// its connection looks alive.
-#[derive(Debug)]
-struct WalkPlace {
-    permit: Mutex<Option<OwnedSemaphorePermit>>,
-    has_moved: AtomicBool,
-}
-
-impl WalkPlace {
-    /// Waits for a place, and not for ever.
-    async fn wait(app: &App) -> ApiResult<Arc<Self>> {
-        let permit = tokio::time::timeout(WALK_PATIENCE, Arc::clone(&app.walks).acquire_owned()).await;
-        let Ok(Ok(permit)) = permit else {
-            return Err(Rejection::Overloaded("too many snapshots are being sent; retry in a moment").into());
-        };
-        let place = Arc::new(Self { permit: Mutex::new(Some(permit)), has_moved: AtomicBool::new(true) });
-        let watched = Arc::downgrade(&place);
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(WALK_STALL).await;
-                let Some(place) = watched.upgrade() else { return };
-                if !place.has_moved.swap(false, Ordering::Relaxed) {
-                    place.permit.lock().take();
-                    return;
-                }
-            }
-        });
-        Ok(place)
-    }
-
-    /// Notes that the reader took something. False when the place is lost.
-    fn hold(&self) -> bool {
-        self.has_moved.store(true, Ordering::Relaxed);
-        self.permit.lock().is_some()
-    }
-}
-
-impl Walk {
-    fn new(filter: EventFilter) -> Self {
-        let mut prefixes: Vec<String> = Vec::new();
-        if filter.keys.is_empty() && !filter.prefixes.is_empty() {
-            for prefix in &filter.prefixes {
-                if !prefixes.last().is_some_and(|last| prefix.starts_with(last.as_str())) {
-                    prefixes.push(prefix.to_string());
-                }
-            }
-            prefixes.reverse();
-        } else if filter.keys.is_empty() && (filter.all_collections || !filter.collections.is_empty()) {
-            // Only collections are watched: there are no entries to show.
-        } else {
-            prefixes.push(String::new());
-        }
-        Self { filter, view: None, prefixes, from: String::new(), count: 0, place: None }
-    }
-
-    /// Whether it walks the keys, rather than looking up a few.
-    fn needs_view(&self) -> bool {
-        !self.prefixes.is_empty() && (self.filter.keys.is_empty() || !self.filter.prefixes.is_empty())
-    }
-
-    /// Appends rows of the next slices; the revision once it is complete, an error when the view was overrun.
-    fn step(&mut self, engine: &Engine, out: &mut String) -> Result<Option<Revision>, ()> {
-        if self.place.as_ref().is_some_and(|place| !place.hold()) {
-            return Err(());
-        }
-        if self.view.is_none()
-            && let Some((entries, revision)) = engine.small_snapshot(&self.filter)
-        {
-            for (key, entry) in &entries {
-                self.push_row(out, key, entry);
-            }
-            return Ok(Some(revision));
-        }
-        let view = Arc::clone(self.view.get_or_insert_with(|| engine.begin_view(self.prefixes.clone())));
-        let now_ms = engine.now_ms();
-        for _ in 0..SLICES_PER_POLL {
-            let Some(prefix) = self.prefixes.last() else {
-                return if view.is_overrun() { Err(()) } else { Ok(Some(view.revision())) };
-            };
-            let mut found = Vec::new();
-            match engine.view_slice(&view, &self.from, prefix, &mut found) {
-                Some(next) => self.from = next,
-                None => {
-                    self.prefixes.pop();
-                    self.from.clear();
-                }
-            }
-            for (key, entry) in &found {
-                if is_live(entry, now_ms) && self.filter.wants_entry(key.as_str(), entry.labels.as_deref()) {
-                    self.push_row(out, key, entry);
-                }
-            }
-            if view.is_overrun() {
-                return Err(());
-            }
-            if out.len() >= CHUNK_BYTES {
-                break;
-            }
-        }
-        Ok(None)
-    }
-
-    fn push_row(&mut self, out: &mut String, key: &Key, entry: &crate::engine::codec::Entry) {
-        out.push_str("event: snapshot\ndata: ");
-        push_entry(out, key.as_str(), entry, true);
-        out.push_str("\n\n");
-        self.count += 1;
-    }
 }
 
 /// What a stream says next.
@@ -463,7 +331,8 @@ pub struct EventStream {
     phase: Phase,
     first: Option<Bytes>,
     include_vector: bool,
-    wants_snapshot: bool,
+    /// Places for snapshots, where it wants any.
+    walks: Option<Arc<Semaphore>>,
     heartbeat: Duration,
     last_sent: Instant,
     /// Fires at the earliest when a heartbeat may be due; pushed back only then, not at every event.
@@ -529,14 +398,22 @@ impl EventStream {
         match self.subscription.poll_step(cx, CHUNK_FRAMES, CHUNK_BYTES) {
             Poll::Ready(Step::Frames(frames)) => Poll::Ready(Some(Content::Frames(frames))),
             Poll::Ready(Step::Reset(reason, requested)) => {
-                self.engine.feed().stats.resets.fetch_add(1, Ordering::Relaxed);
                 let mut out = String::new();
-                if self.wants_snapshot {
+                if let Some(walks) = &self.walks {
+                    let mut walk = Walk::new(self.subscription.filter().clone());
+                    if walk.needs_view() {
+                        let Ok(permit) = Arc::clone(walks).try_acquire_owned() else {
+                            // It comes back by the id it has, and waits for a place before its stream begins.
+                            return Poll::Ready(Some(Content::Text(self.farewell())));
+                        };
+                        walk.place = Some(WalkPlace::take(permit));
+                    }
                     push_reset(&mut out, &self.engine, reason, requested, None);
-                    self.phase = Phase::Snapshot(Box::new(Walk::new(self.subscription.filter().clone())));
+                    self.phase = Phase::Snapshot(Box::new(walk));
                 } else {
                     push_reset(&mut out, &self.engine, reason, requested, Some(self.subscription.reached()));
                 }
+                self.engine.feed().stats.resets.fetch_add(1, Ordering::Relaxed);
                 Poll::Ready(Some(Content::Text(out.into())))
             }
             Poll::Ready(Step::Drained) => Poll::Ready(Some(Content::Text(self.farewell()))),

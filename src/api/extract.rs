@@ -178,14 +178,13 @@ impl Params {
     }
 
     /// The value of a parameter that may be given once.
-    pub fn one(&self, name: &str) -> ApiResult<Option<&str>> {
+    pub fn one<'a>(&'a self, name: &'a str) -> ApiResult<Option<&'a str>> {
         let mut values = self.all(name);
-        let first = values.next().map(str::to_owned);
+        let first = values.next();
         if values.next().is_some() {
             return Err(invalid(format!("the query parameter {name} was given more than once")));
         }
-        drop(first);
-        Ok(self.0.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()))
+        Ok(first)
     }
 
     /// A whole number.

@@ -25,6 +25,7 @@ pub mod serve;
 pub mod state;
 pub mod tls;
 pub mod vectors;
+mod walk;
 pub mod whole;
 
 use crate::config::Config;
@@ -344,7 +345,8 @@ impl Guard {
         let mut audit = admin.map(|key| AdminAct { key, peer: self.peer, route: meter.route, status: None });
         let mut response = match let_in {
             Ok(()) => match app.admit(request.body().size_hint().upper()).await {
-                Ok(_room) => self.route(request, meter).await,
+                Ok(None) => self.route(request, meter.route).await,
+                Ok(Some(room)) => self.route_to_the_end(request, meter.route, room).await,
                 Err(error) => error.into_response(),
             },
             Err(error) => error.into_response(),
@@ -364,8 +366,8 @@ impl Guard {
 
     /// Has the request answered. What is asked of a key goes to its handler directly: matching the path once more, boxing and
     /// telling handlers about their route measured seven hundredths of a small GET.
-    async fn route(&self, request: Request, meter: &Meter) -> Response {
-        if meter.route != KEY_ROUTE || *request.method() == Method::HEAD {
+    async fn route(&self, request: Request, route: &'static str) -> Response {
+        if route != KEY_ROUTE || *request.method() == Method::HEAD {
             return match self.router.clone().call(request).await {
                 Ok(response) => response,
                 Err(never) => match never {},
@@ -381,6 +383,18 @@ impl Guard {
             _ => Err(ApiError::MethodNotAllowed),
         };
         answer.into_response()
+    }
+
+    /// The same for one that needs room: also when its client hangs up, what was asked for may stay in a queue, and takes
+    /// its room until it is done.
+    async fn route_to_the_end(&self, request: Request, route: &'static str, room: OwnedSemaphorePermit) -> Response {
+        let guard = self.clone();
+        let answered = tokio::spawn(async move {
+            let response = guard.route(request, route).await;
+            drop(room);
+            response
+        });
+        answered.await.unwrap_or_else(|_| ApiError::Internal.into_response())
     }
 
     /// Gives the answer the request's name, its sender's or one of ours, and says what was slow or failed: by the name the

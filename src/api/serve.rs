@@ -58,6 +58,8 @@ const ASKS_FOR_EVENTS: &[u8] = b"GET /v1/events";
 /// How often, and how many times, it is looked whether a connection's first one or two bytes have become more.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const LOOKS: usize = 100;
+/// How long a client has to take the last answer of a connection, and to end its side.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also hyper's largest buffer, and the largest body that [`whole`] takes.
@@ -200,7 +202,7 @@ impl Server {
     /// Waits for a connection's first bytes, and for its turn.
     async fn begin(self: Arc<Self>, tcp: TcpStream, peer: IpAddr, connected: Connected) {
         let mut stop = self.stop.clone();
-        // hyper's own timer starts with the first byte, so the wait for that one is ours.
+        // The wait for the first byte is ours, and needs neither a turn nor a thread that serves requests.
         let protocol = tokio::select! {
             protocol = tokio::time::timeout(HEAD_TIMEOUT, self.protocol(&tcp)) => protocol.ok().flatten(),
             _ = stop.wait_for(|stop| *stop) => None,
@@ -348,14 +350,20 @@ impl Server {
 
 /// When hyper last looked at each answer of an HTTP/2 connection. A client may open no window for an answer and yet keep its
 /// connection alive, so that the kernel's [`STALL_TIMEOUT`] never ends it: then the answer, and what it holds, would stay.
-/// The lock is held to add an answer and, every half minute, to look through them.
+/// The lock is held to add an answer and, when there are many and every half minute, to look through them.
 #[derive(Clone, Debug, Default)]
 struct Looks(Arc<Mutex<Vec<Weak<Mutex<Instant>>>>>);
 
 impl Looks {
     fn watch(&self, body: Body) -> Body {
         let last = Arc::new(Mutex::new(Instant::now()));
-        self.0.lock().push(Arc::downgrade(&last));
+        let mut answers = self.0.lock();
+        if answers.len() >= 2 * H2_STREAMS_MAX as usize {
+            // At least half of them are over.
+            answers.retain(|last| last.strong_count() > 0);
+        }
+        answers.push(Arc::downgrade(&last));
+        drop(answers);
         Body::new(Watched { body, last })
     }
 
@@ -477,21 +485,40 @@ fn refuse(refusals: &Arc<Semaphore>, stream: TcpStream, refusal: ApiError) {
 
 async fn tell_refusal(mut stream: TcpStream, refusal: ApiError) {
     let message = refusal.into_last_words();
-    let answer = async {
-        stream.write_all(message.as_bytes()).await?;
+    // The client may be gone already.
+    if let Ok(Ok(())) = tokio::time::timeout(LAST_WORDS_TIMEOUT, stream.write_all(message.as_bytes())).await {
+        close(&mut stream).await;
+    }
+}
+
+/// Ends a connection whose last answer is sent. Closed while something is unread that its client has sent, it would be reset, and
+/// the answer might be lost on the way.
+pub async fn close(stream: &mut TcpStream) {
+    let close = async {
         stream.shutdown().await?;
-        // Closed with its request unread, the connection would be reset, and the answer lost on the way.
         let mut ignored = [0; 1024];
         while stream.read(&mut ignored).await? > 0 {}
         std::io::Result::Ok(())
     };
-    // The client may be gone already.
-    tokio::time::timeout(Duration::from_secs(1), answer).await.ok();
+    // What a client gone cannot be told is its own affair.
+    tokio::time::timeout(LAST_WORDS_TIMEOUT, close).await.ok();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_that_are_over_are_not_looked_after() {
+        let looks = Looks::default();
+        let kept: Vec<Body> = (0..H2_STREAMS_MAX).map(|_| looks.watch(Body::empty())).collect();
+        for _ in 0..10_000 {
+            drop(looks.watch(Body::empty()));
+        }
+        let answers = looks.0.lock();
+        let live = answers.iter().filter(|last| last.strong_count() > 0).count();
+        assert!(live == kept.len() && answers.len() <= 2 * H2_STREAMS_MAX as usize, "{live} of {}", answers.len());
+    }
 
     #[test]
     fn first_bytes_tell_which_line_a_connection_waits_in() {

@@ -319,7 +319,7 @@ async fn delete_matching(app: &App, head: &Head, body: &[u8], collection: Collec
         return Ok(json(StatusCode::OK, outcome_json(&known?.outcomes[0])));
     }
     let (ticket, _) = app.engine.begin_match(collection.as_str())?;
-    let (ids, filter) = blocking(move || (ticket.ids_matching(&filter), filter)).await?;
+    let (ids, filter) = app.engine.on_pool(move || (ticket.ids_matching(&filter), filter)).await?;
     let mut all = Outcome::VectorsDeleted { deleted: 0, missing: Vec::new(), revision: app.engine.head() };
     let mut chunks = ids.chunks(ITEMS_MAX).peekable();
     while let Some(ids) = chunks.next() {
@@ -333,10 +333,6 @@ async fn delete_matching(app: &App, head: &Head, body: &[u8], collection: Collec
         all = committed.outcomes.into_iter().next().ok_or(ApiError::Internal)?;
     }
     Ok(json(StatusCode::OK, outcome_json(&all)))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ApiResult<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Internal)
 }
 
 fn push_item(out: &mut String, item: &Item) {
@@ -372,7 +368,7 @@ pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     let include_vector = params.flag("include_vector")?;
     let after = params.one("cursor")?.map(decode_cursor).transpose()?;
     let shared = app.engine.collection(collection.as_str())?;
-    let (mut items, revision) = shared.read(|c| (c.list(after.as_deref(), limit + 1, include_vector), c.revision()));
+    let (mut items, revision) = shared.list(after.as_deref(), limit + 1, include_vector);
     let mut has_more = items.len() > limit;
     items.truncate(limit);
     let numbers = items.iter().filter_map(|item| item.vector.as_ref()).map(|vector| vector.len()).sum::<usize>();
@@ -416,7 +412,7 @@ pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Bod
         None => app.engine.collection(collection.as_str())?.read(|c| (c.len(), c.revision())),
         Some(filter) => {
             let (ticket, revision) = app.engine.begin_match(collection.as_str())?;
-            (blocking(move || ticket.count_matching(&filter)).await?, revision)
+            (app.engine.on_pool(move || ticket.count_matching(&filter)).await?, revision)
         }
     };
     Ok(json(StatusCode::OK, format!("{{\"count\":{count},\"revision\":{revision}}}")))
@@ -622,7 +618,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: SearchBody<'_> = parse_list::<_, SearchBody<'_>>(&bytes, "queries")?;
-    let prepare_all = |shared: &SharedCollection| match &body.queries {
+    let prepare_each = |shared: &SharedCollection| match &body.queries {
         None => Ok(vec![body.prepare(shared)?]),
         Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),
         Some(queries) if queries.is_empty() || queries.len() > QUERIES_MAX => {
@@ -650,15 +646,17 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
             if prepared.iter().filter(|s| s.group.is_some()).count() > GROUPED_MAX {
                 return Err(Rejection::invalid(format!("at most {GROUPED_MAX} of queries may have group_by")));
             }
-            let carried: usize = prepared.iter().filter(|s| s.include_vector).map(carried_vectors).sum();
-            if carried * shared.spec().dim > ANSWER_NUMBERS_MAX {
-                let detail = format!(
-                    "with include_vector an answer carries at most {ANSWER_NUMBERS_MAX} numbers; ask for fewer"
-                );
-                return Err(Rejection::invalid(detail));
-            }
             Ok(prepared)
         }
+    };
+    let prepare_all = |shared: &SharedCollection| {
+        let prepared = prepare_each(shared)?;
+        let carried: usize = prepared.iter().filter(|s| s.include_vector).map(carried_vectors).sum();
+        if carried * shared.spec().dim > ANSWER_NUMBERS_MAX {
+            let detail = "with include_vector an answer carries at most";
+            return Err(Rejection::invalid(format!("{detail} {ANSWER_NUMBERS_MAX} numbers; ask for fewer")));
+        }
+        Ok(prepared)
     };
     let prepare = |shared: &SharedCollection| aside(bytes.len(), || prepare_all(shared));
     let (answers, revision, took_us) = app.engine.search(collection.as_str(), prepare).await?;

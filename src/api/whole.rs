@@ -19,7 +19,7 @@
 use super::Service;
 use super::events::EventStream;
 use super::live::{is_stream, take_stream};
-use super::serve::{HEAD_BYTES_MAX, HEAD_TIMEOUT};
+use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
@@ -117,9 +117,12 @@ pub async fn serve(
             push_head(&mut output, &response, Framing::Chunked, is_last);
             return if tcp.write_all(&output).await.is_ok() { Served::Stream(stream) } else { Served::Over };
         }
-        if write(tcp, response, &mut output, is_last).await.is_err() || is_last {
-            // What a client gone cannot be told is its own affair.
-            tcp.shutdown().await.ok();
+        if write(tcp, response, &mut output, is_last).await.is_err() {
+            return Served::Over;
+        }
+        if is_last {
+            // Boxed: most connections never need the room.
+            Box::pin(serve::close(tcp)).await;
             return Served::Over;
         }
         if output.capacity() > KEPT_BYTES_MAX {

@@ -45,8 +45,14 @@ pub async fn backup(args: BackupArgs) -> anyhow::Result<()> {
         pass_on(target.download("/v1/admin/backup").await?).await?
     } else {
         let mut file = Partial::create(&args.file, args.force)?;
-        let bytes = save(target.download("/v1/admin/backup").await?, &mut file).await?;
-        let contents = verify(file.beside(), |_, _| true)?.context("the check was interrupted")?;
+        let saved = save(target.download("/v1/admin/backup").await?, &mut file).await;
+        let checked = verify(file.beside(), |_, _| true);
+        if let Err(given_up @ ReadError::GivenUp(_)) = checked {
+            // The answer was cut short, and this says why.
+            return Err(given_up.into());
+        }
+        let bytes = saved?;
+        let contents = checked?.context("the check was interrupted")?;
         file.finish()?;
         (bytes, contents)
     };
@@ -80,14 +86,19 @@ pub(super) fn is_stream(path: &Path) -> bool {
 async fn save(mut download: Download, file: &mut Partial) -> anyhow::Result<u64> {
     let bar = bytes_bar(None, "from the server");
     let mut bytes = 0;
-    while let Some(piece) = download.next().await? {
+    let read = loop {
+        let piece = match download.next().await {
+            Ok(Some(piece)) => piece,
+            Ok(None) => break Ok(bytes),
+            Err(error) => break Err(error),
+        };
         file.write_all(&piece).with_context(|| format!("cannot write {}", file.beside().display()))?;
         bytes += piece.len() as u64;
         bar.set_position(bytes);
-    }
+    };
     bar.finish_and_clear();
     file.sync()?;
-    Ok(bytes)
+    read
 }
 
 /// To stdout, and past a thread that checks it: what the server gave up half-way ends like any other answer.
@@ -97,20 +108,28 @@ async fn pass_on(mut download: Download) -> anyhow::Result<(u64, Contents)> {
     let bar = bytes_bar(None, "from the server");
     let mut out = std::io::stdout();
     let mut bytes = 0;
-    while let Some(piece) = download.next().await? {
+    let read = loop {
+        let piece = match download.next().await {
+            Ok(Some(piece)) => piece,
+            Ok(None) => break Ok(bytes),
+            Err(error) => break Err(error),
+        };
         out.write_all(&piece)?;
         if check.write_all(&piece).is_err() {
             // It has seen enough, and says what.
-            break;
+            break Ok(bytes);
         }
         bytes += piece.len() as u64;
         bar.set_position(bytes);
-    }
+    };
     out.flush()?;
     bar.finish_and_clear();
     drop(check);
-    let contents = checker.join().map_err(|_| anyhow::anyhow!("the check failed"))??;
-    Ok((bytes, contents))
+    match checker.join().map_err(|_| anyhow::anyhow!("the check failed"))? {
+        // The answer was cut short, and this says why.
+        Err(given_up @ ReadError::GivenUp(_)) => Err(given_up.into()),
+        checked => Ok((read?, checked?)),
+    }
 }
 
 /// A bar over bytes, or a count of them; invisible where nobody looks.

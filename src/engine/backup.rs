@@ -39,8 +39,6 @@ const MAGIC: &[u8; 8] = b"KISSBACK";
 const VERSION: u32 = 1;
 /// Rows are gathered into blocks of about this size.
 const BLOCK_BYTES: usize = 256 << 10;
-/// Numbers copied under one hold of a collection's lock: some tens of microseconds.
-const SLICE_NUMBERS: usize = 16 << 10;
 /// Log read at a time.
 const LOG_BYTES: usize = 1 << 20;
 /// Bytes read from a file at a time.
@@ -226,13 +224,13 @@ impl Engine {
         put_spec(&mut out.block, collection.spec());
         out.block.put_revision(collection.created());
         out.end()?;
-        let slice_vectors = (SLICE_NUMBERS / collection.spec().dim).clamp(1, 64);
+        let slice_vectors = collection.rows_at_a_time();
         let mut count = 0;
         let mut after: Option<VectorId> = None;
         out.begin(kind::VECTORS);
         loop {
             self.go_on()?;
-            let slice = collection.read(|c| c.list(after.as_ref().map(VectorId::as_str), slice_vectors, true));
+            let (slice, _) = collection.list(after.as_ref().map(VectorId::as_str), slice_vectors, true);
             let Some(last) = slice.last() else { break };
             after = Some(last.id.clone());
             count += slice.len() as u64;

@@ -9,6 +9,8 @@
 //!   over I/O, but for the page faults of the mapped rows: those of a bulk load's rows are mostly taken by upkeep, under a read
 //!   lock, 16 KiB at a time; those of the graph's memory by linkers, under no lock of ours. (The kernel's lock of the address space is
 //!   held for reading meanwhile, also by a linker that does not get on: whoever maps or unmaps memory, about once a second, waits.)
+//! - `growing`: held over I/O by who allocates rows, the writer or upkeep. Twice at once, what one writes as zeros where the file
+//!   system cannot allocate could fall on rows of the other.
 //! - `searches`: numbers of running searches and of linkers' jobs. A slot they may know is not reused.
 //! - `upkeep`: where the background work stands; one thread at a time.
 //! - `done`: what linkers report; held to push or to take all.
@@ -24,10 +26,10 @@ use crate::disk;
 use crate::error::{Error, Rejection};
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
-use crate::vector::collection::{Changes, Collection, Horizon, SearchNumber};
+use crate::vector::collection::{Changes, Collection, Horizon, Item, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
-use crate::vector::storage::{NewChunk, SlotEntry, SlotLog, encode_frame};
+use crate::vector::storage::{SlotEntry, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeSet;
@@ -38,6 +40,11 @@ use std::sync::{Arc, OnceLock, Weak};
 /// Ids encoded under one hold of the lock during a checkpoint, and bytes of rows read there for their checksums.
 const CHECKPOINT_IDS: usize = 1000;
 const CHECKPOINT_BYTES: usize = 256 << 10;
+/// Bytes of a checkpoint that are held before they are appended: a bulk load may have changed everything since the last.
+const FRAMES_BYTES: usize = if cfg!(test) { 4 << 10 } else { 16 << 20 };
+/// Numbers, and rows, copied under one hold of the lock: some tens of microseconds.
+const COPIED_NUMBERS: usize = 16 << 10;
+const COPIED_ROWS: usize = 64;
 /// Changes applied under one hold of the lock: tens of microseconds.
 const APPLIED_CHANGES: usize = 16;
 /// Slots linked as one piece of work: a few milliseconds.
@@ -80,6 +87,7 @@ pub struct SharedCollection {
     spec: CollectionSpec,
     created: Revision,
     inner: RwLock<Collection>,
+    growing: Mutex<()>,
     searches: Mutex<Searches>,
     upkeep: Mutex<Upkeep>,
     done: Mutex<Vec<(SearchNumber, Done)>>,
@@ -255,6 +263,7 @@ impl SharedCollection {
             spec,
             created,
             inner: RwLock::new(collection),
+            growing: Mutex::default(),
             searches: Mutex::default(),
             upkeep: Mutex::new(Upkeep { has_to_load: dir.is_some(), ..Upkeep::default() }),
             done: Mutex::default(),
@@ -309,14 +318,46 @@ impl SharedCollection {
         look(&self.inner.read())
     }
 
-    /// Prepares room for `more` vectors beyond those applied. Does I/O under the read lock only: searches go on.
+    /// Prepares room for `more` vectors beyond those applied. Does its I/O with nobody waiting but who needs room too.
     pub fn reserve(&self, more: usize) -> Result<(), Error> {
-        let chunks: Vec<NewChunk> = self.inner.read().allocate(more)?;
-        if !chunks.is_empty() {
-            self.inner.write().grow(chunks);
+        {
+            let _growing = self.growing.lock();
+            let growth = self.read(|c| c.growth(more));
+            let chunks = growth.allocate()?;
+            if !chunks.is_empty() {
+                self.inner.write().grow(chunks);
+            }
         }
         // Last: a graph that starts meanwhile makes room for as many slots as there are rows.
         self.inner.read().reserve_graph()
+    }
+
+    /// Live vectors in order of id, after `after`, all as of the revision that comes with them: the newest that had changed
+    /// the collection. Numbers are copied a few at a time, so that nobody waits for all of them: held, their slots are not
+    /// reused meanwhile.
+    #[must_use]
+    pub fn list(&self, after: Option<&str>, limit: usize, include_vector: bool) -> (Vec<Item>, Revision) {
+        let number = self.begin();
+        let (listed, revision) = self.read(|c| (c.list(after, limit, false).collect::<Vec<_>>(), c.revision()));
+        let (slots, mut items): (Vec<u32>, Vec<Item>) = listed.into_iter().unzip();
+        if include_vector {
+            let rows = self.rows_at_a_time();
+            for (slots, items) in slots.chunks(rows).zip(items.chunks_mut(rows)) {
+                self.read(|c| {
+                    for (&slot, item) in slots.iter().zip(items) {
+                        item.vector = Some(c.row(slot).to_vec());
+                    }
+                });
+            }
+        }
+        self.end_search(number);
+        (items, revision)
+    }
+
+    /// Rows that are copied under one hold of the lock.
+    #[must_use]
+    pub fn rows_at_a_time(&self) -> usize {
+        (COPIED_NUMBERS / self.spec.dim).clamp(1, COPIED_ROWS)
     }
 
     /// Applies one write of numbers and metadata. This and the next two serve measurements and tests; the engine applies
@@ -850,6 +891,7 @@ impl SharedCollection {
                 let entries = {
                     let inner = self.inner.read();
                     let page = inner.list(after.as_ref().map(VectorId::as_str), ids_at_a_time, false);
+                    let page: Vec<Item> = page.map(|(_, item)| item).collect();
                     let ids: Vec<VectorId> = page.into_iter().map(|item| item.id).collect();
                     after = ids.last().cloned();
                     inner.entries_of(&ids)
@@ -873,10 +915,14 @@ impl SharedCollection {
         while let Some(entries) = pages.next() {
             let is_last = pages.peek().is_none();
             frames.extend_from_slice(&encode_frame(if is_last { revision } else { previous }, newest, &entries));
+            if is_last || frames.len() >= FRAMES_BYTES {
+                sync_log()?;
+                sync_rows()?;
+                log.append(&frames)?;
+                frames.clear();
+            }
         }
-        sync_log()?;
-        sync_rows()?;
-        log.append(&frames)
+        Ok(())
     }
 }
 

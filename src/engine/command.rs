@@ -368,6 +368,12 @@ impl Op {
         }
     }
 
+    /// Vectors, or keys, it may change: what it costs to decide, write and apply.
+    #[must_use]
+    pub fn weight(&self) -> usize {
+        if let Self::DeleteVectors { selection, .. } = self { selection.ids.len() } else { 1 }
+    }
+
     /// Whether it concerns collections rather than keys.
     #[must_use]
     pub fn is_about_vectors(&self) -> bool {

@@ -451,23 +451,30 @@ impl SearchTicket {
     }
 
     fn finish(&self, search: &Search, scan: Scan) -> Found {
-        self.collection.read(|inner| {
-            let hit = |c: Candidate| inner.hit(c.slot, c.score, search.include_vector);
-            let Some(groups) = scan.groups else {
-                let best = scan.top.into_sorted().into_iter();
-                return Found::Hits(best.skip(search.offset).take(search.k).map(hit).collect());
-            };
-            let mut groups: Vec<(Candidate, String, serde_json::Value, TopK)> = groups
-                .best
-                .into_iter()
-                .filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top)))
-                .collect();
-            groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
-            let wanted = groups.into_iter().skip(search.offset).take(search.k);
-            Found::Groups(
-                wanted.map(|(_, _, value, top)| (value, top.into_sorted().into_iter().map(hit).collect())).collect(),
-            )
-        })
+        let Some(groups) = scan.groups else {
+            let best = scan.top.into_sorted();
+            let wanted = best.get(search.offset..).unwrap_or_default();
+            return Found::Hits(self.hits(search, &wanted[..wanted.len().min(search.k)]));
+        };
+        let mut groups: Vec<(Candidate, String, serde_json::Value, TopK)> = groups
+            .best
+            .into_iter()
+            .filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top)))
+            .collect();
+        groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+        let wanted = groups.into_iter().skip(search.offset).take(search.k);
+        Found::Groups(wanted.map(|(_, _, value, top)| (value, self.hits(search, &top.into_sorted()))).collect())
+    }
+
+    /// A few under one hold of the lock: their numbers may have to come from disk.
+    fn hits(&self, search: &Search, found: &[Candidate]) -> Vec<Hit> {
+        let at_a_time = if search.include_vector { self.collection.rows_at_a_time() } else { SLICE_METAS };
+        let mut hits = Vec::with_capacity(found.len());
+        for some in found.chunks(at_a_time) {
+            let hit = |inner: &Collection, c: &Candidate| inner.hit(c.slot, c.score, search.include_vector);
+            self.collection.read(|inner| hits.extend(some.iter().map(|c| hit(inner, c))));
+        }
+        hits
     }
 }
 

@@ -40,7 +40,7 @@ pub const EFFECTS: &str = "kiss_vdb::effects";
 const BATCH_COMMANDS_MAX: usize = 4096;
 /// Operations after which a batch takes no further command, for the same reason.
 const BATCH_OPS_MAX: usize = 16_384;
-/// Vectors after which a batch takes no further command that writes vectors. A vector takes a hundred times as long as a key
+/// Vectors after which a batch takes no further command that writes or deletes some. A vector takes a hundred times as long as a key
 /// to write and apply, so key writes wait for about this many at most, and vector writes share a sync all the same.
 const BATCH_VECTORS: usize = 64;
 /// While key writes keep coming (the last not longer ago than this), vector writes wait for the next so long, to go into one
@@ -163,7 +163,9 @@ impl Sequencer {
             // No snapshot either: its sync of the log would be a second one, and report success for what the first one lost.
             self.inner.poisoned.store(true, Ordering::Release);
         }
-        self.wal.publish();
+        if !self.is_poisoned() {
+            self.wal.publish();
+        }
         self.ended = true;
         // What still waits is told, rather than left hanging.
         for request in self.queue.try_iter() {
@@ -230,7 +232,7 @@ impl Sequencer {
         while vectors < BATCH_VECTORS
             && let Some(waiting) = self.vector_writes.pop_front()
         {
-            vectors += waiting.0.ops.len();
+            vectors += waiting.0.ops.iter().map(Op::weight).sum::<usize>();
             commands.push_back(waiting);
         }
         self.commit_batch(&mut commands);

@@ -257,6 +257,8 @@ pub struct Overlay {
     answers: HashMap<Box<str>, Arc<Remembered>>,
     /// Bytes by which keys and vectors will have grown.
     growth: usize,
+    /// The same before the last decided command.
+    growth_before: usize,
     undo: Vec<Undo>,
 }
 
@@ -284,8 +286,14 @@ impl Overlay {
         self.undo.push(Undo::Collection(name.clone(), old));
     }
 
+    fn begin(&mut self) {
+        self.undo.clear();
+        self.growth_before = self.growth;
+    }
+
     /// Takes back what the last decided command laid over the state.
     pub fn roll_back(&mut self) {
+        self.growth = self.growth_before;
         fn restore<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V>, key: K, old: Option<V>) {
             match old {
                 Some(old) => map.insert(key, old),
@@ -365,8 +373,7 @@ impl Decider<'_> {
 
     /// Decides a command: all of its operations or none. A rejection leaves the overlay as it was.
     pub fn decide(&mut self, command: Command) -> Result<Decision, Rejection> {
-        self.overlay.undo.clear();
-        let growth = self.overlay.growth;
+        self.overlay.begin();
         let first = self.next;
         let mut bytes = 0;
         let count = command.ops.len();
@@ -390,7 +397,6 @@ impl Decider<'_> {
                 Ok(outcome) => decision.outcomes.push(outcome),
                 Err(mut rejection) => {
                     self.overlay.roll_back();
-                    self.overlay.growth = growth;
                     self.next = first;
                     if let Rejection::RevisionConflict { actual, .. } = &mut rejection
                         && let Some(place) = actual.0.checked_sub(first.0)

@@ -14,7 +14,7 @@ use super::distance::{dot_f64, kernels, l2_squared_f64};
 use super::filter::{Filter, any_at};
 use super::graph::Graph;
 use super::meta_index::MetaIndex;
-use super::storage::{NewChunk, RowStore, SlotEntry, SlotLog};
+use super::storage::{Growth, NewChunk, RowStore, SlotEntry, SlotLog};
 use super::topk::TopK;
 use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
 use crate::disk::File;
@@ -333,7 +333,7 @@ impl Collection {
         let used = self.slots.len() - self.slots.iter().rev().take_while(|state| state.died != ALIVE).count();
         self.slots.truncate(used);
         self.rows.check_length(used)?;
-        self.rows.grow(self.rows.allocate(used)?);
+        self.rows.grow(self.rows.growth(used).allocate()?);
         let occupied = self.slots.iter().filter(|state| state.died == ALIVE);
         self.text_bytes = occupied.map(|state| state.id.as_str().len() + state.meta.text().len()).sum();
         let (live, free): (Vec<Slot>, Vec<Slot>) =
@@ -414,9 +414,10 @@ impl Collection {
         self.text_bytes / self.ids.len().max(1)
     }
 
-    /// Room for `more` vectors beyond those there are; give the chunks to [`Collection::grow`]. Does I/O.
-    pub fn allocate(&self, more: usize) -> Result<Vec<NewChunk>, Error> {
-        self.rows.allocate(self.slots.len() + more)
+    /// What rows lack for `more` vectors beyond those there are: allocate it, and give it to [`Collection::grow`].
+    #[must_use]
+    pub fn growth(&self, more: usize) -> Growth {
+        self.rows.growth(self.slots.len() + more)
     }
 
     /// Room in the graph, if there is one, for as many vectors as there are rows for.
@@ -736,12 +737,6 @@ impl Collection {
         claimed
     }
 
-    /// Whether slots wait to be linked.
-    #[must_use]
-    pub fn has_unclaimed(&self) -> bool {
-        self.claimed < self.tail.len()
-    }
-
     /// Reports claimed slots: linked, or found dead and left out.
     pub fn finish_links(&mut self, slots: &[(u32, bool)], horizon: Horizon) {
         for &(slot, is_linked) in slots {
@@ -853,16 +848,12 @@ impl Collection {
         }
     }
 
-    /// Live vectors in order of id, after `after`.
-    #[must_use]
-    pub fn list(&self, after: Option<&str>, limit: usize, include_vector: bool) -> Vec<Item> {
+    /// Live vectors in order of id, after `after`, and their slots.
+    pub fn list(&self, after: Option<&str>, limit: usize, include_vector: bool) -> impl Iterator<Item = (u32, Item)> {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = after.map_or(Unbounded, Excluded);
-        self.ids
-            .range::<str, _>((from, Unbounded))
-            .take(limit)
-            .map(|(_, &slot)| self.item(slot, include_vector))
-            .collect()
+        let listed = self.ids.range::<str, _>((from, Unbounded)).take(limit);
+        listed.map(move |(_, &slot)| (slot.0, self.item(slot, include_vector)))
     }
 
     /// The ids of those of some slots that are live.

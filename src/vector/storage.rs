@@ -22,6 +22,7 @@ use memmap2::{Advice, MmapMut, MmapOptions};
 use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Rows start at multiples of this: a cache line, and the widest vector register.
 const ROW_ALIGN: usize = 64;
@@ -42,15 +43,20 @@ pub struct RowStore {
     doublings: u32,
     chunks: Vec<MmapMut>,
     /// `None` keeps the rows in anonymous memory.
-    file: Option<(PathBuf, File)>,
+    file: Option<Arc<(PathBuf, File)>>,
 }
 
-/// A chunk that is allocated but not yet part of its store, and the row it begins with.
+/// Chunks that a store lacks: the row each begins with, and its bytes.
 #[derive(Debug)]
-pub struct NewChunk {
-    first: usize,
-    map: MmapMut,
+pub struct Growth {
+    chunks: Vec<(usize, usize)>,
+    stride: usize,
+    file: Option<Arc<(PathBuf, File)>>,
 }
+
+/// A chunk that is allocated but not yet part of its store.
+#[derive(Debug)]
+pub struct NewChunk(MmapMut);
 
 impl RowStore {
     /// Opens or creates the file; `None` keeps everything in memory.
@@ -62,7 +68,7 @@ impl RowStore {
             None => None,
             Some(path) => {
                 let file = File::open_or_create(&path).map_err(Error::io("cannot open", &path))?;
-                Some((path, file))
+                Some(Arc::new((path, file)))
             }
         };
         Ok(Self { dim, stride, first_rows, doublings, chunks: Vec::new(), file })
@@ -98,48 +104,31 @@ impl RowStore {
         self.stride
     }
 
-    /// Allocates what is missing for `rows` rows, on disk too. The chunks count once they are given to
-    /// [`RowStore::grow`]; that split lets the slow part run without the collection's lock.
-    pub fn allocate(&self, rows: usize) -> Result<Vec<NewChunk>, Error> {
+    /// What is missing for `rows` rows. Its chunks count once they are allocated and given to [`RowStore::grow`]: in three steps,
+    /// so that the slow one, in the middle, needs no lock of the store's. From the first to the last the store must not grow
+    /// otherwise.
+    #[must_use]
+    pub fn growth(&self, rows: usize) -> Growth {
         let mut capacity = self.capacity();
-        let mut fresh = Vec::new();
+        let mut chunks = Vec::new();
         while capacity < rows {
-            let chunk_rows = self.chunk_rows(self.chunks.len() + fresh.len());
-            let bytes = chunk_rows * self.stride;
-            let offset = (capacity * self.stride) as u64;
-            let map = match &self.file {
-                None => {
-                    MmapMut::map_anon(bytes).map_err(Error::io("cannot get memory for", Path::new("vector rows")))?
-                }
-                Some((path, file)) => {
-                    let length = file.length().map_err(Error::io("cannot stat", path))?;
-                    preallocate(file, offset, bytes).map_err(Error::io("cannot grow", path))?;
-                    // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data
-                    // directory's lock keeps other servers away from it.
-                    let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file.as_system()) }
-                        .map_err(Error::io("cannot map", path))?;
-                    if offset >= length {
-                        advise(&map, Advice::Random);
-                    }
-                    map
-                }
-            };
-            fresh.push(NewChunk { first: capacity, map });
+            let chunk_rows = self.chunk_rows(self.chunks.len() + chunks.len());
+            chunks.push((capacity, chunk_rows * self.stride));
             capacity += chunk_rows;
         }
         // Whoever needs a new chunk has filled all before the last.
-        if !fresh.is_empty()
+        if !chunks.is_empty()
             && self.file.is_some()
             && let [full @ .., _] = &self.chunks[..]
         {
             full.iter().for_each(|map| advise(map, Advice::Normal));
         }
-        Ok(fresh)
+        Growth { chunks, stride: self.stride, file: self.file.clone() }
     }
 
     /// Whether the file is long enough to hold this many rows. In memory there is nothing to miss.
     pub fn check_length(&self, rows: usize) -> Result<(), Error> {
-        let Some((path, file)) = &self.file else { return Ok(()) };
+        let Some((path, file)) = self.file.as_deref() else { return Ok(()) };
         let length = file.length().map_err(Error::io("cannot stat", path))?;
         let needed = (rows * self.stride) as u64;
         if length < needed {
@@ -148,13 +137,9 @@ impl RowStore {
         Ok(())
     }
 
-    /// Takes allocated chunks into use. Where another thread was first with the same, they are unmapped again.
+    /// Takes allocated chunks into use.
     pub fn grow(&mut self, chunks: Vec<NewChunk>) {
-        for NewChunk { first, map } in chunks {
-            if first == self.capacity() {
-                self.chunks.push(map);
-            }
-        }
+        self.chunks.extend(chunks.into_iter().map(|NewChunk(map)| map));
     }
 
     /// The numbers in a slot.
@@ -199,7 +184,10 @@ impl RowStore {
 
     /// A handle whose `sync_data` writes every changed mapped row to disk, usable without the collection's lock.
     pub fn sync_handle(&self) -> Result<Option<File>, Error> {
-        self.file.as_ref().map(|(path, file)| file.try_clone().map_err(Error::io("cannot duplicate", path))).transpose()
+        self.file
+            .as_deref()
+            .map(|(path, file)| file.try_clone().map_err(Error::io("cannot duplicate", path)))
+            .transpose()
     }
 }
 
@@ -208,6 +196,31 @@ impl RowStore {
 fn advise(map: &MmapMut, advice: Advice) {
     if let Err(error) = map.advise(advice) {
         tracing::debug!(%error, ?advice, "rows are read ahead as the system does by itself");
+    }
+}
+
+impl Growth {
+    /// Allocates the chunks, on disk too.
+    pub fn allocate(&self) -> Result<Vec<NewChunk>, Error> {
+        self.chunks.iter().map(|&(first, bytes)| self.allocate_chunk(first, bytes)).collect()
+    }
+
+    fn allocate_chunk(&self, first: usize, bytes: usize) -> Result<NewChunk, Error> {
+        let Some((path, file)) = self.file.as_deref() else {
+            let map = MmapMut::map_anon(bytes);
+            return map.map(NewChunk).map_err(Error::io("cannot get memory for", Path::new("vector rows")));
+        };
+        let offset = (first * self.stride) as u64;
+        let length = file.length().map_err(Error::io("cannot stat", path))?;
+        preallocate(file, offset, bytes).map_err(Error::io("cannot grow", path))?;
+        // SAFETY: the range was just allocated, the file is never truncated while mapped, and the data directory's lock
+        // keeps other servers away from it.
+        let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map_mut(file.as_system()) }
+            .map_err(Error::io("cannot map", path))?;
+        if offset >= length {
+            advise(&map, Advice::Random);
+        }
+        Ok(NewChunk(map))
     }
 }
 
@@ -475,7 +488,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let mut rows = RowStore::open(Some(dir.path().join("rows.f32")), dim).unwrap();
             let count = rows.first_rows * 6 + 3;
-            rows.grow(rows.allocate(count).unwrap());
+            rows.grow(rows.growth(count).allocate().unwrap());
             assert!(rows.capacity() >= count);
             let mut last = (0, usize::MAX);
             for slot in 0..count {
@@ -487,7 +500,7 @@ mod tests {
             }
             drop(rows);
             let mut rows = RowStore::open(Some(dir.path().join("rows.f32")), dim).unwrap();
-            rows.grow(rows.allocate(count).unwrap());
+            rows.grow(rows.growth(count).allocate().unwrap());
             for slot in 0..count {
                 assert_eq!(rows.row(Slot(slot as u32)), vec![slot as f32; dim], "dim {dim} slot {slot}");
                 assert_eq!(rows.row(Slot(slot as u32)).as_ptr() as usize % ROW_ALIGN, 0);
