@@ -482,6 +482,36 @@ async fn half_requests_at_a_stop_are_answered_once_they_are_whole() {
     assert!(server.stop());
 }
 
+/// Whoever is refused by the head alone keeps the answer, and the connection where its body is short; else it is told.
+#[tokio::test]
+async fn a_refusal_before_the_body_costs_no_answer_and_no_connection() {
+    let server = Server::start(&[]);
+    let head = |fields: &str| format!("PUT /v1/state/a?no=1 HTTP/1.1\r\nhost: h\r\n{fields}\r\n\r\n");
+    let then = "GET /v1/health HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+    let long = "x".repeat(300_000);
+    for (name, fields, parts, goes_on) in [
+        ("chunks", "transfer-encoding: chunked", &["4\r\n", "null\r\n0\r\n\r\n", then][..], true),
+        ("a length", "content-length: 65536", &[&long[..100], &long[..65436], then], true),
+        ("long", "content-length: 300000", &[&long[..100]], false),
+        ("long chunks", "transfer-encoding: chunked", &["20000\r\n", &long[..0x20000], "\r\n"], false),
+        ("asks first", "content-length: 4\r\nexpect: 100-continue", &[], false),
+    ] {
+        let mut socket = connect(&server.target).await;
+        for part in [&head(fields)[..]].iter().chain(parts) {
+            // It may be closed already.
+            socket.write_all(part.as_bytes()).await.ok();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let mut answer = Vec::new();
+        timeout(Duration::from_secs(5), socket.read_to_end(&mut answer)).await.expect("it ends").ok();
+        let answer = String::from_utf8(answer).unwrap();
+        let (refusal, rest) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(refusal.starts_with("HTTP/1.1 400"), "{name}: {answer}");
+        assert_eq!(refusal.contains("connection: close"), !goes_on, "{name}: {answer}");
+        assert_eq!(rest.contains("\"status\":\"ok\""), goes_on, "{name}: {answer}");
+    }
+}
+
 /// Many who have begun a request and say no more hold up no connection that comes after them.
 #[tokio::test]
 async fn half_requests_keep_no_new_connection_waiting() {

@@ -435,6 +435,20 @@ async fn ephemeral_events_reach_live_streams_and_skip_the_log() {
     let history =
         c.send("GET".parse().unwrap(), "/v1/events?since=0", &[("accept", "application/json")], "").await.unwrap();
     assert_eq!(history.json().unwrap()["events"].as_array().unwrap().len(), 2);
+    // Whoever comes later, from however far back, has missed them, whether others with the same filter were there or not.
+    ok(c, r#"PUT /v1/state/k {"value":1}"#).await;
+    for query in ["?since=0", "?since=0&types=vector_added,state_updated,tick"] {
+        let mut late = server.target.events(query, None).await.unwrap();
+        frame(&mut late).await;
+        let types = if query.contains("types") {
+            &["vector_added", "state_updated"][..]
+        } else {
+            &["collection_created", "vector_added", "state_updated"]
+        };
+        for event in types {
+            assert_eq!(next(&mut late).await.event, *event, "{query}");
+        }
+    }
 }
 
 /// How often a stream had to read the log.

@@ -21,6 +21,7 @@ pub mod events;
 pub mod extract;
 pub mod live;
 pub mod offer;
+mod rest;
 pub mod serve;
 pub mod state;
 pub mod tls;

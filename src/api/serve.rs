@@ -15,10 +15,10 @@ use super::auth::NoPlace;
 use super::error::ApiError;
 use super::live::{StreamThreads, take_stream};
 use super::whole::{self, Served};
-use super::{App, Service};
+use super::{App, Service, rest};
 use crate::error::Rejection;
 use axum::body::Body;
-use axum::http::Method;
+use axum::http::{HeaderValue, Method, Version, header};
 use axum::response::Response;
 use bytes::Bytes;
 use hyper::server::conn::{http1, http2};
@@ -431,9 +431,14 @@ impl<R: AsyncRead + Unpin> AsyncRead for Rewound<R> {
 /// An answer for hyper: a stream is its body.
 async fn answer_with_body(service: &Service, request: hyper::Request<hyper::body::Incoming>) -> Response {
     let is_head = request.method() == Method::HEAD;
-    let mut response = service.answer(request.map(Body::new)).await;
+    let is_http1 = request.version() < Version::HTTP_2;
+    let (request, rest) = rest::lend(request);
+    let mut response = service.answer(request).await;
     if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
         *response.body_mut() = Body::new(stream);
+    }
+    if !rest.read().await && is_http1 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }

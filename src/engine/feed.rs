@@ -602,6 +602,7 @@ impl Feed {
             id,
             revision: after,
             position: None,
+            began: self.ring.read().end(),
             catching_up: None,
             watches_searches,
             by_ring: false,
@@ -690,6 +691,8 @@ pub struct Subscription {
     revision: Revision,
     /// The next position of the ring to look at; `None` while behind the ring.
     position: Option<u64>,
+    /// Where the ring ended when it began: ephemeral events before are for those who were there.
+    began: u64,
     catching_up: Option<JoinHandle<CaughtUp>>,
     watches_searches: bool,
     /// Filters the ring itself, up to its very end; see [`Subscription::look_at_everything`].
@@ -861,8 +864,7 @@ impl Subscription {
                 break;
             };
             self.position = Some(position + 1);
-            // A snapshot may have shown what the ring only gets now.
-            if frame.is_logged() && frame.revision <= self.revision {
+            if !self.is_new(frame, position) {
                 continue;
             }
             self.revision = self.revision.max(frame.revision);
@@ -873,6 +875,11 @@ impl Subscription {
             }
         }
         if frames.is_empty() { Look::Again } else { Look::Frames(frames) }
+    }
+
+    /// Whether a frame of the ring has not been told yet. A snapshot may have shown what the ring only gets now.
+    fn is_new(&self, frame: &Frame, position: u64) -> bool {
+        if frame.is_logged() { frame.revision > self.revision } else { position >= self.began }
     }
 
     /// Filters the ring itself: for a stream whose topic cannot reach back that far.
@@ -888,8 +895,8 @@ impl Subscription {
         let mut at = position;
         while at < end && frames.len() < frames_max && bytes < bytes_max {
             let Some(frame) = ring.get(at) else { break };
+            let is_new = self.is_new(frame, at);
             at += 1;
-            let is_new = !frame.is_logged() || frame.revision > self.revision;
             if is_new && self.topic.filter.wants(&frame.facets()) {
                 bytes += frame.weight;
                 frames.push(Arc::clone(frame));

@@ -1,0 +1,99 @@
+//! What is left of a request's body when its answer is made: most often of one that is refused by its head.
+//!
+//! hyper resets an HTTP/2 stream, and closes an HTTP/1.1 connection, whose body nobody has read to its end. By the first some
+//! clients lose the answer (curl 7.88), by the second all lose their connection, unprepared. So a short rest is read first, and
+//! where there is more the client is told that the connection ends.
+
+use axum::body::Body;
+use axum::http::Request;
+use axum::http::header::EXPECT;
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+/// Rests up to this are read.
+const REST_BYTES_MAX: usize = 64 << 10;
+/// How long an answer waits for them.
+const REST_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The rest of a body, once whoever had it to read has let it go. The lock is held to put it here and to take it.
+#[derive(Debug)]
+pub struct Rest {
+    /// `None` where there was no body.
+    kept: Option<Arc<Mutex<Option<Incoming>>>>,
+    /// The client waits to be asked for its body, which reading would do.
+    is_expecting: bool,
+}
+
+/// A body that is given back when it is let go of.
+struct Lent {
+    body: Option<Incoming>,
+    kept: Arc<Mutex<Option<Incoming>>>,
+}
+
+/// Takes note of a request's body.
+pub fn lend(request: Request<Incoming>) -> (Request<Body>, Rest) {
+    let is_expecting = request.headers().contains_key(EXPECT);
+    if request.body().is_end_stream() {
+        return (request.map(Body::new), Rest { kept: None, is_expecting });
+    }
+    let kept = Arc::<Mutex<Option<Incoming>>>::default();
+    let request = request.map(|body| Body::new(Lent { body: Some(body), kept: Arc::clone(&kept) }));
+    (request, Rest { kept: Some(kept), is_expecting })
+}
+
+impl Rest {
+    /// Reads it, if it is short. Whether all of the body is read then.
+    pub async fn read(self) -> bool {
+        let Some(kept) = self.kept else { return true };
+        let rest = kept.lock().take();
+        let Some(mut rest) = rest else { return false };
+        if rest.is_end_stream() {
+            return true;
+        }
+        if self.is_expecting || rest.size_hint().lower() > REST_BYTES_MAX as u64 {
+            return false;
+        }
+        let read = async {
+            let mut bytes = 0;
+            while let Some(frame) = rest.frame().await {
+                let Ok(frame) = frame else { return false };
+                bytes += frame.into_data().map_or(0, |data| data.len());
+                if bytes > REST_BYTES_MAX {
+                    return false;
+                }
+            }
+            true
+        };
+        tokio::time::timeout(REST_TIMEOUT, read).await.unwrap_or(false)
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        *self.kept.lock() = self.body.take();
+    }
+}
+
+impl http_body::Body for Lent {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.body.as_mut().map_or(Poll::Ready(None), |body| Pin::new(body).poll_frame(cx))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(http_body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map_or_else(SizeHint::default, http_body::Body::size_hint)
+    }
+}
