@@ -324,6 +324,12 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
     // A stream whose reader never reads.
     let mut stuck = connect(&server.target).await;
     stuck.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
+    // Another takes a little now and then, through a window smaller than what is sent at a time.
+    let little = tokio::net::TcpSocket::new_v4().unwrap();
+    little.set_recv_buffer_size(8192).unwrap();
+    let address = server.target.url().strip_prefix("http://").unwrap().parse().unwrap();
+    let mut little = little.connect(address).await.unwrap();
+    little.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
     let filler = format!(r#"{{"type":"log","data":"{}"}}"#, "x".repeat(1 << 20));
     for _ in 0..12 {
         ok(c, &format!("POST /v1/events {filler}")).await;
@@ -339,7 +345,10 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
         for socket in &mut slow {
             socket.write_all(b"a").await.ok();
         }
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        for _ in 0..8 {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+            little.read_exact(&mut [0; 500]).await.expect("whoever takes something is not cut");
+        }
         open = 0;
         for socket in &slow {
             // Behind what it was told first comes the end.
@@ -357,10 +366,11 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
     assert_eq!(open, 0, "slow senders still have their connection");
     loop {
         let metrics = call(c, "GET /v1/metrics").await;
-        if String::from_utf8_lossy(&metrics.body).contains("kiss_streams 0.0") {
+        if String::from_utf8_lossy(&metrics.body).contains("kiss_streams 1.0") {
             return;
         }
         assert!(std::time::Instant::now() < deadline, "the stuck reader is not cut");
+        little.read_exact(&mut [0; 500]).await.expect("whoever takes something is not cut");
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }

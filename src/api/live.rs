@@ -11,7 +11,7 @@
 
 use super::events::EventStream;
 use super::offer;
-use super::serve::Connected;
+use super::serve::{Connected, STALL_TIMEOUT, set_patience};
 use axum::http::header;
 use axum::response::Response;
 use bytes::{Buf, Bytes};
@@ -20,18 +20,24 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, Sleep};
 
 /// Chunks written before other tasks of the thread get their turn.
 const CHUNKS_PER_POLL: usize = 4;
 /// What a client may send behind a request whose answer never ends, before it is cut off.
 const IGNORED_BYTES_MAX: usize = 16 << 10;
+/// How often it is looked whether a reader that the stream waits for takes anything.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// What ends a chunked body.
 const END: &[u8] = b"0\r\n\r\n";
 
@@ -69,16 +75,49 @@ pub struct Live {
     stream: EventStream,
     /// What is left of the chunk on its way.
     chunk: Bytes,
+    /// Bytes handed to the kernel.
+    sent: u64,
+    /// Kept for one look after the reader was last waited for.
+    reader: Option<Box<Reader>>,
     is_ending: bool,
     ignored: usize,
     _connected: Connected,
+}
+
+/// A reader that is waited for. The kernel's own patience ([`set_patience`]) does not do for it: where the window is smaller than
+/// what lies ready to be sent, Linux takes one that opens again and again for one that stays closed.
+#[derive(Debug)]
+struct Reader {
+    look: Pin<Box<Sleep>>,
+    /// Bytes it had taken at the last look.
+    taken: u64,
+    /// When it was last seen to have taken some.
+    since: Instant,
+}
+
+/// Bytes the kernel still has for the other side.
+fn untaken(tcp: &TcpStream) -> u64 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the socket is open, and the call writes one `c_int`, which outlives it.
+    let result = unsafe { libc::ioctl(tcp.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    // Where the system cannot tell, what was handed to it counts as taken.
+    if result == 0 { u64::try_from(bytes).unwrap_or(0) } else { 0 }
 }
 
 impl Live {
     /// Goes on where the head of the answer ended.
     #[must_use]
     pub fn new(tcp: TcpStream, stream: EventStream, connected: Connected) -> Self {
-        Self { tcp, stream, chunk: Bytes::new(), is_ending: false, ignored: 0, _connected: connected }
+        Self {
+            tcp,
+            stream,
+            chunk: Bytes::new(),
+            sent: 0,
+            reader: None,
+            is_ending: false,
+            ignored: 0,
+            _connected: connected,
+        }
     }
 
     /// Writes what is left of the chunk.
@@ -86,7 +125,9 @@ impl Live {
         while !self.chunk.is_empty() {
             ready!(self.tcp.poll_write_ready(cx))?;
             let sent = self.tcp.try_write(&self.chunk);
-            offer::note_sent(*sent.as_ref().unwrap_or(&0));
+            let count = *sent.as_ref().unwrap_or(&0);
+            offer::note_sent(count);
+            self.sent += count as u64;
             match sent {
                 // Freed here: a stream that is level keeps nothing.
                 Ok(count) if count == self.chunk.len() => self.chunk = Bytes::new(),
@@ -96,6 +137,26 @@ impl Live {
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Ready when the reader, who is waited for, has taken nothing for long.
+    fn poll_stuck(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let taken = || self.sent.saturating_sub(untaken(&self.tcp));
+        let reader = self.reader.get_or_insert_with(|| {
+            set_patience(&self.tcp, None);
+            let look = Box::pin(tokio::time::sleep(LOOK_EVERY));
+            Box::new(Reader { look, taken: taken(), since: Instant::now() })
+        });
+        while reader.look.as_mut().poll(cx).is_ready() {
+            let (now, taken) = (Instant::now(), taken());
+            if taken > reader.taken {
+                (reader.taken, reader.since) = (taken, now);
+            } else if now - reader.since >= STALL_TIMEOUT {
+                return Poll::Ready(());
+            }
+            reader.look.as_mut().reset(now + LOOK_EVERY);
+        }
+        Poll::Pending
     }
 
     /// Ready when the client has gone, or talks where it should listen.
@@ -118,7 +179,12 @@ impl Live {
                 Poll::Ready(Ok(())) if self.is_ending => return Poll::Ready(()),
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(_)) => return Poll::Ready(()),
+                Poll::Pending if self.poll_stuck(cx).is_ready() => return Poll::Ready(()),
                 Poll::Pending => return self.poll_gone(cx),
+            }
+            if self.reader.as_ref().is_some_and(|reader| reader.look.is_elapsed()) {
+                self.reader = None;
+                set_patience(&self.tcp, Some(STALL_TIMEOUT));
             }
             match self.stream.poll_chunk(cx, true) {
                 Poll::Ready(Some(chunk)) => self.chunk = chunk,

@@ -1,7 +1,7 @@
 //! Connections: an accept loop of our own over hyper-util, because every limit on a connection belongs to us.
 //!
 //! - Heads must arrive within [`HEAD_TIMEOUT`], bodies within a timeout of their own (`extract.rs`).
-//! - A reader that accepts no byte for [`STALL_TIMEOUT`] is cut by the kernel, stream or not; over HTTP/2, where a connection
+//! - A reader that accepts no byte for [`STALL_TIMEOUT`] is cut, a stream's by `live.rs`, others by the kernel; over HTTP/2, where a connection
 //!   can live on while one of its answers stands still, the connection is cut after twice that.
 //! - Beyond `max_connections` a connection is answered 503 and closed, so that the rest goes on.
 //! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS; with a certificate both over TLS, as ALPN says.
@@ -472,9 +472,15 @@ fn tune(stream: &TcpStream) {
     stream.set_nodelay(true).ok();
     // A peer that vanished without a word is noticed in the end.
     rustix::net::sockopt::set_socket_keepalive(stream, true).ok();
-    // The kernel closes a connection whose data the peer does not take, also when its window is closed.
-    let stall_ms = u32::try_from(STALL_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
-    rustix::net::sockopt::set_tcp_user_timeout(stream, stall_ms).ok();
+    set_patience(stream, Some(STALL_TIMEOUT));
+}
+
+/// When the kernel closes a connection whose data the peer does not take, also when its window is closed; `None` leaves that
+/// to us.
+pub fn set_patience(stream: &TcpStream, patience: Option<Duration>) {
+    let patience_ms = patience.map_or(0, |patience| u32::try_from(patience.as_millis()).unwrap_or(u32::MAX));
+    // Without it there are the system's timeouts, many minutes.
+    rustix::net::sockopt::set_tcp_user_timeout(stream, patience_ms).ok();
 }
 
 /// Says that there are too many connections, without spending a request on it. While many are being told so, others are

@@ -56,6 +56,7 @@ const COPY_BYTES_MAX: usize = 8 << 10;
 
 /// What became of a connection.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "taken apart at once; a box would be an allocation for each stream")]
 pub enum Served {
     /// It is over.
     Over,
