@@ -583,6 +583,8 @@ async fn searches() {
         })
         .collect();
     ok(c, &format!("POST /v1/vector/c/add {{\"items\":[{}]}}", items.join(","))).await;
+    ok(c, r#"POST /v1/vector/turns {"dim":3,"metric":"cosine"}"#).await;
+    ok(c, r#"POST /v1/vector/turns/add {"items":[{"id":"d","vector":[1,2,3]},{"id":"c","vector":[-0.3,-0.6,-0.9]},{"id":"b","vector":[2,4,6]},{"id":"a","vector":[0.1,0.2,0.3]}]}"#).await;
     ok(c, r#"POST /v1/vector/wide {"dim":101,"metric":"l2"}"#).await;
     ok(c, &format!("POST /v1/vector/wide/add {{\"id\":\"00\",\"vector\":{}}}", json!(vec![0; 101]))).await;
     let search = |body: &str| format!("POST /v1/vector/c/search {body}");
@@ -600,6 +602,7 @@ async fn searches() {
         row("exact and ef", search(r#"{"vector":[1,0],"k":1,"exact":true,"ef":100}"#), 200, hits(&[("01", 0.0)])),
         row("queries", search(r#"{"queries":[{"vector":[0,0],"k":1},{"id":"09","k":1}]}"#), 200, json!({"results":[{"hits":[{"id":"00"}]},{"hits":[{"id":"09"}]}]})),
         row("groups", search(r#"{"vector":[0,0],"k":2,"group_by":"tags","group_size":2}"#), 200, json!({"groups":[{"value":"t0","hits":[{"id":"00"},{"id":"03"}]},{"value":"t1","hits":[{"id":"01"},{"id":"04"}]}]})),
+        row("itself and its multiples, by id", "POST /v1/vector/turns/search {\"id\":\"d\"}", 200, json!({"hits":[{"id":"a","score":1.0},{"id":"b","score":1.0},{"id":"d","score":1.0},{"id":"c","score":-1.0}]})),
         row("k 0", search(r#"{"vector":[0,0],"k":0}"#), 400, bad()),
         row("k too large", search(r#"{"vector":[0,0],"k":1001}"#), 400, bad()),
         row("dimension", search(r#"{"vector":[0]}"#), 400, json!({"code":"dimension_mismatch","expected":2,"got":1})),

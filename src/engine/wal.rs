@@ -51,7 +51,7 @@ const BUFFER_BYTES_KEPT: usize = 4 << 20;
 /// Distance between entries of the sparse index.
 const INDEX_STEP_BYTES: u64 = 64 << 10;
 /// Smallest and largest segment. The lab wants many segments and little to copy.
-const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = if cfg!(test) { 8 << 10 } else { 1 << 20 }..=64 << 20;
+const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = if cfg!(test) { 8 << 10 } else { 512 << 10 }..=64 << 20;
 /// Segments that `MAX_LOG_MB` is divided into, so that dropping one drops little history.
 const SEGMENTS_WANTED: u64 = 8;
 /// Revisions reserved at a time in the relaxed modes.

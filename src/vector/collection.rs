@@ -36,6 +36,8 @@ const ALIVE: Revision = Revision(u64::MAX);
 const NORM_RANGE: Range<f32> = 1e-18..1e18;
 /// Distances below this have squares that f32 holds with fewer digits, or not at all.
 const L2_MIN: f32 = 1e-18;
+/// Cosines from here on, of vectors that point (almost) one way or opposite ones, are told apart by less than f32 sums leave right.
+const COSINE_NEAR: f32 = 1.0 - 4e-6;
 /// A slot log is rewritten when it is larger than this and more than half of it is history.
 const REWRITE_BYTES_MIN: u64 = 4 << 20;
 /// What a slot costs in memory beside its row, id and metadata text: revisions, norm, map entry, headers.
@@ -912,16 +914,26 @@ impl Collection {
             Metric::Dot => (kernels.dot)(&query.numbers, row),
             Metric::L2 => 0.0 - (kernels.l2_squared)(&query.numbers, row).sqrt(),
         };
-        // Squares of tiny differences are none in f32, or coarse.
-        let is_coarse = self.spec.metric == Metric::L2 && fast > -L2_MIN;
+        let is_coarse = match self.spec.metric {
+            // A vector and its multiples are level, and first.
+            Metric::Cosine => fast.abs() >= COSINE_NEAR,
+            Metric::Dot => false,
+            // Squares of tiny differences are none in f32, or coarse.
+            Metric::L2 => fast > -L2_MIN,
+        };
         if fast.is_finite() && !is_coarse { fast } else { self.score_in_f64(query, row) }
     }
 
-    /// For rows whose length or sum, or whose squared distance, does not fit f32: rare, and slow on purpose.
+    /// Where f32 does not do: rows whose length or sum, or whose squared distance, does not fit it, and what lies almost where the
+    /// query does. Rare, and slow on purpose.
     #[cold]
     fn score_in_f64(&self, query: &Query, row: &[f32]) -> f32 {
         let score = match self.spec.metric {
-            Metric::Cosine => (dot_f64(&query.numbers, row) / dot_f64(row, row).sqrt()).clamp(-1.0, 1.0),
+            Metric::Cosine => {
+                // The query's length is one as far as f32 goes.
+                let lengths = (dot_f64(row, row) * dot_f64(&query.numbers, &query.numbers)).sqrt();
+                (dot_f64(&query.numbers, row) / lengths).clamp(-1.0, 1.0)
+            }
             Metric::Dot => dot_f64(&query.numbers, row),
             Metric::L2 => 0.0 - l2_squared_f64(&query.numbers, row).sqrt(),
         };
