@@ -190,6 +190,8 @@ async fn conditions_by_body_query_and_header() {
         ("get, in a list", "GET", "if-none-match", "\"9\", W/\"2\"", 304),
         ("get, any", "GET", "if-none-match", "*", 304),
         ("get, changed", "GET", "if-none-match", "\"1\"", 200),
+        ("get, this one", "GET", "if-match", "\"1\", \"2\"", 200),
+        ("get, another", "GET", "if-match", "\"1\"", 412),
         ("put, any exists", "PUT", "if-none-match", "*", 412),
         ("put, other", "PUT", "if-match", "\"1\"", 412),
         ("put, not one of ours", "PUT", "if-match", "\"abc\"", 412),
@@ -839,10 +841,14 @@ async fn admin_pages_and_metrics() {
         "kiss_keys 1",
         "kiss_http_requests_total{route=\"/v1/state/{key}\",method=\"PUT\",status=\"201\"} 1",
         "kiss_fsync_duration_seconds_count",
-        "# EOF",
+        "# TYPE kiss_http_requests_total counter",
     ] {
         assert!(metrics.contains(name), "{name} is not in\n{metrics}");
     }
+    let accept = [("accept", "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3")];
+    let metrics = c.send("GET".parse().unwrap(), "/v1/metrics", &accept, "").await.unwrap();
+    assert!(metrics.headers["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
+    assert!(String::from_utf8_lossy(&metrics.body).ends_with("# EOF\n"));
     for (path, content_type) in [
         ("/", "text/html; charset=utf-8"),
         ("/docs", "text/html; charset=utf-8"),

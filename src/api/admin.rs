@@ -202,5 +202,42 @@ pub async fn metrics(State(app): State<App>, head: Head) -> ApiResult {
     registry.register_collector(Box::new(Gauges(app)));
     let mut out = String::new();
     prometheus_client::encoding::text::encode(&mut out, &registry).map_err(|_| ApiError::Internal)?;
-    Ok(([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], out).into_response())
+    // Prometheus asks for it; whoever does not may know the older format alone.
+    let mut accepted = head.headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    if accepted.any(|value| value.contains("application/openmetrics-text")) {
+        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        return Ok(([(header::CONTENT_TYPE, content_type)], out).into_response());
+    }
+    let content_type = "text/plain; version=0.0.4; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, content_type)], as_plain_text(&out)).into_response())
+}
+
+/// Prometheus' own format, from OpenMetrics: a counter is called as its samples are, and there are no units and no end.
+fn as_plain_text(metrics: &str) -> String {
+    let mut out = String::with_capacity(metrics.len());
+    let mut lines = metrics.lines().peekable();
+    let counter = |line: &str| Some(line.strip_prefix("# TYPE ")?.strip_suffix(" counter")?.to_owned());
+    while let Some(line) = lines.next() {
+        let described = line.strip_prefix("# HELP ").and_then(|_| lines.peek()).and_then(|next| counter(next));
+        if let Some(name) = counter(line) {
+            push_fmt(&mut out, format_args!("# TYPE {name}_total counter\n"));
+        } else if let Some(name) = described {
+            push_fmt(&mut out, format_args!("# HELP {name}_total {}\n", &line["# HELP ".len() + name.len() + 1..]));
+        } else if !line.starts_with("# UNIT ") && line != "# EOF" {
+            push_fmt(&mut out, format_args!("{line}\n"));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn counters_are_called_as_their_samples_in_plain_text() {
+        let metrics = "# HELP a Things done.\n# TYPE a counter\na_total 3\n# HELP b_bytes Size.\n# TYPE b_bytes gauge\n\
+                       # UNIT b_bytes bytes\nb_bytes 1\n# EOF\n";
+        let plain = "# HELP a_total Things done.\n# TYPE a_total counter\na_total 3\n# HELP b_bytes Size.\n# TYPE b_bytes gauge\n\
+                     b_bytes 1\n";
+        assert_eq!(super::as_plain_text(metrics), plain);
+    }
 }

@@ -255,6 +255,10 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
     let params = Params::parse(uri, &["raw"])?;
     let is_raw = params.flag("raw")?;
     let entry = app.engine.get(&key).ok_or_else(|| Rejection::KeyNotFound(key.to_string()))?;
+    let actual = entry.revision;
+    if etags(headers, &header::IF_MATCH)?.is_some_and(|tags| !tags.matches(actual)) {
+        return Err(Rejection::PreconditionFailed { actual }.into());
+    }
     if etags(headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
         return Ok(json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision));
     }
