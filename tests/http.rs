@@ -645,6 +645,56 @@ async fn searches() {
     assert_eq!(seen, (0..20).filter(|n| n % 2 == 1).map(|n| (format!("{n:02}"), f64::from(n))).collect::<Vec<_>>());
 }
 
+/// A thousand vectors take long to apply, and keys are read meanwhile; of the vectors everybody sees all or none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_of_many_vectors_is_seen_whole_or_not_at_all() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"l2"}"#).await;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let readers = ["list", "search", "count", "scan"].map(|way| {
+        let (mut c, stop) = (server.client(), std::sync::Arc::clone(&stop));
+        tokio::spawn(async move {
+            let mut looks = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let line = match way {
+                    "list" => "GET /v1/vector/v/list?limit=1000",
+                    "search" => r#"POST /v1/vector/v/search {"vector":[0,0],"k":1000,"include_meta":true}"#,
+                    "count" => r#"POST /v1/vector/v/count {"filters":{"odd":1}}"#,
+                    _ => r#"POST /v1/vector/v/search {"vector":[0,0],"k":1000,"include_meta":true,"filters":{"n":{"$gte":0}}}"#,
+                };
+                let answer = ok(&mut c, line).await;
+                looks += 1;
+                if way == "count" {
+                    let count = answer["count"].as_u64().unwrap();
+                    assert!(count == 0 || count == 1000, "{count} of a thousand");
+                    continue;
+                }
+                let seen = answer[if way == "list" { "items" } else { "hits" }].as_array().unwrap();
+                let rounds: std::collections::BTreeSet<u64> =
+                    seen.iter().map(|item| item["meta"]["n"].as_u64().unwrap()).collect();
+                let is_whole = matches!((seen.len(), rounds.len()), (0, 0) | (1000, 1));
+                assert!(is_whole, "{way}: {} vectors of {rounds:?}", seen.len());
+            }
+            looks
+        })
+    });
+    let ids: Vec<String> = (0..1000).map(|id| format!("{id:03}")).collect();
+    for n in 0..60 {
+        if n % 5 == 4 {
+            ok(c, &format!("POST /v1/vector/v/delete {}", json!({ "ids": ids }))).await;
+            continue;
+        }
+        let item = |id: &String| json!({"id": id, "vector": [n, 1], "meta": {"n": n, "odd": n % 2}});
+        let items: Vec<Value> = ids.iter().map(item).collect();
+        ok(c, &format!("POST /v1/vector/v/upsert {}", json!({ "items": items }))).await;
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    for reader in readers {
+        assert!(reader.await.unwrap() > 3);
+    }
+}
+
 #[tokio::test]
 async fn extreme_vectors_are_scored_and_not_lost() {
     let server = Server::start(&[]);

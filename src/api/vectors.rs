@@ -92,10 +92,12 @@ fn push_new(out: &mut String, name: &str, spec: CollectionSpec, revision: Revisi
 
 fn push_info(out: &mut String, name: &str, collection: &SharedCollection) {
     let spec = collection.spec();
+    let settled = collection.settled();
     let (count, memory_bytes, revision, kind, indexed) = collection.read(|c| {
         let (kind, indexed) = c.graph().map_or(("exact", c.len()), |_| ("graph", c.graph_counts().linked));
         (c.len(), c.memory_bytes(), c.revision(), kind, indexed)
     });
+    drop(settled);
     let pending = count.saturating_sub(indexed);
     out.push_str("{\"collection\":");
     push_string(out, name);
@@ -352,7 +354,9 @@ pub async fn get(State(app): State<App>, path: NamePath, head: Head) -> ApiResul
     let params = Params::parse(&head.uri, &["id"])?;
     let id = VectorId::new(params.one("id")?.ok_or_else(|| invalid("the query parameter id is missing"))?)?;
     let shared = app.engine.collection(collection.as_str())?;
+    let settled = shared.settled();
     let item = shared.read(|c| c.get(id.as_str(), true));
+    drop(settled);
     let item = item.ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
     let mut out = String::new();
     push_item(&mut out, &item);
@@ -409,7 +413,11 @@ pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Bod
     // No body at all counts everything.
     let body: CountBody = if bytes.is_empty() { CountBody { filters: None } } else { parse_object(&bytes)? };
     let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
-        None => app.engine.collection(collection.as_str())?.read(|c| (c.len(), c.revision())),
+        None => {
+            let shared = app.engine.collection(collection.as_str())?;
+            let _settled = shared.settled();
+            shared.read(|c| (c.len(), c.revision()))
+        }
         Some(filter) => {
             let (ticket, revision) = app.engine.begin_match(collection.as_str())?;
             (app.engine.on_pool(move || ticket.count_matching(&filter)).await?, revision)

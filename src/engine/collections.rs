@@ -9,6 +9,9 @@
 //!   over I/O, but for the page faults of the mapped rows: those of a bulk load's rows are mostly taken by upkeep, under a read
 //!   lock, 16 KiB at a time; those of the graph's memory by linkers, under no lock of ours. (The kernel's lock of the address space is
 //!   held for reading meanwhile, also by a linker that does not get on: whoever maps or unmaps memory, about once a second, waits.)
+//! - `applying`: held by the writer while it applies a record of many vectors, for milliseconds, which it does without the state's
+//!   lock. Whoever looks at what is live holds it for reading ([`SharedCollection::settled`]), so that nobody sees half of a
+//!   record; before the state's lock, which the writer takes last.
 //! - `growing`: held over I/O by who allocates rows, the writer or upkeep. Twice at once, what one writes as zeros where the file
 //!   system cannot allocate could fall on rows of the other.
 //! - `searches`: numbers of running searches and of linkers' jobs. A slot they may know is not reused.
@@ -31,7 +34,7 @@ use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
 use crate::vector::storage::{SlotEntry, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -88,6 +91,7 @@ pub struct SharedCollection {
     created: Revision,
     inner: RwLock<Collection>,
     growing: Mutex<()>,
+    applying: RwLock<()>,
     searches: Mutex<Searches>,
     upkeep: Mutex<Upkeep>,
     done: Mutex<Vec<(SearchNumber, Done)>>,
@@ -264,6 +268,7 @@ impl SharedCollection {
             created,
             inner: RwLock::new(collection),
             growing: Mutex::default(),
+            applying: RwLock::default(),
             searches: Mutex::default(),
             upkeep: Mutex::new(Upkeep { has_to_load: dir.is_some(), ..Upkeep::default() }),
             done: Mutex::default(),
@@ -313,6 +318,16 @@ impl SharedCollection {
         self.dir.as_deref()
     }
 
+    /// Waits for a record that is being applied, and keeps the next from it. To be taken before the state's lock, or without it.
+    pub fn settled(&self) -> RwLockReadGuard<'_, ()> {
+        self.applying.read()
+    }
+
+    /// Keeps whoever needs it [`settled`](Self::settled) away until the record that is applied meanwhile counts.
+    pub fn unsettle(&self) -> RwLockWriteGuard<'_, ()> {
+        self.applying.write()
+    }
+
     /// Looks at the collection. Keep it short: the writer waits.
     pub fn read<T>(&self, look: impl FnOnce(&Collection) -> T) -> T {
         look(&self.inner.read())
@@ -337,8 +352,10 @@ impl SharedCollection {
     /// reused meanwhile.
     #[must_use]
     pub fn list(&self, after: Option<&str>, limit: usize, include_vector: bool) -> (Vec<Item>, Revision) {
+        let settled = self.settled();
         let number = self.begin();
         let (listed, revision) = self.read(|c| (c.list(after, limit, false).collect::<Vec<_>>(), c.revision()));
+        drop(settled);
         let (slots, mut items): (Vec<u32>, Vec<Item>) = listed.into_iter().unzip();
         if include_vector {
             let rows = self.rows_at_a_time();
@@ -442,8 +459,8 @@ impl SharedCollection {
         self.searches.lock().running.remove(&number);
     }
 
-    /// Keeps everything visible at `at` in place until the ticket is dropped. The caller holds the state's read lock, so
-    /// nothing newer is applied in between.
+    /// Keeps everything visible at `at` in place until the ticket is dropped. The caller has it [`settled`](Self::settled) and holds
+    /// the state's read lock, so nothing newer is applied in between.
     pub fn begin_search(&self, at: Revision, searches: &[Search]) -> SearchTicket {
         let needs_live = |vectors| searches.iter().any(|search| search.needs_live(vectors));
         self.ticket(at, needs_live)

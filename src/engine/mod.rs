@@ -18,7 +18,7 @@
 //! - One apply, two callers. Time is in the record; expiry is a record the sequencer makes.
 //! - Revisions are handed out by one thread, consecutively, and never again.
 //!
-//! Locks, and why each: `state` (readers for microseconds; the sequencer to apply a batch, which 10,000 vectors in one command make 20 ms), `snapshot_lock` (one snapshot
+//! Locks, and why each: `state` (readers for microseconds; the sequencer to apply a batch), `snapshot_lock` (one snapshot
 //! at a time), `replay_needed` (bookkeeping of kept snapshots). Those of streams stand in `feed.rs`, of vectors in
 //! `collections.rs`, of consistent walks in `view.rs`.
 //!
@@ -295,8 +295,9 @@ impl Engine {
     /// What of a collection satisfies a filter, as of now, see [`SearchTicket::count_matching`], and the newest revision that had
     /// changed the collection.
     pub fn begin_match(&self, name: &str) -> Result<(SearchTicket, Revision), Rejection> {
+        let collection = self.collection(name)?;
+        let _settled = collection.settled();
         let state = self.inner.state.read();
-        let collection = state.collection(name)?;
         Ok((collection.begin_match(state.revision()), collection.read(|c| c.revision())))
     }
 
@@ -347,6 +348,7 @@ impl Engine {
         let collection = self.collection(name)?;
         let searches = prepare(&collection)?;
         let (ticket, at) = {
+            let _settled = collection.settled();
             let state = self.inner.state.read();
             (collection.begin_search(state.revision(), &searches), state.revision())
         };

@@ -437,7 +437,16 @@ impl Sequencer {
             let mut state = self.inner.state.write();
             self.preparer.hand_over(&mut state);
             for record in records {
-                state.apply(record);
+                if let Some(collection) = state.target_of_many(record) {
+                    // Milliseconds, for which nobody who asks for keys has to wait.
+                    drop(state);
+                    let _unsettled = collection.unsettle();
+                    collection.apply(&record.iter().collect::<Vec<_>>());
+                    state = self.inner.state.write();
+                    state.note_applied(record);
+                } else {
+                    state.apply(record);
+                }
                 let (first, last) = (record.first_revision.0, record.last_revision().0);
                 tracing::trace!(target: EFFECTS, first, last, "apply");
             }

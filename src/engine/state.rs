@@ -28,6 +28,9 @@ use std::sync::Arc;
 /// What a key costs in memory beside its key, value and label bytes: tree node, allocations, headers.
 const ENTRY_OVERHEAD_BYTES: usize = 160;
 
+/// Vectors in one record from which on it is applied without the state's lock: fewer take a tenth of a millisecond.
+const MANY_VECTORS: usize = 64;
+
 /// Keys, collections and the revision they stand at.
 #[derive(Debug, Default)]
 pub struct State {
@@ -203,10 +206,33 @@ impl State {
                 }
             }
         }
-        if !is_known && let Some(answer) = Remembered::of(record) {
+        self.note_applied(record);
+    }
+
+    /// Has a record count whose changes are applied.
+    pub fn note_applied(&mut self, record: &Record) {
+        if record.last_revision() > self.revision
+            && let Some(answer) = Remembered::of(record)
+        {
             self.answers.remember(answer);
         }
         self.revision = self.revision.max(record.last_revision());
+    }
+
+    /// The collection that a record of many vectors is about, if it is about nothing else: to be applied there without this
+    /// state's lock. Not where metadata alone is written, which searches under way would see before its time.
+    #[must_use]
+    pub fn target_of_many(&self, record: &Record) -> Option<Arc<SharedCollection>> {
+        if record.events.len() < MANY_VECTORS {
+            return None;
+        }
+        let name = record.events.first()?.vector_collection()?;
+        let is_one_more = |event: &Event| {
+            let is_whole = matches!(event, Event::VectorWritten { vector: Some(_), .. } | Event::VectorDeleted { .. });
+            is_whole && event.vector_collection() == Some(name)
+        };
+        let collection = record.events.iter().all(is_one_more).then(|| self.collections.get(name))??;
+        (collection.created() < record.first_revision).then(|| Arc::clone(collection))
     }
 
     fn change_collection(&self, name: &CollectionName, changes: &[(Revision, &Event)]) {
