@@ -86,6 +86,10 @@ async fn requests_that_can_be_read_in_two_ways_are_refused() {
         }
         call(c, "DELETE /v1/state/hidden").await;
     }
+    // Nobody unpacks it.
+    let packed = "PUT /v1/state/a HTTP/1.1\r\nhost: h\r\nconnection: close\r\ntransfer-encoding: gzip, chunked\r\n\r\n1\r\n1\r\n0\r\n\r\n";
+    let (answer, _) = say(&server.target, packed.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 415"), "{answer}");
 }
 
 /// A body that ends early must not be taken for a whole one.

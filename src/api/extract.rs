@@ -22,7 +22,7 @@ use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -255,11 +255,16 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
-    let codings =
-        headers.get_all(header::CONTENT_ENCODING).iter().flat_map(|list| list.as_bytes().split(|&b| b == b','));
-    if codings.map(<[u8]>::trim_ascii).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
-        // Taken as it is, it would be stored as something else than what was meant.
+    let are_all = |name, plain: &[u8]| {
+        let codings = headers.get_all(name).iter().flat_map(|list| list.as_bytes().split(|&b| b == b','));
+        codings.map(<[u8]>::trim_ascii).all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case(plain))
+    };
+    // Taken as it is, it would be stored as something else than what was meant.
+    if !are_all(header::CONTENT_ENCODING, b"identity") {
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
+    }
+    if !are_all(header::TRANSFER_ENCODING, b"chunked") {
+        return Err(ApiError::UnsupportedMediaType("without a Transfer-Encoding but chunked"));
     }
     let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
     let announced =
@@ -349,6 +354,64 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
 /// Parses a body that is an object.
 pub fn parse_object<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> ApiResult<T> {
     parse_json::<Object<T>>(bytes).map(|object| object.0)
+}
+
+/// Any JSON but null, whose objects name nothing twice: of two conditions under one name only the last would count.
+pub fn unique_names<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<serde_json::Value>, D::Error> {
+    struct Unique(serde_json::Value);
+
+    impl<'de> Deserialize<'de> for Unique {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_any(Any).map(Self)
+        }
+    }
+
+    struct Any;
+
+    impl<'de> Visitor<'de> for Any {
+        type Value = serde_json::Value;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("JSON")
+        }
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(serde_json::Value::Null)
+        }
+        fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
+            Ok(value.into())
+        }
+        fn visit_i64<E>(self, value: i64) -> Result<Self::Value, E> {
+            Ok(value.into())
+        }
+        fn visit_u64<E>(self, value: u64) -> Result<Self::Value, E> {
+            Ok(value.into())
+        }
+        fn visit_f64<E>(self, value: f64) -> Result<Self::Value, E> {
+            Ok(value.into())
+        }
+        fn visit_str<E>(self, value: &str) -> Result<Self::Value, E> {
+            Ok(value.into())
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut list = Vec::new();
+            while let Some(Unique(value)) = seq.next_element()? {
+                list.push(value);
+            }
+            Ok(list.into())
+        }
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut object = serde_json::Map::new();
+            while let Some((name, Unique(value))) = map.next_entry::<String, _>()? {
+                if object.contains_key(&name) {
+                    return Err(serde::de::Error::custom(format_args!("duplicate field `{name}`")));
+                }
+                object.insert(name, value);
+            }
+            Ok(object.into())
+        }
+    }
+
+    let Unique(value) = Unique::deserialize(deserializer)?;
+    Ok((!value.is_null()).then_some(value))
 }
 
 /// Parses a body that is an object with a list of objects. When one of these is the fault, the error names its place as `op`.

@@ -1,14 +1,14 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, aside, meta, parse_list, parse_object, read_json, vector};
+use super::extract::{Head, Object, Params, aside, meta, parse_list, parse_object, read_json, unique_names, vector};
 use super::offer;
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
 use crate::engine::collections::SharedCollection;
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
 use crate::engine::frame::{push_fmt, push_number, push_numbers};
-use crate::engine::json::push_string;
+use crate::engine::json::{names_no_number, push_string};
 use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
 use crate::error::Rejection;
 use crate::keys::Right;
@@ -219,11 +219,20 @@ impl<'de> Deserialize<'de> for ListItem {
     }
 }
 
+/// What is wrong with a body that could not be read. In most of it that is no number a vector is meant.
+fn about_vectors(bytes: &[u8], error: ApiError) -> ApiError {
+    if names_no_number(bytes) {
+        return Rejection::InvalidVector("JSON has no NaN and no Infinity, and a vector's numbers are finite".into())
+            .into();
+    }
+    error
+}
+
 async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: Body) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
-    let body: WriteBody<'_> = parse_list::<_, ItemBody<'_>>(&bytes, "items")?;
+    let body: WriteBody<'_> = parse_list::<_, ItemBody<'_>>(&bytes, "items").map_err(|e| about_vectors(&bytes, e))?;
     let Some(items) = body.items else {
         let id = body.id.ok_or_else(|| invalid("id is missing; or give several as items"))?;
         let WriteBody { vector, vector_base64, meta, if_revision, .. } = body;
@@ -275,6 +284,7 @@ struct DeleteBody {
     id: Option<String>,
     if_revision: Option<Revision>,
     ids: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "unique_names")]
     filters: Option<serde_json::Value>,
 }
 
@@ -401,6 +411,7 @@ pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CountBody {
+    #[serde(default, deserialize_with = "unique_names")]
     filters: Option<serde_json::Value>,
 }
 
@@ -434,6 +445,7 @@ struct SearchBody<'a> {
     vector_base64: Option<String>,
     id: Option<String>,
     k: Option<usize>,
+    #[serde(default, deserialize_with = "unique_names")]
     filters: Option<serde_json::Value>,
     include_meta: Option<bool>,
     include_vector: Option<bool>,
@@ -625,7 +637,8 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Bo
     head.need_collection(Right::Read, collection.as_str())?;
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
-    let body: SearchBody<'_> = parse_list::<_, SearchBody<'_>>(&bytes, "queries")?;
+    let body: SearchBody<'_> =
+        parse_list::<_, SearchBody<'_>>(&bytes, "queries").map_err(|e| about_vectors(&bytes, e))?;
     let prepare_each = |shared: &SharedCollection| match &body.queries {
         None => Ok(vec![body.prepare(shared)?]),
         Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),

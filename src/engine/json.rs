@@ -51,6 +51,22 @@ fn is_structure(byte: u8) -> bool {
     byte == b'"' || byte | 0x20 == b'{' || byte | 0x20 == b'}'
 }
 
+/// Whether text that is no JSON names what is no number there, `NaN` or `Infinity`, as many languages write it.
+#[must_use]
+pub fn names_no_number(text: &[u8]) -> bool {
+    let mut at = 0;
+    while let Some(&byte) = text.get(at) {
+        match byte {
+            b'"' => at = skip_string(text, at),
+            // Outside strings JSON has no capitals but the E of a number.
+            b'N' | b'I' => return true,
+            _ => {}
+        }
+        at += 1;
+    }
+    false
+}
+
 /// Refuses `\\u` escapes of half a surrogate pair: such text is no Unicode, so nothing could merge or compare it later.
 pub fn check_surrogates(text: &[u8]) -> Result<(), Rejection> {
     let unit_at = |at: usize| {
@@ -295,6 +311,12 @@ mod tests {
     #[test]
     fn compact_leaves_strings_alone() {
         assert_eq!(compact(" { \"a b\" : [ 1 , \"\\\" x\" ] }\n"), r#"{"a b":[1,"\" x"]}"#);
+    }
+
+    #[test]
+    fn what_is_no_number_is_seen_outside_strings() {
+        assert!(names_no_number(b"{\"a\":[1,NaN]}") && names_no_number(b"[-Infinity]"));
+        assert!(!names_no_number(b"{\"N\":[1E5,\"\\\"Infinity\"") && !names_no_number(b"\"N"));
     }
 
     #[test]
