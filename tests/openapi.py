@@ -145,7 +145,7 @@ def check_statuses(base):
     found = []
     for name, head, status, code in [
         ("unknown route", "GET /nowhere HTTP/1.1", 404, "route_not_found"),
-        ("empty key", "GET /v1/state/ HTTP/1.1", 404, "route_not_found"),
+        ("empty key", "GET /v1/state/ HTTP/1.1", 400, "invalid_argument"),
         ("other method", "PUT /v1/health HTTP/1.1", 405, "method_not_allowed"),
         ("other type", "POST /v1/batch HTTP/1.1\r\nContent-Type: text/plain", 415, "unsupported_media_type"),
         ("too large", "PUT /v1/state/big HTTP/1.1\r\nContent-Length: 99999999999", 413, "payload_too_large"),

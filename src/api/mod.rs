@@ -203,6 +203,7 @@ pub const ROUTES: &[(&str, &str)] = &[
 
 /// The service. Built once.
 pub fn service(app: App, config: &Config) -> Service {
+    let key = get(state::get).put(state::put).patch(state::patch).delete(state::delete);
     let router = Router::new()
         .route("/", get(docs::console))
         .route("/console/{file}", get(docs::asset))
@@ -214,7 +215,9 @@ pub fn service(app: App, config: &Config) -> Service {
         .route("/v1/token", post(auth::token))
         .route("/v1/admin/backup", get(admin::backup))
         .route("/v1/state", get(state::list))
-        .route("/v1/state/{*key}", get(state::get).put(state::put).patch(state::patch).delete(state::delete))
+        .route("/v1/state/{*key}", key.clone())
+        // The empty key, which no pattern of axum's takes, is a bad one like others.
+        .route("/v1/state/", key)
         .route("/v1/batch", post(state::batch))
         .route("/v1/events", get(events::events).post(events::publish))
         .route("/v1/vector", get(vectors::collections))
@@ -553,7 +556,7 @@ impl Pattern {
     fn matches(&self, path: &str) -> bool {
         match self {
             Self::Exact(route) => *route == path,
-            Self::Key(prefix) => path.len() > prefix.len() && path.starts_with(prefix),
+            Self::Key(prefix) => path.starts_with(prefix),
             Self::Name(prefix, suffix) => path
                 .strip_prefix(prefix)
                 .and_then(|tail| tail.strip_suffix(suffix))
@@ -593,6 +596,7 @@ mod tests {
             ("/v1/state", "/v1/state"),
             ("/v1/state/a", "/v1/state/{key}"),
             ("/v1/state/a/b//c", "/v1/state/{key}"),
+            ("/v1/state/", "/v1/state/{key}"),
             ("/v1/vector", "/v1/vector"),
             ("/v1/vector/c", "/v1/vector/{collection}"),
             ("/v1/vector/c/get", "/v1/vector/{collection}/get"),
@@ -606,7 +610,7 @@ mod tests {
         }
         assert!(!ROUTES.iter().any(|(_, route)| {
             let pattern = Pattern::new(route);
-            pattern.matches("/v1/state/") || pattern.matches("/nope")
+            pattern.matches("/v1/states") || pattern.matches("/nope")
         }));
     }
 }
