@@ -6,7 +6,7 @@ import { bytes, copy, duration, el, int, latency, number, rate, say } from './li
 import { limits, mayWrite } from './key.js';
 import { curlKey, get, getText } from './server.js';
 
-/** OpenMetrics as far as this page needs it: plain values by name, counters by route, one histogram's buckets. */
+/** Metrics as far as this page needs it: plain values by name, counters by route, one histogram's buckets. */
 export function parseMetrics(text) {
   const out = { values: {}, requests: [], fsync: [] };
   for (const line of text.split('\n')) {

@@ -705,6 +705,18 @@ fn a_backup_goes_through_pipes_and_a_broken_one_is_refused() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "what was kept beside it is gone");
 }
 
+/// Tells it to stop, and waits until it has begun to.
+fn begin_stop(server: &Server) {
+    server.signal(rustix::process::Signal::TERM);
+    let address = server.target.url();
+    let deadline = Instant::now() + DEADLINE;
+    while std::net::TcpStream::connect(address.strip_prefix("http://").unwrap()).is_ok() {
+        assert!(Instant::now() < deadline, "it still listens");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+}
+
 /// What a stop cuts short must not look like a whole backup, neither to the program nor to curl. Neither reads on before the
 /// stop, and what lies between holds much less than there is.
 #[tokio::test]
@@ -717,7 +729,7 @@ async fn a_backup_that_is_given_up_is_no_whole_answer() {
     }
     let mut taker = program(&server.target.url(), &["backup", "-"]).spawn().unwrap();
     taker.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
-    server.signal(rustix::process::Signal::TERM);
+    begin_stop(&server);
     let ran = taker.wait_with_output().unwrap();
     let err = String::from_utf8(ran.stderr).unwrap();
     assert!(ran.status.code() == Some(1) && err.contains("the server was stopping"), "{err}");
@@ -727,7 +739,7 @@ async fn a_backup_that_is_given_up_is_no_whole_answer() {
     let mut socket = std::net::TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).unwrap();
     socket.write_all(b"GET /v1/admin/backup HTTP/1.1\r\nhost: h\r\n\r\n").unwrap();
     socket.read_exact(&mut [0]).unwrap();
-    server.signal(rustix::process::Signal::TERM);
+    begin_stop(&server);
     let mut answer = Vec::new();
     socket.read_to_end(&mut answer).ok();
     let end = String::from_utf8_lossy(&answer[answer.len() - 100..]).into_owned();

@@ -147,7 +147,7 @@ async fn heads_have_a_size_and_names_in_paths_are_names() {
         ("/v1/vector/a%5Cb", 400),
         ("/console/../v1/state", 404),
         ("//v1/state", 404),
-        ("/v1/state/", 404),
+        ("/v1/state/", 400),
     ] {
         let answer = c.send("GET".parse().unwrap(), path, &[], "").await.unwrap();
         assert_eq!(answer.status.as_u16(), status, "{path}: {}", String::from_utf8_lossy(&answer.body));
@@ -479,7 +479,7 @@ async fn half_requests_at_a_stop_are_answered_once_they_are_whole() {
         socket.write_all(head.as_bytes()).await.unwrap();
         begun.push(socket);
     }
-    wait_for_connections(&mut server.client(), |open| open >= 12.0).await;
+    wait_for_connections(&mut server.client(), |open| open >= 13.0).await;
     // And until what they said is read.
     tokio::time::sleep(Duration::from_millis(300)).await;
     server.signal(rustix::process::Signal::TERM);
@@ -524,6 +524,17 @@ async fn a_refusal_before_the_body_costs_no_answer_and_no_connection() {
         assert_eq!(refusal.contains("connection: close"), !goes_on, "{name}: {answer}");
         assert_eq!(rest.contains("\"status\":\"ok\""), goes_on, "{name}: {answer}");
     }
+    // Whoever asks first and is let in keeps the connection too.
+    let mut socket = connect(&server.target).await;
+    let head = "PUT /v1/state/a HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\n";
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut go_on = [0; 25];
+    timeout(Duration::from_secs(5), socket.read_exact(&mut go_on)).await.expect("it is asked").unwrap();
+    assert_eq!(&go_on, b"HTTP/1.1 100 Continue\r\n\r\n");
+    socket.write_all(format!("b\r\n{{\"value\":1}}\r\n0\r\n\r\n{then}").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it ends").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 201") && answer.contains("\"status\":\"ok\""), "{answer}");
 }
 
 /// Many who have begun a request and say no more hold up no connection that comes after them.

@@ -331,7 +331,7 @@ async fn keys_expire_for_every_read_at_once_and_as_an_event() {
         let data = event.json().unwrap();
         assert!(contains(&data, &json!({"type":"state_deleted","reason":"expired"})), "{data}");
         let late_ms = data["ts"].as_f64().unwrap() * 1000.0 - deadline as f64;
-        assert!((-0.001..5000.0).contains(&late_ms), "{late_ms} ms after the deadline");
+        assert!((-0.001..2000.0).contains(&late_ms), "{late_ms} ms after the deadline");
     }
     assert_eq!(call(c, "GET /v1/state/t1").await.status, 404);
     assert_eq!(ok(c, "GET /v1/state").await["items"].as_array().unwrap().len(), 0);
@@ -652,49 +652,68 @@ async fn searches() {
     assert_eq!(seen, (0..20).filter(|n| n % 2 == 1).map(|n| (format!("{n:02}"), f64::from(n))).collect::<Vec<_>>());
 }
 
-/// A thousand vectors take long to apply, and keys are read meanwhile; of the vectors everybody sees all or none.
+/// Many vectors take long to apply, and keys are read meanwhile; of the vectors everybody sees all or none. Only a change of
+/// metadata alone may be seen by a search or a count under way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_of_many_vectors_is_seen_whole_or_not_at_all() {
+    const MANY: usize = 900;
     let server = Server::start(&[]);
     let c = &mut server.client();
     ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"l2"}"#).await;
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let readers = ["list", "search", "count", "scan"].map(|way| {
+    let readers = ["list", "search", "scan", "count", "info"].map(|way| {
         let (mut c, stop) = (server.client(), std::sync::Arc::clone(&stop));
         tokio::spawn(async move {
             let mut looks = 0;
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 let line = match way {
                     "list" => "GET /v1/vector/v/list?limit=1000",
-                    "search" => r#"POST /v1/vector/v/search {"vector":[0,0],"k":1000,"include_meta":true}"#,
+                    "search" => r#"POST /v1/vector/v/search {"vector":[0,0],"k":1000,"include_vector":true}"#,
+                    "scan" => r#"POST /v1/vector/v/search {"vector":[0,0],"k":1000,"include_vector":true,"filters":{"n":{"$gte":0}}}"#,
                     "count" => r#"POST /v1/vector/v/count {"filters":{"odd":1}}"#,
-                    _ => r#"POST /v1/vector/v/search {"vector":[0,0],"k":1000,"include_meta":true,"filters":{"n":{"$gte":0}}}"#,
+                    _ => "GET /v1/vector/v",
                 };
                 let answer = ok(&mut c, line).await;
                 looks += 1;
-                if way == "count" {
-                    let count = answer["count"].as_u64().unwrap();
-                    assert!(count == 0 || count == 1000, "{count} of a thousand");
-                    continue;
-                }
-                let seen = answer[if way == "list" { "items" } else { "hits" }].as_array().unwrap();
-                let rounds: std::collections::BTreeSet<u64> =
-                    seen.iter().map(|item| item["meta"]["n"].as_u64().unwrap()).collect();
-                let is_whole = matches!((seen.len(), rounds.len()), (0, 0) | (1000, 1));
-                assert!(is_whole, "{way}: {} vectors of {rounds:?}", seen.len());
+                let (count, rounds) = if let Some(count) = answer["count"].as_u64() {
+                    (count as usize, usize::from(count > 0))
+                } else {
+                    let seen = answer[if way == "list" { "items" } else { "hits" }].as_array().unwrap();
+                    let round = |item: &Value| if way == "list" { item["meta"]["n"].as_i64() } else { item["vector"][0].as_f64().map(|n| n as i64) };
+                    let rounds: std::collections::BTreeSet<_> = seen.iter().map(round).collect();
+                    (seen.len(), rounds.len())
+                };
+                assert!(matches!((count, rounds), (0, 0) | (MANY, 1)), "{way}: {count} vectors of {rounds} rounds");
             }
             looks
         })
     });
-    let ids: Vec<String> = (0..1000).map(|id| format!("{id:03}")).collect();
+    let ids: Vec<String> = (0..MANY).map(|id| format!("{id:03}")).collect();
+    let mut odd = 0;
     for n in 0..60 {
-        if n % 5 == 4 {
-            ok(c, &format!("POST /v1/vector/v/delete {}", json!({ "ids": ids }))).await;
-            continue;
-        }
-        let item = |id: &String| json!({"id": id, "vector": [n, 1], "meta": {"n": n, "odd": n % 2}});
-        let items: Vec<Value> = ids.iter().map(item).collect();
-        ok(c, &format!("POST /v1/vector/v/upsert {}", json!({ "items": items }))).await;
+        let ways = ["items", "metadata", "batch", "items", "delete"];
+        let way = ways[n % ways.len()];
+        odd = if way == "metadata" { odd } else { n % 2 };
+        let meta = json!({"n": n, "odd": odd});
+        let each = |item: &dyn Fn(&String) -> Value| ids.iter().map(item).collect::<Vec<_>>();
+        let line = match way {
+            "items" => format!(
+                "POST /v1/vector/v/upsert {}",
+                json!({"items": each(&|id| json!({"id": id, "vector": [n, 1], "meta": meta}))})
+            ),
+            "metadata" => {
+                format!("POST /v1/vector/v/update {}", json!({"items": each(&|id| json!({"id": id, "meta": meta}))}))
+            }
+            "batch" => {
+                let mut ops = each(
+                    &|id| json!({"op": "vector_upsert", "collection": "v", "id": id, "vector": [n, 1], "meta": meta}),
+                );
+                ops.push(json!({"op": "put", "key": "k", "value": n}));
+                format!("POST /v1/batch {}", json!({ "ops": ops }))
+            }
+            _ => format!("POST /v1/vector/v/delete {}", json!({ "ids": ids })),
+        };
+        ok(c, &line).await;
     }
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     for reader in readers {

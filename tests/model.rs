@@ -267,7 +267,7 @@ fn image(engine: &Engine) -> Model {
     };
     let collections = engine.collections().into_iter().map(|(name, shared)| {
         let metric = [Metric::Cosine, Metric::Dot, Metric::L2].iter().position(|m| *m == shared.spec().metric).unwrap();
-        let (items, _) = shared.list(None, 1000, true);
+        let (items, _) = shared.list(None, 1000, true, || ());
         let vector = |item: kiss_vdb::vector::collection::Item| {
             let meta = serde_json::from_str(item.meta.text()).unwrap();
             (

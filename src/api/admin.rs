@@ -1,7 +1,7 @@
 //! Health, metrics, snapshots and backups on request.
 
 use super::error::{ApiError, ApiResult};
-use super::extract::{Head, Params};
+use super::extract::{Head, Params, accepted};
 use super::{App, json};
 use crate::engine::frame::push_fmt;
 use crate::engine::snapshot::Pace;
@@ -87,11 +87,10 @@ pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
     tokio::task::spawn_blocking(move || {
         let _permit = permit;
         let started = Instant::now();
-        let send = |block| runtime.block_on(send.send_timeout(block, BACKUP_STALL)).is_ok();
-        let taken = app.engine.backup(|block| send(Ok(block.into())));
-        if !matches!(taken, Ok(Some(_))) {
-            // Cut short, the answer is not taken for a whole one.
-            send(Err(io::Error::other("the backup was given up")));
+        let send = |piece| runtime.block_on(send.send_timeout(piece, BACKUP_STALL)).is_ok();
+        let taken = app.engine.backup(|block| send(Some(block.into())));
+        if matches!(taken, Ok(Some(_))) {
+            send(None);
         }
         match taken {
             Ok(Some(taken)) => tracing::info!(
@@ -113,16 +112,20 @@ pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
     Ok(response)
 }
 
-/// What the thread that takes a backup has ready.
+/// What the thread that takes a backup has ready: blocks, and behind the last `None`. Without that the answer is cut short, so
+/// that nobody takes it for a whole one.
 #[derive(Debug)]
-struct BackupBody(mpsc::Receiver<io::Result<Bytes>>);
+struct BackupBody(mpsc::Receiver<Option<Bytes>>);
 
 impl http_body::Body for BackupBody {
     type Data = Bytes;
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        self.0.poll_recv(context).map(|block| block.map(|block| block.map(Frame::data)))
+        self.0.poll_recv(context).map(|piece| match piece {
+            Some(block) => block.map(|block| Ok(Frame::data(block))),
+            None => Some(Err(io::Error::other("the backup was given up"))),
+        })
     }
 }
 
@@ -203,8 +206,7 @@ pub async fn metrics(State(app): State<App>, head: Head) -> ApiResult {
     let mut out = String::new();
     prometheus_client::encoding::text::encode(&mut out, &registry).map_err(|_| ApiError::Internal)?;
     // Prometheus asks for it; whoever does not may know the older format alone.
-    let mut accepted = head.headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    if accepted.any(|value| value.contains("application/openmetrics-text")) {
+    if accepted(&head.headers, "application/openmetrics-text").is_some() {
         let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         return Ok(([(header::CONTENT_TYPE, content_type)], out).into_response());
     }

@@ -2,7 +2,7 @@
 
 use super::auth::{Auth, StreamPlace};
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, parse_object, read_json};
+use super::extract::{Head, Object, Params, accepted, parse_object, read_json};
 use super::live::Pending;
 use super::state::MetaBody;
 use super::walk::{Walk, WalkPlace};
@@ -189,16 +189,7 @@ async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiRes
 
 /// Whether JSON is wanted more than a stream (RFC 9110, 12.5.1); a stream when neither is named, or both alike.
 fn wants_json(headers: &HeaderMap) -> bool {
-    let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let weight = |wanted: &str| {
-        let part = accept
-            .split(',')
-            .map(str::trim)
-            .find(|part| part.split(';').next().is_some_and(|t| t.trim().eq_ignore_ascii_case(wanted)))?;
-        let q = part.split(';').skip(1).find_map(|p| p.trim().strip_prefix("q="));
-        Some(q.and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0)).filter(|q| *q > 0.0)
-    };
-    match (weight("application/json"), weight("text/event-stream")) {
+    match (accepted(headers, "application/json"), accepted(headers, "text/event-stream")) {
         (Some(json), Some(stream)) => json > stream,
         (json, _) => json.is_some(),
     }

@@ -253,17 +253,28 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
     })
 }
 
+/// How much the client wants a media type that it names, if it does.
+#[must_use]
+pub fn accepted(headers: &HeaderMap, wanted: &str) -> Option<f32> {
+    let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let mut parts = values.flat_map(|value| value.split(',')).map(|part| part.split(';').map(str::trim));
+    let mut part = parts.find(|part| part.clone().next().is_some_and(|name| name.eq_ignore_ascii_case(wanted)))?;
+    let q = part.find_map(|parameter| parameter.strip_prefix("q="));
+    Some(q.and_then(|q| q.parse().ok()).unwrap_or(1.0)).filter(|q| *q > 0.0)
+}
+
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
-    let are_all = |name, plain: &[u8]| {
-        let codings = headers.get_all(name).iter().flat_map(|list| list.as_bytes().split(|&b| b == b','));
-        codings.map(<[u8]>::trim_ascii).all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case(plain))
-    };
     // Taken as it is, it would be stored as something else than what was meant.
-    if !are_all(header::CONTENT_ENCODING, b"identity") {
+    let codings =
+        headers.get_all(header::CONTENT_ENCODING).iter().flat_map(|list| list.as_bytes().split(|&b| b == b','));
+    if codings.map(<[u8]>::trim_ascii).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
     }
-    if !are_all(header::TRANSFER_ENCODING, b"chunked") {
+    let mut transfers = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let is_plain =
+        transfers.next().is_none_or(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+    if !is_plain || transfers.next().is_some() {
         return Err(ApiError::UnsupportedMediaType("without a Transfer-Encoding but chunked"));
     }
     let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });

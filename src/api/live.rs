@@ -36,8 +36,10 @@ use tokio::time::{Instant, Sleep};
 const CHUNKS_PER_POLL: usize = 4;
 /// What a client may send behind a request whose answer never ends, before it is cut off.
 const IGNORED_BYTES_MAX: usize = 16 << 10;
-/// How often it is looked whether a reader that the stream waits for takes anything.
+/// How often it is looked whether a reader that has much to take takes anything.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Bytes that a reader with a window of the usual size takes at once.
+const MANY_BYTES: u64 = 32 << 10;
 /// What ends a chunked body.
 const END: &[u8] = b"0\r\n\r\n";
 
@@ -75,16 +77,17 @@ pub struct Live {
     stream: EventStream,
     /// What is left of the chunk on its way.
     chunk: Bytes,
-    /// Bytes handed to the kernel.
+    /// Bytes handed to the kernel, and how many there were when it was last asked how many of them are left.
     sent: u64,
-    /// Kept for one look after the reader was last waited for.
+    asked_at: u64,
+    /// While the kernel has bytes for a reader that was waited for, or that has let many come together.
     reader: Option<Box<Reader>>,
     is_ending: bool,
     ignored: usize,
     _connected: Connected,
 }
 
-/// A reader that is waited for. The kernel's own patience ([`set_patience`]) does not do for it: where the window is smaller than
+/// A reader that has much to take. The kernel's own patience ([`set_patience`]) does not do for it: where the window is smaller than
 /// what lies ready to be sent, Linux takes one that opens again and again for one that stays closed.
 #[derive(Debug)]
 struct Reader {
@@ -113,6 +116,7 @@ impl Live {
             stream,
             chunk: Bytes::new(),
             sent: 0,
+            asked_at: 0,
             reader: None,
             is_ending: false,
             ignored: 0,
@@ -139,16 +143,42 @@ impl Live {
         Poll::Ready(Ok(()))
     }
 
-    /// Ready when the reader, who is waited for, has taken nothing for long.
-    fn poll_stuck(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let taken = || self.sent.saturating_sub(untaken(&self.tcp));
-        let reader = self.reader.get_or_insert_with(|| {
+    /// Nothing can be sent now, or there is nothing to send: ready when nobody will take it.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.reader.is_none() && (!self.chunk.is_empty() || self.has_let_many_come()) {
             set_patience(&self.tcp, None);
             let look = Box::pin(tokio::time::sleep(LOOK_EVERY));
-            Box::new(Reader { look, taken: taken(), since: Instant::now() })
-        });
+            let taken = self.sent.saturating_sub(untaken(&self.tcp));
+            self.reader = Some(Box::new(Reader { look, taken, since: Instant::now() }));
+        }
+        if self.poll_stuck(cx).is_ready() {
+            // What the kernel still has must not stay with it for its own timeouts.
+            set_patience(&self.tcp, Some(LOOK_EVERY));
+            return Poll::Ready(());
+        }
+        self.poll_gone(cx)
+    }
+
+    /// Asks only now and then: it is a call to the system.
+    fn has_let_many_come(&mut self) -> bool {
+        if self.sent - self.asked_at < MANY_BYTES {
+            return false;
+        }
+        self.asked_at = self.sent;
+        untaken(&self.tcp) >= MANY_BYTES
+    }
+
+    /// Ready when the reader has taken nothing for long.
+    fn poll_stuck(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(reader) = &mut self.reader else { return Poll::Pending };
         while reader.look.as_mut().poll(cx).is_ready() {
-            let (now, taken) = (Instant::now(), taken());
+            let (now, left) = (Instant::now(), untaken(&self.tcp));
+            let taken = self.sent.saturating_sub(left);
+            if left == 0 {
+                self.reader = None;
+                set_patience(&self.tcp, Some(STALL_TIMEOUT));
+                break;
+            }
             if taken > reader.taken {
                 (reader.taken, reader.since) = (taken, now);
             } else if now - reader.since >= STALL_TIMEOUT {
@@ -179,12 +209,7 @@ impl Live {
                 Poll::Ready(Ok(())) if self.is_ending => return Poll::Ready(()),
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(_)) => return Poll::Ready(()),
-                Poll::Pending if self.poll_stuck(cx).is_ready() => return Poll::Ready(()),
-                Poll::Pending => return self.poll_gone(cx),
-            }
-            if self.reader.as_ref().is_some_and(|reader| reader.look.is_elapsed()) {
-                self.reader = None;
-                set_patience(&self.tcp, Some(STALL_TIMEOUT));
+                Poll::Pending => return self.poll_idle(cx),
             }
             match self.stream.poll_chunk(cx, true) {
                 Poll::Ready(Some(chunk)) => self.chunk = chunk,
@@ -192,7 +217,7 @@ impl Live {
                     self.is_ending = true;
                     self.chunk = Bytes::from_static(END);
                 }
-                Poll::Pending => return self.poll_gone(cx),
+                Poll::Pending => return self.poll_idle(cx),
             }
         }
         cx.waker().wake_by_ref();

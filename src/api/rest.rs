@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use parking_lot::Mutex;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 /// Rests up to this are read.
@@ -22,41 +22,56 @@ const REST_BYTES_MAX: usize = 64 << 10;
 /// How long an answer waits for them.
 const REST_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The rest of a body, once whoever had it to read has let it go. The lock is held to put it here and to take it.
+/// Where a body is. The lock is held to say so and to take the rest.
+#[derive(Debug, Default)]
+enum Place {
+    /// With whoever reads it.
+    #[default]
+    Lent,
+    /// Let go of, with more to come perhaps.
+    Back(Incoming),
+    /// It is at its end.
+    Read,
+}
+
+/// The rest of a request's body, once whoever had it to read has let it go.
 #[derive(Debug)]
 pub struct Rest {
     /// `None` where there was no body.
-    kept: Option<Arc<Mutex<Option<Incoming>>>>,
+    place: Option<Arc<Mutex<Place>>>,
     /// The client waits to be asked for its body, which reading would do.
     is_expecting: bool,
 }
 
 /// A body that is given back when it is let go of.
 struct Lent {
+    /// `None` at its end.
     body: Option<Incoming>,
-    kept: Arc<Mutex<Option<Incoming>>>,
+    place: Arc<Mutex<Place>>,
 }
 
 /// Takes note of a request's body.
 pub fn lend(request: Request<Incoming>) -> (Request<Body>, Rest) {
     let is_expecting = request.headers().contains_key(EXPECT);
     if request.body().is_end_stream() {
-        return (request.map(Body::new), Rest { kept: None, is_expecting });
+        return (request.map(Body::new), Rest { place: None, is_expecting });
     }
-    let kept = Arc::<Mutex<Option<Incoming>>>::default();
-    let request = request.map(|body| Body::new(Lent { body: Some(body), kept: Arc::clone(&kept) }));
-    (request, Rest { kept: Some(kept), is_expecting })
+    let place = Arc::<Mutex<Place>>::default();
+    let request = request.map(|body| Body::new(Lent { body: Some(body), place: Arc::clone(&place) }));
+    (request, Rest { place: Some(place), is_expecting })
 }
 
 impl Rest {
     /// Reads it, if it is short. Whether all of the body is read then.
     pub async fn read(self) -> bool {
-        let Some(kept) = self.kept else { return true };
-        let rest = kept.lock().take();
-        let Some(mut rest) = rest else { return false };
-        if rest.is_end_stream() {
-            return true;
-        }
+        let Some(place) = self.place else { return true };
+        let place = std::mem::take(&mut *place.lock());
+        let mut rest = match place {
+            Place::Lent => return false,
+            Place::Read => return true,
+            Place::Back(rest) if rest.is_end_stream() => return true,
+            Place::Back(rest) => rest,
+        };
         if self.is_expecting || rest.size_hint().lower() > REST_BYTES_MAX as u64 {
             return false;
         }
@@ -77,7 +92,7 @@ impl Rest {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        *self.kept.lock() = self.body.take();
+        *self.place.lock() = self.body.take().map_or(Place::Read, Place::Back);
     }
 }
 
@@ -86,7 +101,12 @@ impl http_body::Body for Lent {
     type Error = hyper::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        self.body.as_mut().map_or(Poll::Ready(None), |body| Pin::new(body).poll_frame(cx))
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(body).poll_frame(cx));
+        if frame.is_none() {
+            self.body = None;
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

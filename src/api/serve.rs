@@ -272,9 +272,10 @@ impl Server {
                     Served::Stream(stream) => self.runtimes.streams.spawn(tcp, stream, connected),
                     Served::Rest(rest) => {
                         drop(turn);
-                        let (read, write) = tcp.into_split();
+                        let (read, write) = tcp.split();
                         let io = tokio::io::join(Rewound { rest, read }, write);
                         Box::pin(self.http1(io, service)).await;
+                        Box::pin(close(&mut tcp)).await;
                     }
                 }
             }

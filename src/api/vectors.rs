@@ -5,6 +5,7 @@ use super::extract::{Head, Object, Params, aside, meta, parse_list, parse_object
 use super::offer;
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
+use crate::engine::Engine;
 use crate::engine::collections::SharedCollection;
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
 use crate::engine::frame::{push_fmt, push_number, push_numbers};
@@ -72,7 +73,7 @@ pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Bo
     }
     // It may be deleted by now; then say so rather than invent an answer.
     let shared = app.engine.collection(collection.as_str())?;
-    push_info(&mut out, collection.as_str(), &shared);
+    push_info(&mut out, &app.engine, collection.as_str(), &shared);
     Ok(json(status, out))
 }
 
@@ -90,14 +91,12 @@ fn push_new(out: &mut String, name: &str, spec: CollectionSpec, revision: Revisi
     );
 }
 
-fn push_info(out: &mut String, name: &str, collection: &SharedCollection) {
+fn push_info(out: &mut String, engine: &Engine, name: &str, collection: &SharedCollection) {
     let spec = collection.spec();
-    let settled = collection.settled();
-    let (count, memory_bytes, revision, kind, indexed) = collection.read(|c| {
+    let (count, memory_bytes, revision, kind, indexed) = engine.look_at(collection, |c| {
         let (kind, indexed) = c.graph().map_or(("exact", c.len()), |_| ("graph", c.graph_counts().linked));
         (c.len(), c.memory_bytes(), c.revision(), kind, indexed)
     });
-    drop(settled);
     let pending = count.saturating_sub(indexed);
     out.push_str("{\"collection\":");
     push_string(out, name);
@@ -117,7 +116,7 @@ pub async fn collections(State(app): State<App>, head: Head) -> ApiResult {
     let mut out = String::from("{\"collections\":[");
     let mut all = app.engine.collections();
     all.retain(|(name, _)| head.need_collection(Right::Read, name).is_ok());
-    push_list(&mut out, all, |out, (name, c)| push_info(out, &name, &c));
+    push_list(&mut out, all, |out, (name, c)| push_info(out, &app.engine, &name, &c));
     push_fmt(&mut out, format_args!("],\"revision\":{}}}", app.engine.head()));
     Ok(json(StatusCode::OK, out))
 }
@@ -129,7 +128,7 @@ pub async fn info(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     Params::parse(&head.uri, &[])?;
     let shared = app.engine.collection(collection.as_str())?;
     let mut out = String::new();
-    push_info(&mut out, collection.as_str(), &shared);
+    push_info(&mut out, &app.engine, collection.as_str(), &shared);
     Ok(json(StatusCode::OK, out))
 }
 
@@ -219,7 +218,7 @@ impl<'de> Deserialize<'de> for ListItem {
     }
 }
 
-/// What is wrong with a body that could not be read. In most of it that is no number a vector is meant.
+/// What is wrong with a body that could not be read. What is no number there was to be one of a vector's.
 fn about_vectors(bytes: &[u8], error: ApiError) -> ApiError {
     if names_no_number(bytes) {
         return Rejection::InvalidVector("JSON has no NaN and no Infinity, and a vector's numbers are finite".into())
@@ -364,9 +363,7 @@ pub async fn get(State(app): State<App>, path: NamePath, head: Head) -> ApiResul
     let params = Params::parse(&head.uri, &["id"])?;
     let id = VectorId::new(params.one("id")?.ok_or_else(|| invalid("the query parameter id is missing"))?)?;
     let shared = app.engine.collection(collection.as_str())?;
-    let settled = shared.settled();
-    let item = shared.read(|c| c.get(id.as_str(), true));
-    drop(settled);
+    let item = app.engine.look_at(&shared, |c| c.get(id.as_str(), true));
     let item = item.ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
     let mut out = String::new();
     push_item(&mut out, &item);
@@ -382,7 +379,7 @@ pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     let include_vector = params.flag("include_vector")?;
     let after = params.one("cursor")?.map(decode_cursor).transpose()?;
     let shared = app.engine.collection(collection.as_str())?;
-    let (mut items, revision) = shared.list(after.as_deref(), limit + 1, include_vector);
+    let (mut items, revision) = app.engine.list_vectors(&shared, after.as_deref(), limit + 1, include_vector);
     let mut has_more = items.len() > limit;
     items.truncate(limit);
     let numbers = items.iter().filter_map(|item| item.vector.as_ref()).map(|vector| vector.len()).sum::<usize>();
@@ -426,8 +423,7 @@ pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Bod
     let (count, revision) = match body.filters.as_ref().map(Filter::parse).transpose()? {
         None => {
             let shared = app.engine.collection(collection.as_str())?;
-            let _settled = shared.settled();
-            shared.read(|c| (c.len(), c.revision()))
+            app.engine.look_at(&shared, |c| (c.len(), c.revision()))
         }
         Some(filter) => {
             let (ticket, revision) = app.engine.begin_match(collection.as_str())?;

@@ -261,7 +261,7 @@ impl Watcher {
     }
 }
 
-/// The lines of OpenMetrics text that carry a number, by name and labels.
+/// The lines of metrics that carry a number, by name and labels.
 fn samples(text: &str) -> Samples {
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines

@@ -230,7 +230,7 @@ impl Engine {
         out.begin(kind::VECTORS);
         loop {
             self.go_on()?;
-            let (slice, _) = collection.list(after.as_ref().map(VectorId::as_str), slice_vectors, true);
+            let (slice, _) = collection.list(after.as_ref().map(VectorId::as_str), slice_vectors, true, || ());
             let Some(last) = slice.last() else { break };
             after = Some(last.id.clone());
             count += slice.len() as u64;

@@ -318,9 +318,11 @@ impl SharedCollection {
         self.dir.as_deref()
     }
 
-    /// Waits for a record that is being applied, and keeps the next from it. To be taken before the state's lock, or without it.
+    /// Waits for a record of many vectors that is being applied, and keeps the next from it. To be taken before the state's lock,
+    /// which keeps other records from being applied.
     pub fn settled(&self) -> RwLockReadGuard<'_, ()> {
-        self.applying.read()
+        // A thread that serves requests hands the others over: it may be many milliseconds.
+        self.applying.try_read().unwrap_or_else(|| tokio::task::block_in_place(|| self.applying.read()))
     }
 
     /// Keeps whoever needs it [`settled`](Self::settled) away until the record that is applied meanwhile counts.
@@ -347,15 +349,21 @@ impl SharedCollection {
         self.inner.read().reserve_graph()
     }
 
-    /// Live vectors in order of id, after `after`, all as of the revision that comes with them: the newest that had changed
-    /// the collection. Numbers are copied a few at a time, so that nobody waits for all of them: held, their slots are not
-    /// reused meanwhile.
+    /// Live vectors in order of id, after `after`, and the newest revision that had changed the collection: all as they were while
+    /// what `hold` gives was held. Numbers are copied later, a few at a time, so that nobody waits for all of them: their slots
+    /// are not reused meanwhile.
     #[must_use]
-    pub fn list(&self, after: Option<&str>, limit: usize, include_vector: bool) -> (Vec<Item>, Revision) {
-        let settled = self.settled();
+    pub fn list<T>(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+        include_vector: bool,
+        hold: impl FnOnce() -> T,
+    ) -> (Vec<Item>, Revision) {
+        let held = hold();
         let number = self.begin();
         let (listed, revision) = self.read(|c| (c.list(after, limit, false).collect::<Vec<_>>(), c.revision()));
-        drop(settled);
+        drop(held);
         let (slots, mut items): (Vec<u32>, Vec<Item>) = listed.into_iter().unzip();
         if include_vector {
             let rows = self.rows_at_a_time();
@@ -369,6 +377,11 @@ impl SharedCollection {
         }
         self.end_search(number);
         (items, revision)
+    }
+
+    /// Ids that a checkpoint encodes under one hold of the lock.
+    fn ids_at_a_time(&self) -> usize {
+        (CHECKPOINT_BYTES / (self.spec.dim * size_of::<f32>())).clamp(1, CHECKPOINT_IDS)
     }
 
     /// Rows that are copied under one hold of the lock.
@@ -900,8 +913,8 @@ impl SharedCollection {
             }),
             _ => Ok(()),
         };
-        let ids_at_a_time = (CHECKPOINT_BYTES / (self.spec.dim * size_of::<f32>())).clamp(1, CHECKPOINT_IDS);
         if rewrite {
+            let ids_at_a_time = self.ids_at_a_time();
             let mut successor = log.rewrite(self.spec, self.created)?;
             let mut after: Option<VectorId> = None;
             loop {
@@ -923,7 +936,23 @@ impl SharedCollection {
             sync_rows()?;
             return log.replace(successor);
         }
+        let before = log.bytes();
+        self.append_checkpoint(log, revision, changes, (previous, newest), || sync_log().and_then(|()| sync_rows()))
+            // Its beginning would be written again by the next.
+            .inspect_err(|_| log.cut(before))
+    }
+
+    /// Appends what has changed. `sync` is called before each piece: a frame names no row that is not on disk.
+    fn append_checkpoint(
+        &self,
+        log: &mut SlotLog,
+        revision: Revision,
+        changes: &Changes,
+        (previous, newest): (Revision, Revision),
+        sync: impl Fn() -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let slots: Vec<u32> = changes.slots.iter().collect();
+        let ids_at_a_time = self.ids_at_a_time();
         let gone: Vec<VectorId> = changes.gone.iter().cloned().collect();
         let written = slots.chunks(ids_at_a_time).map(|slots| self.inner.read().entries_in(slots));
         let deleted = gone.chunks(ids_at_a_time).map(|ids| self.inner.read().entries_of(ids));
@@ -933,8 +962,7 @@ impl SharedCollection {
             let is_last = pages.peek().is_none();
             frames.extend_from_slice(&encode_frame(if is_last { revision } else { previous }, newest, &entries));
             if is_last || frames.len() >= FRAMES_BYTES {
-                sync_log()?;
-                sync_rows()?;
+                sync()?;
                 log.append(&frames)?;
                 frames.clear();
             }

@@ -58,8 +58,7 @@ pub fn names_no_number(text: &[u8]) -> bool {
     while let Some(&byte) = text.get(at) {
         match byte {
             b'"' => at = skip_string(text, at),
-            // Outside strings JSON has no capitals but the E of a number.
-            b'N' | b'I' => return true,
+            _ if [&b"NaN"[..], b"Infinity"].iter().any(|word| text[at..].starts_with(word)) => return true,
             _ => {}
         }
         at += 1;
@@ -316,7 +315,7 @@ mod tests {
     #[test]
     fn what_is_no_number_is_seen_outside_strings() {
         assert!(names_no_number(b"{\"a\":[1,NaN]}") && names_no_number(b"[-Infinity]"));
-        assert!(!names_no_number(b"{\"N\":[1E5,\"\\\"Infinity\"") && !names_no_number(b"\"N"));
+        assert!(!names_no_number(b"{\"NaN\":[1E5,None,\"\\\"Infinity\"") && !names_no_number(b"\"NaN"));
     }
 
     #[test]

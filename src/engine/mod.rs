@@ -7,7 +7,7 @@
 //!   -> decide        state.rs      pure: state + overlay + command -> events or a rejection
 //!   -> prepare       recovery.rs   files and room for vectors, the only I/O that can be refused
 //!   -> Wal           wal.rs        codec.rs encodes; one write, one fdatasync for the batch
-//!   -> State::apply  state.rs      infallible; recovery calls the very same
+//!   -> State::apply  state.rs      infallible; recovery calls the very same (many vectors: beside readers)
 //!   -> Feed          feed.rs       shared frames, matched and woken on the feed's own thread
 //!   -> reply                       to every waiter of the batch
 //! ```
@@ -15,7 +15,7 @@
 //!
 //! Invariants
 //! - Durable before visible: reads, searches and streams see a record only after its sync (in `FSYNC=always`).
-//! - One apply, two callers. Time is in the record; expiry is a record the sequencer makes.
+//! - One apply, two callers (of records of many vectors, that of the collection). Time is in the record; expiry is a record the sequencer makes.
 //! - Revisions are handed out by one thread, consecutively, and never again.
 //!
 //! Locks, and why each: `state` (readers for microseconds; the sequencer to apply a batch), `snapshot_lock` (one snapshot
@@ -51,6 +51,7 @@ pub mod zeros;
 use crate::config::{Config, Fsync};
 use crate::error::{Error, Rejection};
 use crate::revision::Revision;
+use crate::vector::collection::{Collection, Item};
 use answers::Retry;
 use clock::Clock;
 use codec::{Entries, Entry};
@@ -323,6 +324,30 @@ impl Engine {
         let mut range = state.range(prefix, after, now_ms);
         let items: Vec<_> = range.by_ref().take(limit).map(|(key, entry)| (key.clone(), Arc::clone(entry))).collect();
         (items, range.next().is_some(), state.revision())
+    }
+
+    /// Looks at a collection between two records.
+    pub fn look_at<T>(&self, collection: &SharedCollection, look: impl FnOnce(&Collection) -> T) -> T {
+        let _between = self.between_records(collection);
+        collection.read(look)
+    }
+
+    /// Live vectors of a collection as of one revision; see [`SharedCollection::list`].
+    #[must_use]
+    pub fn list_vectors(
+        &self,
+        collection: &SharedCollection,
+        after: Option<&str>,
+        limit: usize,
+        include_vector: bool,
+    ) -> (Vec<Item>, Revision) {
+        collection.list(after, limit, include_vector, || self.between_records(collection))
+    }
+
+    /// While it is held, nothing is applied to the collection.
+    fn between_records<'a>(&'a self, collection: &'a SharedCollection) -> impl Sized + 'a {
+        let settled = collection.settled();
+        (self.inner.state.read(), settled)
     }
 
     /// A collection by name.

@@ -20,7 +20,7 @@ use super::answers::Answer;
 use super::codec::Record;
 use super::command::{Command, Committed, Op};
 use super::recovery::Preparer;
-use super::state::{Decider, Overlay};
+use super::state::{Decider, Overlay, apply_beside_readers};
 use super::wal::{AppendError, Wal};
 use crate::config::Fsync;
 use crate::error::{Error, Rejection};
@@ -437,16 +437,7 @@ impl Sequencer {
             let mut state = self.inner.state.write();
             self.preparer.hand_over(&mut state);
             for record in records {
-                if let Some(collection) = state.target_of_many(record) {
-                    // Milliseconds, for which nobody who asks for keys has to wait.
-                    drop(state);
-                    let _unsettled = collection.unsettle();
-                    collection.apply(&record.iter().collect::<Vec<_>>());
-                    state = self.inner.state.write();
-                    state.note_applied(record);
-                } else {
-                    state.apply(record);
-                }
+                state = apply_beside_readers(&self.inner.state, state, record);
                 let (first, last) = (record.first_revision.0, record.last_revision().0);
                 tracing::trace!(target: EFFECTS, first, last, "apply");
             }

@@ -19,7 +19,7 @@ use crate::error::Rejection;
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU64;
 use std::ops::Bound;
@@ -210,7 +210,7 @@ impl State {
     }
 
     /// Has a record count whose changes are applied.
-    pub fn note_applied(&mut self, record: &Record) {
+    fn note_applied(&mut self, record: &Record) {
         if record.last_revision() > self.revision
             && let Some(answer) = Remembered::of(record)
         {
@@ -221,8 +221,7 @@ impl State {
 
     /// The collection that a record of many vectors is about, if it is about nothing else: to be applied there without this
     /// state's lock. Not where metadata alone is written, which searches under way would see before its time.
-    #[must_use]
-    pub fn target_of_many(&self, record: &Record) -> Option<Arc<SharedCollection>> {
+    fn target_of_many(&self, record: &Record) -> Option<Arc<SharedCollection>> {
         if record.events.len() < MANY_VECTORS {
             return None;
         }
@@ -265,6 +264,25 @@ impl State {
         }
         self.views.remember(key, old.as_ref());
     }
+}
+
+/// Applies a record as [`State::apply`] does, while others read. One of many vectors takes milliseconds, for which nobody who asks
+/// for keys should wait: its collection takes it in without the state's lock, and then it counts.
+pub fn apply_beside_readers<'a>(
+    lock: &'a RwLock<State>,
+    mut state: RwLockWriteGuard<'a, State>,
+    record: &Record,
+) -> RwLockWriteGuard<'a, State> {
+    let Some(collection) = state.target_of_many(record) else {
+        state.apply(record);
+        return state;
+    };
+    drop(state);
+    let _unsettled = collection.unsettle();
+    collection.apply(&record.iter().collect::<Vec<_>>());
+    let mut state = lock.write();
+    state.note_applied(record);
+    state
 }
 
 /// Whether an entry's deadline, if any, is still ahead.

@@ -44,7 +44,7 @@ pub const FRAME_HEADER_BYTES: usize = 32;
 const FRAME_ALIGN: usize = 8;
 /// Zeros a new segment begins with.
 const FIRST_ZEROS_BYTES: u64 = 256 << 10;
-/// Space in the last segment that only deletes may use once the disk is full: a quarter of the smallest segment.
+/// Space in the last segment that only deletes may use once the disk is full, and at most a quarter of a segment.
 const RESERVE_BYTES: u64 = 256 << 10;
 /// Capacity the frame buffer keeps from batch to batch.
 const BUFFER_BYTES_KEPT: usize = 4 << 20;

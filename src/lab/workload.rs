@@ -57,7 +57,7 @@ impl Model {
         let collections = state
             .collections()
             .iter()
-            .map(|(name, c)| (name.as_str().to_owned(), vectors(c.list(None, usize::MAX, true).0)));
+            .map(|(name, c)| (name.as_str().to_owned(), vectors(c.list(None, usize::MAX, true, || ()).0)));
         Self { keys: keys.collect(), collections: collections.collect() }
     }
 

@@ -184,6 +184,8 @@ pub struct Item {
 #[derive(Clone, Debug)]
 pub struct Query {
     numbers: Vec<f32>,
+    /// Of length one, it is that as far as f32 goes.
+    length: f64,
 }
 
 impl Query {
@@ -197,12 +199,13 @@ impl Query {
     #[must_use]
     pub fn new(spec: CollectionSpec, vector: &[f32]) -> Self {
         if spec.metric != Metric::Cosine {
-            return Self { numbers: vector.to_vec() };
+            return Self { numbers: vector.to_vec(), length: 1.0 };
         }
         let norm = (kernels().squares_f64)(vector).sqrt();
         // The cast: a component of a unit vector fits f32.
-        let numbers = vector.iter().map(|&n| (f64::from(n) / norm) as f32).collect();
-        Self { numbers }
+        let numbers: Vec<f32> = vector.iter().map(|&n| (f64::from(n) / norm) as f32).collect();
+        let length = (kernels().squares_f64)(&numbers).sqrt();
+        Self { numbers, length }
     }
 }
 
@@ -930,8 +933,7 @@ impl Collection {
     fn score_in_f64(&self, query: &Query, row: &[f32]) -> f32 {
         let score = match self.spec.metric {
             Metric::Cosine => {
-                // The query's length is one as far as f32 goes.
-                let lengths = (dot_f64(row, row) * dot_f64(&query.numbers, &query.numbers)).sqrt();
+                let lengths = dot_f64(row, row).sqrt() * query.length;
                 (dot_f64(&query.numbers, row) / lengths).clamp(-1.0, 1.0)
             }
             Metric::Dot => dot_f64(&query.numbers, row),

@@ -372,6 +372,15 @@ impl SlotLog {
         Ok(())
     }
 
+    /// Forgets what was appended behind the first `bytes`, for want of what should have followed. The next append cuts it off
+    /// where this cannot.
+    pub fn cut(&mut self, bytes: u64) {
+        self.bytes = bytes;
+        if let Err(error) = self.file.set_length(bytes) {
+            tracing::debug!(%error, "a slot log stays longer for now");
+        }
+    }
+
     /// Starts a successor beside this file; see [`Rewrite`].
     pub fn rewrite(&self, spec: CollectionSpec, created: Revision) -> Result<Rewrite, Error> {
         let path = self.path.with_extension("log.tmp");
