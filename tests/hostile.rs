@@ -86,6 +86,22 @@ async fn requests_that_can_be_read_in_two_ways_are_refused() {
         }
         call(c, "DELETE /v1/state/hidden").await;
     }
+    // What is no request is told why, and behind what was answered before.
+    for (name, request) in [
+        ("a space in the address", "GET /v1/state/a b HTTP/1.1\r\nhost: h\r\n\r\n"),
+        ("a byte that has to be encoded", "GET /v1/state/a<b HTTP/1.1\r\nhost: h\r\n\r\n"),
+        ("a name with a space", "GET /v1/health HTTP/1.1\r\nho st: h\r\n\r\n"),
+        ("TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\x03"),
+    ] {
+        let before = "GET /v1/health HTTP/1.1\r\nhost: h\r\n\r\n";
+        let (answer, is_closed) = say(&server.target, format!("{before}{request}").as_bytes()).await;
+        let refusal = answer.split_once("HTTP/1.1 400").unwrap_or_else(|| panic!("{name}: {answer}")).1;
+        assert!(answer.starts_with("HTTP/1.1 200") && is_closed, "{name}: {answer}");
+        assert!(
+            refusal.contains("problem+json") && refusal.contains("\"code\":\"invalid_argument\""),
+            "{name}: {answer}"
+        );
+    }
     // Nobody unpacks it.
     let packed = "PUT /v1/state/a HTTP/1.1\r\nhost: h\r\nconnection: close\r\ntransfer-encoding: gzip, chunked\r\n\r\n1\r\n1\r\n0\r\n\r\n";
     let (answer, _) = say(&server.target, packed.as_bytes()).await;

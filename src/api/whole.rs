@@ -9,7 +9,8 @@
 //! On one core that is a tenth more durable writes and reads a second than hyper answers, because hyper must be able to do
 //! everything at any moment: send while it receives, take bodies in pieces, change protocols. What needs any of that is left to
 //! it: chunked and large bodies, `Expect`, HTTP/1.0, `HEAD`, clients that take longer than [`PATIENCE`] to send a request, and
-//! whatever is not understood at first sight, so that only hyper refuses. The parser is hyper's own (httparse).
+//! whatever could be read in two ways, so that only hyper decides. The parser is hyper's own (httparse), and what is no request
+//! to it is refused here, where it can be said why.
 //!
 //! Invariants
 //! - A request is taken when it can be read in one way only: at most one `Content-Length`, of digits, no `Transfer-Encoding`.
@@ -17,6 +18,7 @@
 //!   of [`BYTES_MAX`] each at most.
 
 use super::Service;
+use super::error::invalid;
 use super::events::EventStream;
 use super::live::{is_stream, take_stream};
 use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
@@ -54,6 +56,9 @@ const READS_MAX: usize = 64;
 /// Larger pieces of a body are sent by themselves rather than copied behind the head.
 const COPY_BYTES_MAX: usize = 8 << 10;
 
+const NO_REQUEST: &str =
+    "this is no HTTP/1.1 request; in its address all but A-Z a-z 0-9 and -._~!$&'()*+,;=:@/? has to be percent-encoded";
+
 /// What became of a connection.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "taken apart at once; a box would be an allocation for each stream")]
@@ -88,6 +93,13 @@ pub async fn serve(
     loop {
         let (request, is_last) = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
             Next::Request(request, is_last) => (request, is_last),
+            Next::Refused(why) => {
+                let answer = invalid(why).into_last_words();
+                if tcp.write_all(answer.as_bytes()).await.is_ok() {
+                    Box::pin(serve::close(tcp)).await;
+                }
+                return Served::Over;
+            }
             Next::Rest => return Served::Rest(input.freeze()),
             Next::Over => return Served::Over,
         };
@@ -138,6 +150,8 @@ pub async fn serve(
 enum Next {
     /// A request, and whether its client wants no other answered.
     Request(Request, bool),
+    /// What is none, and why.
+    Refused(&'static str),
     /// One that did not come whole.
     Rest,
     /// Nothing.
@@ -158,6 +172,7 @@ async fn next<S: Future>(
         let missing = match parse(input) {
             Parsed::Request(request, is_last) => return Next::Request(request, is_last),
             Parsed::Part(missing) => missing,
+            Parsed::Refused(why) => return Next::Refused(why),
             Parsed::Other => return Next::Rest,
         };
         if has_ended && input.is_empty() {
@@ -250,6 +265,8 @@ enum Parsed {
     Request(Request, bool),
     /// A part of one, to which at least about so many bytes are missing.
     Part(usize),
+    /// What can become none, and why.
+    Refused(&'static str),
     /// Something else.
     Other,
 }
@@ -267,6 +284,12 @@ fn parse(input: &mut BytesMut) -> Parsed {
     let head_bytes = match head.parse_with_uninit_headers(input, &mut fields) {
         Ok(httparse::Status::Complete(bytes)) if bytes <= BYTES_MAX => bytes,
         Ok(httparse::Status::Partial) if input.len() < BYTES_MAX => return Parsed::Part(READ_BYTES),
+        Err(httparse::Error::HeaderName | httparse::Error::HeaderValue) => {
+            return Parsed::Refused("a header's name or value holds a byte that may not stand there");
+        }
+        Err(httparse::Error::Token | httparse::Error::NewLine | httparse::Error::Version) => {
+            return Parsed::Refused(NO_REQUEST);
+        }
         _ => return Parsed::Other,
     };
     let (Some(method), Some(target), Some(1)) = (head.method, head.path, head.version) else { return Parsed::Other };
@@ -303,7 +326,7 @@ fn parse(input: &mut BytesMut) -> Parsed {
         let at = part.as_ptr().addr() - input.as_ptr().addr();
         whole.slice(at..at + part.len())
     };
-    let Ok(uri) = Uri::from_maybe_shared(part(target.as_bytes())) else { return Parsed::Other };
+    let Ok(uri) = Uri::from_maybe_shared(part(target.as_bytes())) else { return Parsed::Refused(NO_REQUEST) };
     let mut headers = HeaderMap::with_capacity(head.headers.len());
     for field in &*head.headers {
         let name = HeaderName::from_bytes(field.name.as_bytes());
@@ -478,7 +501,6 @@ mod tests {
             put("content-length: 99999999999999999999\r\n", "1"),
             put(&format!("content-length: {}\r\n", BYTES_MAX + 1), "1"),
             put("expect: 100-continue\r\ncontent-length: 1\r\n", "1"),
-            put("a b: c\r\n", ""),
             put(&many, ""),
             put(&format!("x: {}", "y".repeat(BYTES_MAX)), ""),
             "GET / HTTP/1.0\r\n\r\n".to_owned(),
@@ -486,11 +508,24 @@ mod tests {
             "CONNECT h:80 HTTP/1.1\r\n\r\n".to_owned(),
             "GET http://h/ HTTP/1.1\r\n\r\n".to_owned(),
             "OPTIONS * HTTP/1.1\r\n\r\n".to_owned(),
-            "nonsense".to_owned() + "\r\n\r\n",
         ] {
             let mut input = BytesMut::from(request.as_bytes());
             assert!(matches!(parse(&mut input), Parsed::Other), "{request}");
             assert_eq!(&input[..], request.as_bytes(), "it was changed");
+        }
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused() {
+        for request in [
+            &put("a b: c\r\n", ""),
+            &put("a: \x01\r\n", ""),
+            "nonsense\r\n\r\n",
+            "GET /a<b HTTP/1.1\r\n\r\n",
+            "GET /a b HTTP/1.1\r\n\r\n",
+            "\x16\x03\x01\x02\x00\x01",
+        ] {
+            assert!(matches!(parse(&mut BytesMut::from(request.as_bytes())), Parsed::Refused(_)), "{request:?}");
         }
     }
 
