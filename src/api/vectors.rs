@@ -220,7 +220,7 @@ impl<'de> Deserialize<'de> for ListItem {
 
 /// What is wrong with a body that could not be read. What is no number there was to be one of a vector's.
 fn about_vectors(bytes: &[u8], error: ApiError) -> ApiError {
-    if names_no_number(bytes) {
+    if aside(bytes.len(), || names_no_number(bytes)) {
         return Rejection::InvalidVector("JSON has no NaN and no Infinity, and a vector's numbers are finite".into())
             .into();
     }
