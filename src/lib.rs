@@ -16,6 +16,7 @@ pub mod error;
 pub mod faults;
 #[cfg(feature = "lab")]
 pub mod fuzz;
+pub mod heap;
 pub mod keys;
 #[cfg(test)]
 mod lab;

@@ -9,12 +9,12 @@ use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved};
 use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
+use kiss_vdb::heap::{self, Heap};
 use kiss_vdb::turns::{self, Turn};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 use tokio::net::TcpSocket;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -22,29 +22,8 @@ use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Allocations are small, many and cross threads (a value is allocated by a request and freed by the writer): measured
-/// faster and leaner than the system's allocator on that.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// How often memory that is free goes back to the system.
-const GIVE_BACK_EVERY: Duration = Duration::from_secs(1);
-
-/// Gives memory back: all that is free, or what has been for about a second. The allocator does so by itself only while memory comes
-/// and goes; after a recovery or a bulk load, which use and free much, nothing may come for long.
-fn give_back_memory(all: bool) {
-    // SAFETY: touches what is not allocated only, and may be called at any time by any thread.
-    unsafe { libmimalloc_sys::mi_collect(all) };
-}
-
-/// On a thread of its own: a gigabyte takes tens of milliseconds, and nobody is to wait for it.
-fn keep_giving_back_memory() -> std::io::Result<()> {
-    let run = || loop {
-        std::thread::sleep(GIVE_BACK_EVERY);
-        give_back_memory(false);
-    };
-    std::thread::Builder::new().name("memory".into()).spawn(run).map(drop)
-}
+static HEAP: Heap = Heap;
 
 /// A real-time database: keys, events, streams and vectors in one total order, over plain HTTP.
 #[derive(Parser)]
@@ -272,8 +251,8 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let socket = bind(SocketAddr::new(config.bind_addr, config.port))?;
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
-    give_back_memory(true);
-    keep_giving_back_memory().context("cannot start a thread")?;
+    heap::give_back(true);
+    heap::keep_giving_back().context("cannot start a thread")?;
     let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.

@@ -328,7 +328,7 @@ impl Sequencer {
         // Even the reserve for deletes: a segment made for them would take what the snapshot needs.
         let is_making_room = self.inner.is_making_room.load(Ordering::Acquire);
         let mut parts = [Decided::default(), Decided::default()];
-        let mut overlay = Overlay::default();
+        let mut overlay = Overlay::with_capacity(commands.len());
         let state = self.inner.state.read();
         let mut decider = Decider {
             state: &state,
