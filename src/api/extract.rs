@@ -20,6 +20,7 @@ use base64::Engine as _;
 use bytes::Bytes;
 use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use memchr::memchr;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, SeqAccess, Visitor};
@@ -135,7 +136,7 @@ impl<S: Sync> FromRequestParts<S> for Head {
     }
 }
 
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Longest `Idempotency-Key`: a UUID is 36, a composed name has room.
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 
@@ -226,9 +227,15 @@ impl Params {
 /// The part of the path after `prefix`, percent-decoded as UTF-8.
 pub fn path_tail<'a>(uri: &'a Uri, prefix: &str) -> ApiResult<Cow<'a, str>> {
     let tail = uri.path().strip_prefix(prefix).unwrap_or_default();
+    if memchr(b'%', tail.as_bytes()).is_none() {
+        return Ok(tail.into());
+    }
     let decoded = percent_encoding::percent_decode_str(tail).decode_utf8();
     decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))
 }
+
+/// The media type of nearly every body.
+const JSON: &str = "application/json";
 
 /// What a `Content-Type` header says a body is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -244,10 +251,13 @@ pub enum BodyType {
 /// Reads the `Content-Type` header.
 pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(BodyType::Json) };
+    if value == JSON {
+        return Ok(BodyType::Json);
+    }
     let value = value.to_str().map_err(|_| invalid("the Content-Type header is not ASCII"))?;
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     Ok(match essence.as_str() {
-        "application/json" | "" => BodyType::Json,
+        JSON | "" => BodyType::Json,
         "application/merge-patch+json" => BodyType::MergePatch,
         _ => BodyType::Other(value.to_owned()),
     })
@@ -271,16 +281,18 @@ pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResu
     if codings.map(<[u8]>::trim_ascii).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
     }
-    let mut transfers = headers.get_all(header::TRANSFER_ENCODING).iter();
-    let is_plain =
-        transfers.next().is_none_or(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
-    if !is_plain || transfers.next().is_some() {
-        return Err(ApiError::UnsupportedMediaType("without a Transfer-Encoding but chunked"));
+    let bytes = body.size_hint().exact();
+    // Of known length is only what is sent as it is.
+    if bytes.is_none() {
+        let mut transfers = headers.get_all(header::TRANSFER_ENCODING).iter();
+        let is_plain =
+            transfers.next().is_none_or(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+        if !is_plain || transfers.next().is_some() {
+            return Err(ApiError::UnsupportedMediaType("without a Transfer-Encoding but chunked"));
+        }
     }
     let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
-    let announced =
-        headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limit as u64) {
+    if bytes.is_some_and(|bytes| bytes > limit as u64) {
         return Err(too_large());
     }
     let mut reading = pin!(collect(Limited::new(body, limit)));

@@ -32,7 +32,6 @@ pub mod whole;
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::engine::command::{Command, Committed};
-use crate::engine::frame::push_u64;
 use crate::engine::metrics::{Metrics, RequestLabels};
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
@@ -437,7 +436,7 @@ impl Guard {
         let path = request.uri().path();
         let is_about_server = path.starts_with("/v1/admin/");
         let address = Client::Address(counted_address(self.peer));
-        let grant = if is_public(path) { Ok(None) } else { auth.identify(request, self.app.engine.now_ms()) };
+        let grant = if is_public(path) { Ok(None) } else { auth.identify(request, || self.app.engine.now_ms()) };
         let grant = match grant {
             Ok(grant) => grant,
             Err(error) => {
@@ -576,11 +575,12 @@ pub fn json(status: StatusCode, body: String) -> Response {
 /// A JSON answer with its revision as `ETag`.
 pub fn json_with_etag(status: StatusCode, body: String, revision: Revision) -> Response {
     let mut response = json(status, body);
-    let mut tag = String::with_capacity(24);
-    tag.push('"');
-    push_u64(&mut tag, revision.0);
-    tag.push('"');
-    let etag = HeaderValue::try_from(tag).expect("digits in quotes are a header value");
+    let mut digits = itoa::Buffer::new();
+    let digits = digits.format(revision.0).as_bytes();
+    // Copied by the header value, which has an allocation less than of a string that has grown.
+    let mut tag = [b'"'; 22];
+    tag[1..=digits.len()].copy_from_slice(digits);
+    let etag = HeaderValue::from_bytes(&tag[..digits.len() + 2]).expect("digits in quotes are a header value");
     response.headers_mut().insert(header::ETAG, etag);
     response
 }

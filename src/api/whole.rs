@@ -87,6 +87,7 @@ pub async fn serve(
         stopped: pin!(tokio::task::unconstrained(stop.wait_for(|stop| *stop))),
         told: &told,
         is_waiting: false,
+        is_alarm_set: false,
         has_answered: false,
     };
     let mut has_ended = false;
@@ -234,6 +235,8 @@ struct Idle<'a, S> {
     stopped: Pin<&'a mut S>,
     told: &'a watch::Receiver<bool>,
     is_waiting: bool,
+    /// The alarm wakes this task.
+    is_alarm_set: bool,
     /// Since the alarm was set.
     has_answered: bool,
 }
@@ -248,12 +251,17 @@ impl<S: Future> Idle<'_, S> {
                 return Poll::Ready(());
             }
         }
+        // Like the stop, it is polled when there is something to see: it wakes this task as it is.
+        if self.is_alarm_set && !self.alarm.is_elapsed() {
+            return Poll::Pending;
+        }
         while self.alarm.as_mut().poll(cx).is_ready() {
             if !std::mem::take(&mut self.has_answered) {
                 return Poll::Ready(());
             }
             self.alarm.as_mut().reset(Instant::now() + HEAD_TIMEOUT);
         }
+        self.is_alarm_set = true;
         Poll::Pending
     }
 }
@@ -345,8 +353,11 @@ fn parse(input: &mut BytesMut) -> Parsed {
 
 /// A number written in digits and nothing else.
 fn decimal(text: &[u8]) -> Option<usize> {
-    let digits = std::str::from_utf8(text).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
-    digits.parse().ok()
+    let push = |number: usize, digit: &u8| {
+        let digit = digit.is_ascii_digit().then(|| usize::from(digit - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    };
+    if text.is_empty() { None } else { text.iter().try_fold(0, push) }
 }
 
 /// How an answer's end is told.
