@@ -336,7 +336,9 @@ fn parse(input: &mut BytesMut) -> Parsed {
     };
     let Ok(uri) = Uri::from_maybe_shared(part(target.as_bytes())) else { return Parsed::Refused(NO_REQUEST) };
     let mut headers = HeaderMap::with_capacity(head.headers.len());
-    for field in &*head.headers {
+    // What has been seen to here is left out: the body knows its length, and no handler asks.
+    let is_done = |name: &str| ["content-length", "connection"].iter().any(|done| name.eq_ignore_ascii_case(done));
+    for field in head.headers.iter().filter(|field| !is_done(field.name)) {
         let name = HeaderName::from_bytes(field.name.as_bytes());
         let (Ok(name), Ok(value)) = (name, HeaderValue::from_maybe_shared(part(field.value))) else {
             return Parsed::Other;
@@ -478,6 +480,7 @@ mod tests {
             assert_eq!((request.method(), is_last, &input[..]), (&Method::PUT, last, &b"GET "[..]));
             assert_eq!(request.uri().to_string(), "/v1/state/a?b=c");
             assert_eq!(request.headers().get_all("x-y").iter().collect::<Vec<_>>(), ["v", "w"]);
+            assert_eq!(request.headers().get("connection").or(request.headers().get("content-length")), None);
             assert_eq!(request.body().size_hint().exact(), Some(3));
         }
     }
