@@ -5,7 +5,9 @@
 //! block that happens to fit and takes a larger one where the first does not. A small durable write allocates two dozen times,
 //! and this was a thirtieth of its instructions.
 
-use libmimalloc_sys::{mi_collect, mi_free, mi_malloc, mi_malloc_aligned, mi_realloc, mi_realloc_aligned, mi_zalloc};
+use libmimalloc_sys::{
+    mi_collect, mi_free, mi_malloc, mi_malloc_aligned, mi_realloc, mi_realloc_aligned, mi_zalloc, mi_zalloc_aligned,
+};
 use std::alloc::{GlobalAlloc, Layout};
 use std::time::Duration;
 
@@ -43,7 +45,7 @@ unsafe impl GlobalAlloc for Heap {
             return unsafe { mi_zalloc(layout.size()) }.cast();
         }
         // SAFETY: a layout's alignment is a power of two.
-        unsafe { libmimalloc_sys::mi_zalloc_aligned(layout.size(), layout.align()) }.cast()
+        unsafe { mi_zalloc_aligned(layout.size(), layout.align()) }.cast()
     }
 
     #[inline]
