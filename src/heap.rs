@@ -5,14 +5,20 @@
 //! block that happens to fit and takes a larger one where the first does not. A small durable write allocates two dozen times,
 //! and this was a thirtieth of its instructions.
 
+use crate::turns::{self, Turn};
 use libmimalloc_sys::{
-    mi_collect, mi_free, mi_malloc, mi_malloc_aligned, mi_realloc, mi_realloc_aligned, mi_zalloc, mi_zalloc_aligned,
+    mi_collect, mi_free, mi_malloc, mi_malloc_aligned, mi_option_set, mi_option_t, mi_realloc, mi_realloc_aligned,
+    mi_zalloc, mi_zalloc_aligned,
 };
 use std::alloc::{GlobalAlloc, Layout};
 use std::time::Duration;
 
 /// How every block is aligned that is at least so large; smaller ones are aligned to their size (`MI_MAX_ALIGN_SIZE`).
 const ALIGNED: usize = 16;
+/// mimalloc's option of how many milliseconds free memory is kept; the crate has no name for it.
+const PURGE_DELAY: mi_option_t = 15;
+/// A day.
+const LONG_MS: libc::c_long = 86_400_000;
 /// How often memory that is free goes back to the system.
 const GIVE_BACK_EVERY: Duration = Duration::from_secs(1);
 
@@ -65,18 +71,24 @@ unsafe impl GlobalAlloc for Heap {
     }
 }
 
-/// Gives memory back: all that is free, or what has been for about a second. The allocator does so by itself only while memory comes
-/// and goes; after a recovery or a bulk load, which use and free much, nothing may come for long.
-pub fn give_back(all: bool) {
+/// Gives all memory back that is free. The allocator does so by itself only while memory comes and goes; after a recovery or a bulk
+/// load, which use and free much, nothing may come for long.
+pub fn give_back() {
     // SAFETY: touches what is not allocated only, and may be called at any time by any thread.
-    unsafe { mi_collect(all) };
+    unsafe { mi_collect(true) };
 }
 
-/// On a thread of its own: a gigabyte takes tens of milliseconds, and nobody is to wait for it.
+/// From now on memory goes back on a thread of its own, and on no other: a hundred megabytes take some 10 ms, and nobody is to
+/// wait for it. By itself the allocator has whoever frees a page do it, now and then: also the writer.
 pub fn keep_giving_back() -> std::io::Result<()> {
-    let run = || loop {
-        std::thread::sleep(GIVE_BACK_EVERY);
-        give_back(false);
+    // SAFETY: the option takes any number.
+    unsafe { mi_option_set(PURGE_DELAY, LONG_MS) };
+    let run = || {
+        turns::take(Turn::Behind);
+        loop {
+            std::thread::sleep(GIVE_BACK_EVERY);
+            give_back();
+        }
     };
     std::thread::Builder::new().name("memory".into()).spawn(run).map(drop)
 }
@@ -85,23 +97,36 @@ pub fn keep_giving_back() -> std::io::Result<()> {
 mod tests {
     use super::*;
 
+    /// A second is what mimalloc has for it and for nothing else.
+    #[test]
+    fn the_option_is_the_one_that_is_meant() {
+        // SAFETY: reads a number.
+        assert_eq!(unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) }, 1000);
+    }
+
     #[test]
     fn blocks_are_aligned_as_asked_for_and_keep_their_bytes() {
         for align in [1, 2, 4, 8, 16, 32, 64, 4096] {
             let mut blocks = Vec::new();
             for size in (1..=300).chain([1000, 4096, 70_000, 2 << 20]) {
                 let layout = Layout::from_size_align(size, align).unwrap();
-                // SAFETY: the sizes are not zero; each block is grown and freed once, with the layout it has.
+                // SAFETY: the sizes are not zero; each block is resized and freed once, with the layout it has.
                 unsafe {
                     let block = Heap.alloc(layout);
                     block.write_bytes(7, size);
                     let zeroed = Heap.alloc_zeroed(layout);
+                    let shrunk = Heap.alloc(layout);
+                    shrunk.write_bytes(9, size);
+                    assert!([block, zeroed, shrunk].iter().all(|block| block.addr() % align == 0), "{size} by {align}");
                     let larger = Heap.realloc(block, layout, 2 * size);
-                    assert!([zeroed, larger].iter().all(|block| block.addr() % align == 0), "{size} bytes by {align}");
+                    let smaller = Heap.realloc(shrunk, layout, size.div_ceil(3));
+                    assert!([larger, smaller].iter().all(|block| block.addr() % align == 0), "{size} by {align}");
                     assert!(std::slice::from_raw_parts(larger, size).iter().all(|byte| *byte == 7));
+                    assert!(std::slice::from_raw_parts(smaller, size.div_ceil(3)).iter().all(|byte| *byte == 9));
                     assert!(std::slice::from_raw_parts(zeroed, size).iter().all(|byte| *byte == 0));
                     blocks.push((zeroed, layout));
                     blocks.push((larger, Layout::from_size_align(2 * size, align).unwrap()));
+                    blocks.push((smaller, Layout::from_size_align(size.div_ceil(3), align).unwrap()));
                 }
             }
             // SAFETY: as above.

@@ -237,7 +237,9 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
         runtime.worker_threads(config.worker_threads);
     }
     // All begin as batch work; those for blocking work, which never look, remain so.
-    let look = || turns::look_at_requests(Turn::Behind);
+    let look = || {
+        turns::look_at_requests(Turn::Behind);
+    };
     runtime.on_thread_start(|| turns::take(Turn::Behind)).on_thread_park(look);
     // Large scans and parsing, now rather than when first needed: threads take after whoever starts them.
     let pool = rayon::ThreadPoolBuilder::new()
@@ -251,7 +253,7 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let socket = bind(SocketAddr::new(config.bind_addr, config.port))?;
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
-    heap::give_back(true);
+    heap::give_back();
     heap::keep_giving_back().context("cannot start a thread")?;
     let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
     threads.stop();

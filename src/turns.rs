@@ -12,7 +12,7 @@
 //! more writes and a sixth more reads a second (`docs/benchmarks.md`).
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// The shortest slice there is. The writer works for tens of microseconds and sleeps, and so do most requests.
@@ -74,6 +74,23 @@ pub fn take(turn: Turn) {
     }
 }
 
+/// Whether the log waits for its disk. One for the process: it has one log.
+static IS_SYNCING: AtomicBool = AtomicBool::new(false);
+
+/// Notes that the log waits for its disk while `sync` runs.
+pub fn note_sync<T>(sync: impl FnOnce() -> T) -> T {
+    IS_SYNCING.store(true, Ordering::Relaxed);
+    let synced = sync();
+    IS_SYNCING.store(false, Ordering::Relaxed);
+    synced
+}
+
+/// Whether the log waits for its disk.
+#[must_use]
+pub fn is_syncing() -> bool {
+    IS_SYNCING.load(Ordering::Relaxed)
+}
+
 /// Requests there have been. One counter for all threads: one of them may serve nearly all.
 static REQUESTS: AtomicU64 = AtomicU64::new(0);
 
@@ -101,20 +118,20 @@ impl Look {
 }
 
 /// For the writer, and for threads that serve requests when they are about to sleep: this thread's turn is the first, or while
-/// there are many requests `when_many`, which it has to begin with.
-pub fn look_at_requests(when_many: Turn) {
+/// there are many requests `when_many`, which it has to begin with. Tells which it is.
+pub fn look_at_requests(when_many: Turn) -> Turn {
     thread_local!(static LAST: Cell<Option<Look>> = const { Cell::new(None) });
     let (now, requests) = (Instant::now(), REQUESTS.load(Ordering::Relaxed));
     let Some(last) = LAST.get() else {
         LAST.set(Some(Look { at: now, requests, turn: when_many }));
-        return;
+        return when_many;
     };
-    if let Some(look) = last.next(now, requests, when_many) {
-        LAST.set(Some(look));
-        if look.turn != last.turn {
-            take(look.turn);
-        }
+    let Some(look) = last.next(now, requests, when_many) else { return last.turn };
+    LAST.set(Some(look));
+    if look.turn != last.turn {
+        take(look.turn);
     }
+    look.turn
 }
 
 #[cfg(test)]

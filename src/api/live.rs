@@ -297,7 +297,9 @@ async fn serve_streams(mut begins: mpsc::UnboundedReceiver<Live>) {
             streams.push(serve(live));
         }
         // Those that ended need nothing more.
-        while let Poll::Ready(Some(_)) = streams.poll_next_unpin(cx) {}
+        while let Poll::Ready(Some(_)) = streams.poll_next_unpin(cx) {
+            offer::note_ended();
+        }
         Poll::Pending
     })
     .await;

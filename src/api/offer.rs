@@ -6,34 +6,61 @@
 //! 6.12 on; the system's own threads behind a sync do.) On one core, with 1,000 streams and 1,600 events a second, the p99 of
 //! writes was 75 to 160 ms and that of events 85 to 175; with offers 3 to 12 and 19 to 26. Where nobody waits for the core an
 //! offer costs a system call. Each lets go of the rest of a time slice: offered four times as often, streams take up to twice as
-//! long beside programs that keep all cores busy, and offered with each stream that begins, some thousands at once, the
-//! system's own threads behind a sync were seen to wait for 170 ms.
+//! long beside programs that keep all cores busy.
+//!
+//! A thread that sends sleeps for a moment instead while the log waits for its disk. Between data and flush that wait needs a
+//! thread of the system (kblockd), and Linux 6.18 was seen to pass it over for a thread that is always ready, offers or not, for
+//! two ticks with each sync and a tenth of a second on end. While 5,000 streams came back to 2,200 events each, the p99 of
+//! writes was 1 to 140 ms with offers alone, and 0.7 to 2.1 with sleeps, for up to a seventh less sent a second meanwhile. To
+//! sleep only where the log began to wait on the same core is not enough, its thread moves; nor is it once it has waited for
+//! 150 us (`docs/benchmarks.md`).
 
+use crate::turns;
 use std::cell::Cell;
+use std::time::Duration;
 
 /// Work after which a thread offers its core, in bytes sent: a quarter of a millisecond or so for large sends, a millisecond for those
 /// of a short event.
 const OFFER_AFTER: usize = 256 << 10;
+/// About as long as a flush of the disk; the system makes it up to twice as long.
+const SLEEP: Duration = Duration::from_micros(50);
 /// What a send counts for beside its bytes.
 const SEND_BYTES: usize = 1 << 10;
+/// What the end of a stream counts for: some 3 us.
+const END_BYTES: usize = 4 << 10;
 /// What a byte parsed counts for: an offer each 16 KiB, some 50 us.
 const BYTES_PER_PARSED: usize = 16;
 
 /// Notes a send of so many bytes.
 pub fn note_sent(bytes: usize) {
-    note(SEND_BYTES + bytes);
+    note_stream(SEND_BYTES + bytes);
+}
+
+/// Notes that a stream has ended. Thousands do at once.
+pub fn note_ended() {
+    note_stream(END_BYTES);
+}
+
+fn note_stream(work: usize) {
+    if is_offer_due(work) {
+        if turns::is_syncing() {
+            std::thread::sleep(SLEEP);
+        } else {
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Notes that so much text has been parsed.
 pub fn note_parsed(bytes: usize) {
-    note(bytes * BYTES_PER_PARSED);
+    if is_offer_due(bytes * BYTES_PER_PARSED) {
+        std::thread::yield_now();
+    }
 }
 
-fn note(work: usize) {
+fn is_offer_due(work: usize) -> bool {
     thread_local!(static DONE: Cell<usize> = const { Cell::new(0) });
     let done = DONE.get() + work;
     DONE.set(done % OFFER_AFTER);
-    if done >= OFFER_AFTER {
-        std::thread::yield_now();
-    }
+    done >= OFFER_AFTER
 }

@@ -255,7 +255,8 @@ impl<S: Future> Idle<'_, S> {
         if self.is_alarm_set && !self.alarm.is_elapsed() {
             return Poll::Pending;
         }
-        while self.alarm.as_mut().poll(cx).is_ready() {
+        // Whatever tokio thinks this task may do now: otherwise it might not wake it.
+        while pin!(tokio::task::unconstrained(self.alarm.as_mut())).poll(cx).is_ready() {
             if !std::mem::take(&mut self.has_answered) {
                 return Poll::Ready(());
             }

@@ -7,6 +7,7 @@
 //! - Every stream must get every event it watches exactly once. Anything else fails the whole run.
 
 use super::load::{Endpoint, Head, Tally};
+use crate::turns::{self, Turn};
 use anyhow::{Context, anyhow, bail, ensure};
 use std::cell::RefCell;
 use std::io::{Read, Write};
@@ -223,6 +224,8 @@ impl StreamLoad {
 
     /// All streams resume at once; when each event was there, from the beginning of it all.
     pub(super) fn storm(&self) -> anyhow::Result<(Tally, Faults)> {
+        // Those who come back are elsewhere, and take no core from who writes and who serves.
+        turns::take(Turn::Last);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let shared = Arc::new(Shared::default());
         shared.start.set(Instant::now()).map_err(|_| anyhow!("started twice"))?;

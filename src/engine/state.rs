@@ -291,8 +291,8 @@ pub fn is_live(entry: &Entry, now_ms: u64) -> bool {
     entry.expires_at_ms.is_none_or(|at| at.get() > now_ms)
 }
 
-/// A map whose hash takes a quarter of the time of std's. Each has a start value of its own and none outlives its batch, so nobody
-/// can learn to make names that collide in it.
+/// A map whose hash takes a quarter of the time of std's. Its secret is the process's and its start value its own; none outlives its
+/// batch, and nothing tells its order, from which names that collide could be learned.
 type Overlaid<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
 /// What the commands of one commit batch decided so far, laid over the state.

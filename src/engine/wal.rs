@@ -23,6 +23,7 @@ use crate::disk::{self, File};
 use crate::error::Error;
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
+use crate::turns;
 use crate::wire::{Put, Reader};
 use memmap2::MmapMut;
 use parking_lot::{Mutex, RwLock};
@@ -955,7 +956,8 @@ impl Wal {
 
     /// Syncs what was written.
     pub fn sync(&mut self) -> Result<(), AppendError> {
-        let synced = self.active.file.sync().map_err(Error::io("cannot sync", self.active.name()));
+        let synced = turns::note_sync(|| self.active.file.sync());
+        let synced = synced.map_err(Error::io("cannot sync", self.active.name()));
         if !faults::is_on(Bug::IgnoreFailedSync) {
             synced.map_err(AppendError::Failed)?;
         }
