@@ -227,6 +227,8 @@ fn start_logging(config: &Config) -> anyhow::Result<()> {
 fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let config = resolved.build()?;
     start_logging(&config)?;
+    // Before there are other threads.
+    heap::keep_giving_back().context("cannot start a thread")?;
     let file_limit = serve::raise_file_limit();
     // Some files are the engine's and the runtime's own.
     let others = 128 + collections_max(file_limit) * COLLECTION_FILES;
@@ -237,9 +239,7 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
         runtime.worker_threads(config.worker_threads);
     }
     // All begin as batch work; those for blocking work, which never look, remain so.
-    let look = || {
-        turns::look_at_requests(Turn::Behind);
-    };
+    let look = || turns::look_at_requests(Turn::Behind);
     runtime.on_thread_start(|| turns::take(Turn::Behind)).on_thread_park(look);
     // Large scans and parsing, now rather than when first needed: threads take after whoever starts them.
     let pool = rayon::ThreadPoolBuilder::new()
@@ -254,7 +254,6 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
     let (engine, threads) = Engine::open(&config)?;
     heap::give_back();
-    heap::keep_giving_back().context("cannot start a thread")?;
     let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.

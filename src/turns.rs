@@ -1,4 +1,4 @@
-//! Which thread goes first when several want a core.
+//! Which thread goes first when several want a core, and what they tell each other for that.
 //!
 //! Linux lets whoever runs go on for a time slice, also when somebody wakes up who has waited for long, and looks again at its
 //! next tick: beside programs that keep all cores busy each of the five wake-ups of a durable write waits up to 4 ms. Not so for a
@@ -74,7 +74,7 @@ pub fn take(turn: Turn) {
     }
 }
 
-/// Whether the log waits for its disk. One for the process: it has one log.
+/// Whether the log waits for its disk with a batch. One for the process: it has one log.
 static IS_SYNCING: AtomicBool = AtomicBool::new(false);
 
 /// Notes that the log waits for its disk while `sync` runs.
@@ -85,7 +85,7 @@ pub fn note_sync<T>(sync: impl FnOnce() -> T) -> T {
     synced
 }
 
-/// Whether the log waits for its disk.
+/// Whether the log waits for its disk with a batch.
 #[must_use]
 pub fn is_syncing() -> bool {
     IS_SYNCING.load(Ordering::Relaxed)
@@ -118,20 +118,20 @@ impl Look {
 }
 
 /// For the writer, and for threads that serve requests when they are about to sleep: this thread's turn is the first, or while
-/// there are many requests `when_many`, which it has to begin with. Tells which it is.
-pub fn look_at_requests(when_many: Turn) -> Turn {
+/// there are many requests `when_many`, which it has to begin with.
+pub fn look_at_requests(when_many: Turn) {
     thread_local!(static LAST: Cell<Option<Look>> = const { Cell::new(None) });
     let (now, requests) = (Instant::now(), REQUESTS.load(Ordering::Relaxed));
     let Some(last) = LAST.get() else {
         LAST.set(Some(Look { at: now, requests, turn: when_many }));
-        return when_many;
+        return;
     };
-    let Some(look) = last.next(now, requests, when_many) else { return last.turn };
-    LAST.set(Some(look));
-    if look.turn != last.turn {
-        take(look.turn);
+    if let Some(look) = last.next(now, requests, when_many) {
+        LAST.set(Some(look));
+        if look.turn != last.turn {
+            take(look.turn);
+        }
     }
-    look.turn
 }
 
 #[cfg(test)]

@@ -11,9 +11,8 @@
 //! A thread that sends sleeps for a moment instead while the log waits for its disk. Between data and flush that wait needs a
 //! thread of the system (kblockd), and Linux 6.18 was seen to pass it over for a thread that is always ready, offers or not, for
 //! two ticks with each sync and a tenth of a second on end. While 5,000 streams came back to 2,200 events each, the p99 of
-//! writes was 1 to 140 ms with offers alone, and 0.7 to 2.1 with sleeps, for up to a seventh less sent a second meanwhile. To
-//! sleep only where the log began to wait on the same core is not enough, its thread moves; nor is it once it has waited for
-//! 150 us (`docs/benchmarks.md`).
+//! writes was 0.7 to 140 ms with offers alone, and 0.6 to 1.6 with sleeps, for a tenth to a seventh less sent a second. To sleep
+//! only where the log began to wait on the same core is not enough, its thread moves (`docs/benchmarks.md`).
 
 use crate::turns;
 use std::cell::Cell;

@@ -51,6 +51,9 @@ const VECTORS_WAIT: Duration = Duration::from_micros(200);
 const BATCH_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
 const EXPIRIES_MAX: usize = 1000;
+/// Who answered so many commands at once lets their senders go first. With fewer it would, beside programs that keep all cores busy,
+/// only give the core to one of these (`docs/benchmarks.md`).
+const MANY_COMMANDS: usize = 16;
 /// Housekeeping: a mark in the log, the clock, a sync in `interval` mode.
 const TICK: Duration = Duration::from_secs(1);
 /// How often a full disk is asked again whether it has room.
@@ -130,7 +133,7 @@ impl Sequencer {
     /// Runs until told to stop, or until every handle to the engine is gone.
     pub fn run(mut self) {
         loop {
-            let turn = turns::look_at_requests(Turn::Fair);
+            turns::look_at_requests(Turn::Fair);
             let first = match self.queue.recv_timeout(self.patience()) {
                 Ok(request) => Some(request),
                 Err(RecvTimeoutError::Disconnected) if self.vector_writes.is_empty() => break,
@@ -141,12 +144,11 @@ impl Sequencer {
             if commands.is_empty() && has_come && !stop && self.last_keys.elapsed() < KEYS_RECENT {
                 continue;
             }
-            let is_busy = commands.len() > 1;
+            let are_many = commands.len() >= MANY_COMMANDS;
             self.commit(commands);
-            if is_busy && turn == Turn::Fair {
+            if are_many {
                 // Those just answered are about to ask again: let them, so that the next batch is larger. Measured at 64
-                // connections on two cores: a seventh more writes a second, and half the p99. Alone it costs nothing. With few
-                // requests beside busy programs it would give the core to one of these: a twelfth to a fifth fewer writes.
+                // connections on two cores: a seventh more writes a second, and half the p99.
                 std::thread::yield_now();
             }
             self.tick();
