@@ -11,9 +11,6 @@
 //! matches and not what is connected. A reader behind the ring reads the log until it has caught up; then it looks at
 //! the ring again. It is one loop, so there is no hand-over at which an event could fall between the two.
 //!
-//! Where nobody has listened for a while nothing is put into the ring: the log has it all. An event that is kept there is in no
-//! cache of the processor's by the time it goes, and that costs a small write a twentieth.
-//!
 //! Invariants
 //! - Ring revisions never go down; ephemeral frames carry the head they were published at.
 //! - A topic has noted every matching frame from `complete_from` up to the feed's `matched` position.
@@ -41,21 +38,19 @@ use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 /// Memory that recent frames may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
 /// small events to eight of a megabyte.
 const RING_BYTES_MAX: usize = 16 << 20;
+/// The same while nobody listens, for streams that come back: what the second level of a core's cache holds. By the time a frame
+/// goes that was kept for longer it is in no cache, which costs a small write a twentieth.
+const UNHEARD_BYTES_MAX: usize = 1 << 20;
 /// Positions a topic notes; a stream further behind looks at the ring itself.
 const TOPIC_NOTED_MAX: usize = 4096;
 /// Frames looked at under one hold of the ring's lock.
 const RING_SCAN_FRAMES: usize = 2048;
-/// The ring is kept so long behind the last stream: for one that comes back, and for who asks for events again and again.
-const QUIET: Duration = if cfg!(test) { Duration::from_millis(5) } else { Duration::from_secs(10) };
-/// Frames given up between two offers of the core.
-const FRAMES_PER_OFFER: usize = 256;
 /// Streams that read the log at the same time; more wait their turn.
 const CATCH_UPS_MAX: usize = 8;
 /// Bytes of log read at a time for one stream.
@@ -145,28 +140,20 @@ struct Ring {
     complete_after: Revision,
     /// The newest revision published.
     head: Revision,
-    /// Whether somebody listens, or did within about [`QUIET`]: otherwise there are no frames, and none are added.
-    is_kept: bool,
 }
 
 impl Ring {
     /// Drops the oldest. Before a batch comes and not while it does: whoever is level with the head would miss its beginning.
-    fn make_room(&mut self) {
-        while self.bytes > RING_BYTES_MAX {
+    /// When the last stream has gone, two for each that comes: the writer would be kept by all of them at once.
+    fn make_room(&mut self, is_heard: bool, coming: usize) {
+        let mut may_go = if is_heard { 0 } else { 2 * coming };
+        while self.bytes > RING_BYTES_MAX || (self.bytes > UNHEARD_BYTES_MAX && may_go > 0) {
+            may_go = may_go.saturating_sub(1);
             let Some(gone) = self.frames.pop_front() else { break };
             self.bytes -= gone.weight;
             self.first += 1;
             self.complete_after = gone.revision;
         }
-    }
-
-    /// Gives up all frames and keeps none any more: the log has what they tell.
-    fn take(&mut self) -> VecDeque<Arc<Frame>> {
-        self.is_kept = false;
-        self.first = self.end();
-        self.bytes = 0;
-        self.complete_after = self.head;
-        std::mem::take(&mut self.frames)
     }
 
     fn push(&mut self, frame: Arc<Frame>) {
@@ -402,7 +389,7 @@ pub enum Step {
 impl Feed {
     /// A feed that starts at `head`, and its thread.
     pub fn start(log: Arc<Log>, head: Revision) -> (Arc<Self>, std::thread::JoinHandle<()>) {
-        let ring = Ring { frames: VecDeque::new(), first: 0, bytes: 0, complete_after: head, head, is_kept: false };
+        let ring = Ring { frames: VecDeque::new(), first: 0, bytes: 0, complete_after: head, head };
         let feed = Arc::new(Self {
             ring: RwLock::new(ring),
             registry: Mutex::new(Registry::default()),
@@ -430,17 +417,13 @@ impl Feed {
         let Some(last) = records.last() else { return };
         {
             let mut ring = self.ring.write();
-            ring.head = last.last_revision();
-            if !ring.is_kept {
-                ring.complete_after = ring.head;
-                return;
-            }
-            ring.make_room();
+            ring.make_room(self.is_heard(), records.iter().map(|record| record.events.len()).sum());
             for record in records {
                 Frame::of_record(record).for_each(|frame| ring.push(frame));
             }
+            ring.head = last.last_revision();
         }
-        self.call_feed();
+        self.ring_bell();
     }
 
     /// Publishes an event that is not logged; returns the head it was published at.
@@ -448,25 +431,23 @@ impl Feed {
         let head = {
             let mut ring = self.ring.write();
             let head = ring.head;
-            if !ring.is_kept {
-                return head;
-            }
-            ring.make_room();
+            ring.make_room(self.is_heard(), 1);
             ring.push(Frame::ephemeral(event, head));
             head
         };
-        self.call_feed();
+        self.ring_bell();
         head
     }
 
-    /// Has the feed's thread look around, if somebody listens. Whoever subscribes after that look rings the bell itself.
-    fn call_feed(&self) {
-        if self.has_topics.load(Ordering::SeqCst) {
-            self.ring_bell();
-        }
+    fn is_heard(&self) -> bool {
+        self.has_topics.load(Ordering::SeqCst)
     }
 
     fn ring_bell(&self) {
+        // Whoever subscribes after this look rings the bell itself.
+        if !self.is_heard() {
+            return;
+        }
         self.bell.0.lock().rung = true;
         self.bell.1.notify_one();
     }
@@ -501,42 +482,15 @@ impl Feed {
         loop {
             {
                 let mut bell = self.bell.0.lock();
-                let mut is_quiet = false;
-                while !bell.rung && !bell.stop && !is_quiet {
-                    if self.has_topics.load(Ordering::SeqCst) || !self.ring.read().is_kept {
-                        self.bell.1.wait(&mut bell);
-                    } else {
-                        is_quiet = self.bell.1.wait_for(&mut bell, QUIET).timed_out();
-                    }
+                while !bell.rung && !bell.stop {
+                    self.bell.1.wait(&mut bell);
                 }
                 if bell.stop {
                     return;
                 }
                 bell.rung = false;
-                if is_quiet {
-                    drop(bell);
-                    self.forget();
-                    continue;
-                }
             }
             while self.match_some() {}
-        }
-    }
-
-    /// Empties the ring if nobody listens. Not done by the writer, whom 16 MiB at once would keep for milliseconds.
-    fn forget(&self) {
-        let gone = {
-            let mut ring = self.ring.write();
-            if self.has_topics.load(Ordering::SeqCst) {
-                return;
-            }
-            ring.take()
-        };
-        for (at, frame) in gone.into_iter().enumerate() {
-            drop(frame);
-            if at % FRAMES_PER_OFFER == 0 {
-                std::thread::yield_now();
-            }
         }
     }
 
@@ -643,7 +597,7 @@ impl Feed {
         let is_first = !self.has_topics.swap(true, Ordering::SeqCst);
         drop(registry);
         if is_first {
-            // What the last stream has left in the ring may not be matched yet.
+            // What was published while nobody listened is still to be matched.
             self.ring_bell();
         }
         self.stats.streams.fetch_add(1, Ordering::Relaxed);
@@ -651,12 +605,6 @@ impl Feed {
         if watches_searches {
             self.stats.search_watchers.fetch_add(1, Ordering::Relaxed);
         }
-        let began = {
-            // After it was said that somebody listens: so it stays kept.
-            let mut ring = self.ring.write();
-            ring.is_kept = true;
-            ring.end()
-        };
         let mut subscription = Subscription {
             feed: Arc::clone(self),
             topic,
@@ -664,7 +612,7 @@ impl Feed {
             id,
             revision: after,
             position: None,
-            began,
+            began: self.ring.read().end(),
             catching_up: None,
             watches_searches,
             by_ring: false,
@@ -779,7 +727,6 @@ impl Drop for Subscription {
             registry.file_topic(&self.topic, false);
             if registry.topics.is_empty() {
                 self.feed.has_topics.store(false, Ordering::SeqCst);
-                self.feed.ring_bell();
             }
         }
     }
@@ -1049,6 +996,7 @@ mod tests {
     use crate::engine::command::EventType;
     use crate::engine::wal::{OpenedWal, Wal};
     use std::future::poll_fn;
+    use std::time::Duration;
 
     fn start() -> (Arc<Feed>, Wal) {
         let opened = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(()));
@@ -1057,10 +1005,15 @@ mod tests {
     }
 
     /// As the writer does.
-    fn publish(feed: &Feed, wal: &mut Wal) {
-        let event = Event::Published { event_type: EventType::new("t").unwrap(), key: None, data: None, labels: None };
-        let record =
-            Arc::new(Record { first_revision: wal.head().next(), ts_ms: 1, events: vec![event], answer: None });
+    fn publish(feed: &Feed, wal: &mut Wal, data_bytes: usize) {
+        let event = Event::Published {
+            event_type: EventType::new("t").unwrap(),
+            key: None,
+            data: Some(format!("\"{}\"", "x".repeat(data_bytes)).into()),
+            labels: None,
+        };
+        let first_revision = wal.head().next();
+        let record = Arc::new(Record { first_revision, ts_ms: 1, events: vec![event], answer: None });
         wal.stage(&record);
         wal.flush().unwrap();
         wal.publish();
@@ -1079,52 +1032,49 @@ mod tests {
         }
     }
 
-    fn wait_for(feed: &Feed, is_kept: bool) {
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        while feed.ring.read().is_kept != is_kept {
-            assert!(std::time::Instant::now() < deadline, "the ring is not as it should be: {is_kept}");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
     #[tokio::test(flavor = "multi_thread")]
-    async fn the_ring_is_kept_for_who_listens_and_the_log_has_the_rest() {
+    async fn little_is_kept_for_nobody_and_much_for_who_listens() {
         let (feed, mut wal) = start();
-        publish(&feed, &mut wal);
-        assert_eq!(feed.ring.read().frames.len(), 0, "nobody listens");
-        let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
-        publish(&feed, &mut wal);
-        assert_eq!(feed.ring.read().frames.len(), 1);
-        read(&mut subscription, 2).await;
-        assert_eq!(feed.stats.ring_misses.load(Ordering::Relaxed), 1);
-        publish(&feed, &mut wal);
-        read(&mut subscription, 3).await;
-        assert_eq!(feed.stats.ring_misses.load(Ordering::Relaxed), 1, "it was level");
-        std::thread::sleep(3 * QUIET);
-        // As when the time is over at the very moment it came.
-        feed.forget();
-        assert_eq!(feed.ring.read().frames.len(), 2, "somebody listens, if to nothing");
+        let mut publish = |events: u64| (0..events).for_each(|_| publish(&feed, &mut wal, 10_000));
+        let kept = || feed.ring.read().bytes;
+        let misses = || feed.stats.ring_misses.load(Ordering::Relaxed);
+        publish(1);
+        let one = kept();
+        let little = UNHEARD_BYTES_MAX..UNHEARD_BYTES_MAX + 3 * one;
+        publish(299);
+        assert!(little.contains(&kept()), "{}", kept());
+        let mut subscription = feed.subscribe(EventFilter::default(), Revision(299));
+        read(&mut subscription, 300).await;
+        assert_eq!(misses(), 0, "the newest is there");
+        publish(300);
+        let much = kept();
+        assert!(much > 3 * UNHEARD_BYTES_MAX, "{much}");
+        read(&mut subscription, 600).await;
+        assert_eq!(misses(), 0, "it was level");
         drop(subscription);
-        wait_for(&feed, false);
-        publish(&feed, &mut wal);
-        let ring = feed.ring.read();
-        assert_eq!((ring.frames.len(), ring.bytes, ring.complete_after), (0, 0, Revision(4)));
-        drop(ring);
-        let mut subscription = feed.subscribe(EventFilter::default(), Revision(3));
-        read(&mut subscription, 4).await;
+        publish(10);
+        assert_eq!(kept(), much - 10 * one, "not all at once");
+        publish(300);
+        assert!(little.contains(&kept()), "{}", kept());
+        let mut subscription = feed.subscribe(EventFilter::default(), Revision(600));
+        read(&mut subscription, 910).await;
+        assert!(misses() > 0, "the log has the rest");
+        publish(5000);
+        assert!((RING_BYTES_MAX..RING_BYTES_MAX + 3 * one).contains(&kept()), "{}", kept());
         feed.stop();
     }
 
-    /// A client that comes and goes, now within, now beyond the time for which the ring is kept, while a writer writes.
     #[tokio::test(flavor = "multi_thread")]
     async fn who_comes_and_goes_misses_nothing() {
-        const EVENTS: u64 = 20_000;
+        const EVENTS: u64 = 5_000;
         let (feed, mut wal) = start();
+        // More than is kept for nobody.
+        (0..200).for_each(|_| publish(&feed, &mut wal, 10_000));
         let writer = std::thread::spawn({
             let feed = Arc::clone(&feed);
             move || {
-                for n in 0..EVENTS {
-                    publish(&feed, &mut wal);
+                for n in 200..EVENTS {
+                    publish(&feed, &mut wal, 10_000);
                     if n % 20 == 0 {
                         std::thread::sleep(Duration::from_micros(n % 7 * 50));
                     }
@@ -1140,11 +1090,9 @@ mod tests {
             if reached == Revision(EVENTS) {
                 break;
             }
-            if round % 5 == 0 {
-                std::thread::sleep(QUIET * (round % 3) as u32);
-            }
+            std::thread::sleep(Duration::from_millis(round % 4));
         }
-        assert!(feed.stats.ring_misses.load(Ordering::Relaxed) > 0, "it was to find the ring empty");
+        assert!(feed.stats.ring_misses.load(Ordering::Relaxed) > 0, "it was to fall behind");
         writer.join().unwrap();
         feed.stop();
     }
