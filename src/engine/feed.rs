@@ -44,9 +44,6 @@ use tokio::task::JoinHandle;
 /// Memory that recent frames may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
 /// small events to eight of a megabyte.
 const RING_BYTES_MAX: usize = 16 << 20;
-/// The same while nobody listens, for streams that come back: what the second level of a core's cache holds. By the time a frame
-/// goes that was kept for longer it is in no cache, which costs a small write a twentieth.
-const UNHEARD_BYTES_MAX: usize = 1 << 20;
 /// Positions a topic notes; a stream further behind looks at the ring itself.
 const TOPIC_NOTED_MAX: usize = 4096;
 /// Frames looked at under one hold of the ring's lock.
@@ -144,11 +141,8 @@ struct Ring {
 
 impl Ring {
     /// Drops the oldest. Before a batch comes and not while it does: whoever is level with the head would miss its beginning.
-    /// When the last stream has gone, two for each that comes: the writer would be kept by all of them at once.
-    fn make_room(&mut self, is_heard: bool, coming: usize) {
-        let mut may_go = if is_heard { 0 } else { 2 * coming };
-        while self.bytes > RING_BYTES_MAX || (self.bytes > UNHEARD_BYTES_MAX && may_go > 0) {
-            may_go = may_go.saturating_sub(1);
+    fn make_room(&mut self) {
+        while self.bytes > RING_BYTES_MAX {
             let Some(gone) = self.frames.pop_front() else { break };
             self.bytes -= gone.weight;
             self.first += 1;
@@ -417,7 +411,7 @@ impl Feed {
         let Some(last) = records.last() else { return };
         {
             let mut ring = self.ring.write();
-            ring.make_room(self.is_heard(), records.iter().map(|record| record.events.len()).sum());
+            ring.make_room();
             for record in records {
                 Frame::of_record(record).for_each(|frame| ring.push(frame));
             }
@@ -431,7 +425,12 @@ impl Feed {
         let head = {
             let mut ring = self.ring.write();
             let head = ring.head;
-            ring.make_room(self.is_heard(), 1);
+            // Looked at under the lock: whoever listens says so before it looks where the ring ends. Kept for nobody, ephemeral
+            // events would push out what the log has to be read for.
+            if !self.has_topics.load(Ordering::SeqCst) {
+                return head;
+            }
+            ring.make_room();
             ring.push(Frame::ephemeral(event, head));
             head
         };
@@ -439,13 +438,9 @@ impl Feed {
         head
     }
 
-    fn is_heard(&self) -> bool {
-        self.has_topics.load(Ordering::SeqCst)
-    }
-
     fn ring_bell(&self) {
         // Whoever subscribes after this look rings the bell itself.
-        if !self.is_heard() {
+        if !self.has_topics.load(Ordering::SeqCst) {
             return;
         }
         self.bell.0.lock().rung = true;
@@ -1032,68 +1027,66 @@ mod tests {
         }
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn little_is_kept_for_nobody_and_much_for_who_listens() {
-        let (feed, mut wal) = start();
-        let mut publish = |events: u64| (0..events).for_each(|_| publish(&feed, &mut wal, 10_000));
-        let kept = || feed.ring.read().bytes;
-        let misses = || feed.stats.ring_misses.load(Ordering::Relaxed);
-        publish(1);
-        let one = kept();
-        let little = UNHEARD_BYTES_MAX..UNHEARD_BYTES_MAX + 3 * one;
-        publish(299);
-        assert!(little.contains(&kept()), "{}", kept());
-        let mut subscription = feed.subscribe(EventFilter::default(), Revision(299));
-        read(&mut subscription, 300).await;
-        assert_eq!(misses(), 0, "the newest is there");
-        publish(300);
-        let much = kept();
-        assert!(much > 3 * UNHEARD_BYTES_MAX, "{much}");
-        read(&mut subscription, 600).await;
-        assert_eq!(misses(), 0, "it was level");
-        drop(subscription);
-        publish(10);
-        assert_eq!(kept(), much - 10 * one, "not all at once");
-        publish(300);
-        assert!(little.contains(&kept()), "{}", kept());
-        let mut subscription = feed.subscribe(EventFilter::default(), Revision(600));
-        read(&mut subscription, 910).await;
-        assert!(misses() > 0, "the log has the rest");
-        publish(5000);
-        assert!((RING_BYTES_MAX..RING_BYTES_MAX + 3 * one).contains(&kept()), "{}", kept());
-        feed.stop();
-    }
-
+    /// A cursor that goes over between log and ring, while the ring moves on and is filled for nobody.
     #[tokio::test(flavor = "multi_thread")]
     async fn who_comes_and_goes_misses_nothing() {
-        const EVENTS: u64 = 5_000;
+        /// Each weighs twice its length: of 800 and more the ring has lost some.
+        const EVENT_BYTES: usize = 10_000;
+        const EVENTS: u64 = 6_000;
+        const LEAD: u64 = 1_000;
         let (feed, mut wal) = start();
-        // More than is kept for nobody.
-        (0..200).for_each(|_| publish(&feed, &mut wal, 10_000));
+        let reached = Arc::new(AtomicU64::new(0));
         let writer = std::thread::spawn({
-            let feed = Arc::clone(&feed);
+            let (feed, reached) = (Arc::clone(&feed), Arc::clone(&reached));
             move || {
-                for n in 200..EVENTS {
-                    publish(&feed, &mut wal, 10_000);
-                    if n % 20 == 0 {
-                        std::thread::sleep(Duration::from_micros(n % 7 * 50));
+                for n in 0..EVENTS {
+                    while n >= reached.load(Ordering::Acquire) + LEAD {
+                        std::thread::yield_now();
                     }
+                    publish(&feed, &mut wal, EVENT_BYTES);
                 }
             }
         });
-        let mut reached = Revision::ZERO;
-        for round in 1.. {
-            let mut subscription = feed.subscribe(EventFilter::default(), reached);
-            read(&mut subscription, EVENTS.min(reached.0 + round % 50)).await;
-            reached = subscription.reached();
-            drop(subscription);
-            if reached == Revision(EVENTS) {
+        for round in 0.. {
+            let from = reached.load(Ordering::Acquire);
+            // Now from far behind, now from where it was.
+            let first = if round % 8 == 0 { (from + LEAD).min(EVENTS) } else { from };
+            while feed.head() < Revision(first) {
+                std::thread::yield_now();
+            }
+            let mut subscription = feed.subscribe(EventFilter::default(), Revision(from));
+            read(&mut subscription, (from + round % 50).min(EVENTS)).await;
+            reached.store(subscription.reached().0, Ordering::Release);
+            if subscription.reached() == Revision(EVENTS) {
                 break;
             }
-            std::thread::sleep(Duration::from_millis(round % 4));
         }
-        assert!(feed.stats.ring_misses.load(Ordering::Relaxed) > 0, "it was to fall behind");
+        let misses = feed.stats.ring_misses.load(Ordering::Relaxed);
+        assert!(misses > 2, "it was to read the log again and again: {misses}");
         writer.join().unwrap();
+        feed.stop();
+    }
+
+    #[tokio::test]
+    async fn ephemeral_events_are_kept_for_who_listens_alone() {
+        let (feed, mut wal) = start();
+        publish(&feed, &mut wal, 1);
+        let event = Ephemeral {
+            ts_ms: 1,
+            event_type: "t".into(),
+            key: None,
+            collection: None,
+            labels: None,
+            members: String::new(),
+            on_request: false,
+        };
+        assert_eq!(feed.publish_ephemeral(event.clone()), Revision(1));
+        assert_eq!(feed.ring.read().frames.len(), 1);
+        let mut subscription = feed.subscribe(EventFilter::default(), Revision(1));
+        feed.publish_ephemeral(event);
+        let step = poll_fn(|cx| subscription.poll_step(cx, 100, 1 << 20));
+        let step = tokio::time::timeout(Duration::from_secs(60), step).await.expect("it was missed");
+        assert!(matches!(&step, Step::Frames(frames) if frames.len() == 1 && !frames[0].is_logged()), "{step:?}");
         feed.stop();
     }
 }
