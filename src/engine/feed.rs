@@ -426,7 +426,7 @@ impl Feed {
             let mut ring = self.ring.write();
             let head = ring.head;
             // Looked at under the lock: whoever listens says so before it looks where the ring ends. Kept for nobody, ephemeral
-            // events would push out what the log has to be read for.
+            // events would push out logged ones, which then have to be read from the log.
             if !self.has_topics.load(Ordering::SeqCst) {
                 return head;
             }
@@ -804,7 +804,7 @@ impl Subscription {
             let from = |at: usize| ring.first + at as u64;
             let reached = from(ring.frames.partition_point(|f| f.revision < self.revision));
             let passed = from(ring.frames.partition_point(|f| f.revision <= self.revision));
-            // In between may be ephemeral events that came after it had begun, while it read the log.
+            // In between may be ephemeral events that came after it had begun: while it read the log, or its snapshot.
             self.position = Some(passed.min(self.began).max(reached));
             drop(ring);
             self.set_behind(false);
@@ -1072,6 +1072,7 @@ mod tests {
             // Now from far behind, now from where it was.
             let first = if round % 8 == 0 { (from + LEAD).min(EVENTS) } else { from };
             while feed.head() < Revision(first) {
+                assert!(!writer.is_finished() || feed.head() >= Revision(first), "the writer has ended early");
                 std::thread::yield_now();
             }
             let mut subscription = feed.subscribe(EventFilter::default(), Revision(from));
@@ -1097,16 +1098,24 @@ mod tests {
         let mut early = feed.subscribe(EventFilter::default(), Revision(3));
         feed.publish_ephemeral(ephemeral());
         let mut subscription = feed.subscribe(EventFilter::default(), Revision(1));
+        let mut slow = feed.subscribe(EventFilter::default(), Revision(1));
         feed.publish_ephemeral(ephemeral());
         assert_eq!(step(&mut subscription).await, [(2, true), (3, true)]);
         assert_eq!(step(&mut subscription).await, [(3, false)], "the first was before it, the second is for it");
         publish(&feed, &mut wal, 1);
         assert_eq!(step(&mut subscription).await, [(4, true)]);
-        let mut all = Vec::new();
-        while all.len() < 3 {
-            all.append(&mut step(&mut early).await);
+        feed.publish_ephemeral(ephemeral());
+        // In their order or not at all: when this one comes to the ring, it is past the second.
+        for (subscription, expected) in [
+            (&mut early, [(3, false), (3, false), (4, true), (4, false)]),
+            (&mut slow, [(2, true), (3, true), (4, true), (4, false)]),
+        ] {
+            let mut all = Vec::new();
+            while all.len() < expected.len() {
+                all.append(&mut step(subscription).await);
+            }
+            assert_eq!(all, expected);
         }
-        assert_eq!(all, [(3, false), (3, false), (4, true)]);
         feed.stop();
     }
 
@@ -1119,6 +1128,9 @@ mod tests {
         let mut subscription = feed.subscribe(EventFilter::default(), Revision(1));
         feed.publish_ephemeral(ephemeral());
         assert_eq!(step(&mut subscription).await, [(1, false)]);
+        drop(subscription);
+        feed.publish_ephemeral(ephemeral());
+        assert_eq!(feed.ring.read().frames.len(), 2);
         feed.stop();
     }
 }
