@@ -451,6 +451,26 @@ async fn ephemeral_events_reach_live_streams_and_skip_the_log() {
     }
 }
 
+/// After a restart nothing recent is in memory: whoever comes back reads the log first, and is connected all the same.
+#[tokio::test]
+async fn ephemeral_events_reach_a_stream_that_still_reads_the_log() {
+    const EVENTS: u64 = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    let c = &mut server.client();
+    let op = json!({"op": "event", "type": "t", "data": "x".repeat(300)});
+    ok(c, &format!("POST /v1/batch {}", json!({ "ops": vec![op; EVENTS as usize] }))).await;
+    server.kill();
+    let server = Server::start_in(dir.path(), &[]);
+    let mut back = server.target.events("?since=1", None).await.unwrap();
+    frame(&mut back).await;
+    ok(&mut server.client(), r#"POST /v1/events {"type":"tick","ephemeral":true}"#).await;
+    for revision in 2..=EVENTS {
+        assert_eq!(next(&mut back).await.id, Some(revision));
+    }
+    assert_eq!(next(&mut back).await.event, "tick");
+}
+
 /// How often a stream had to read the log.
 async fn ring_misses(c: &mut Client) -> u64 {
     let metrics = String::from_utf8(call(c, "GET /v1/metrics").await.body.to_vec()).unwrap();
