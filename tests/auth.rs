@@ -274,6 +274,7 @@ async fn a_token_opens_streams_alone_and_only_what_its_key_reaches() {
         let answer = call(open, &format!("GET /v1/events?access_token={forged}")).await;
         assert_eq!(answer.status, 401, "{forged}");
     }
+    assert_eq!(call(open, &format!("HEAD /v1/events?access_token={all}")).await.status, 200, "as GET is");
     let url = Target::new(&s.server.target.url(), None).unwrap();
     let mut wide = url.events(&format!("?since=0&access_token={all}"), None).await.unwrap();
     assert_eq!(wide.next_event().await.unwrap().unwrap().json().unwrap()["key"], "jobs/1");

@@ -471,6 +471,41 @@ async fn ephemeral_events_reach_a_stream_that_still_reads_the_log() {
     assert_eq!(next(&mut back).await.event, "tick");
 }
 
+/// What passes a long poll by, however much it is, does not leave it behind.
+#[tokio::test]
+async fn a_long_poll_that_nothing_matches_keeps_up() {
+    let server = Server::start(&["--max-log-mb", "1", "--snapshot-interval", "1"]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/first {"value":1}"#).await;
+    let poll = |query: &'static str| {
+        let mut client = server.client();
+        tokio::spawn(async move {
+            let answer =
+                client.send("GET".parse().unwrap(), query, &[("accept", "application/json")], "").await.unwrap();
+            assert_eq!(answer.status, 200, "{:?}", answer.json());
+            answer.json().unwrap()
+        })
+    };
+    let patient = poll("/v1/events?since=1&types=late&wait_ms=60000");
+    let hasty = poll("/v1/events?since=1&types=never&wait_ms=1500");
+    let begun = std::time::Instant::now();
+    // More than the ring and the log hold, and until the hasty one is about to be answered.
+    let value = "x".repeat(1 << 20);
+    let (mut last, mut oldest) = (1, 1);
+    while begun.elapsed().as_millis() < 1300 || last < 40 || oldest == 1 {
+        let put = ok(c, &format!("PUT /v1/state/big{} {{\"value\":\"{value}\"}}", last % 4)).await;
+        last = put["revision"].as_u64().unwrap();
+        oldest = ok(c, "GET /v1/health").await["oldest"].as_u64().unwrap();
+    }
+    let page = hasty.await.unwrap();
+    assert_eq!(page["events"], json!([]));
+    let number = |name: &str| page[name].as_u64().unwrap();
+    assert!(number("head") > 30 && number("next_since") + 2 > number("head"), "{page}");
+    ok(c, r#"POST /v1/events {"type":"late"}"#).await;
+    let page = patient.await.unwrap();
+    assert_eq!((&page["events"][0]["type"], &page["next_since"]), (&json!("late"), &json!(last + 1)), "{page}");
+}
+
 /// How often a stream had to read the log.
 async fn ring_misses(c: &mut Client) -> u64 {
     let metrics = String::from_utf8(call(c, "GET /v1/metrics").await.body.to_vec()).unwrap();

@@ -226,7 +226,7 @@ impl Auth {
             return Ok(Some(grant));
         }
         // In a URL, which proxies log and browsers remember, only what is short-lived and for this route is taken.
-        if request.uri().path() == "/v1/events" && request.method() == Method::GET {
+        if request.uri().path() == "/v1/events" && matches!(*request.method(), Method::GET | Method::HEAD) {
             let query = request.uri().query().unwrap_or_default();
             if let Some((_, token)) = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "access_token")
             {

@@ -510,12 +510,17 @@ async fn history(
     let mut events = String::new();
     let mut count = 0;
     while count < limit && events.len() < PAGE_BYTES_MAX {
-        let waits = count == 0 && !wait.is_zero();
+        let waits = count == 0 && Instant::now() < deadline;
         let is_over = || access.is_some_and(Access::is_over);
         let step = std::future::poll_fn(|cx| match subscription.poll_step(cx, limit - count, CHUNK_BYTES) {
             _ if is_over() => Poll::Ready(None),
-            Poll::Pending if !waits && !subscription.is_catching_up() => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
+            Poll::Pending if subscription.is_catching_up() => Poll::Pending,
+            Poll::Pending if waits => {
+                // As a stream does: what does not match moves it on, however much that is.
+                subscription.look_at_matches();
+                Poll::Pending
+            }
+            Poll::Pending => Poll::Ready(None),
             Poll::Ready(step) => Poll::Ready(Some(step)),
         });
         let until = if waits { deadline } else { Instant::now() + CATCH_UP_PATIENCE };
@@ -525,6 +530,7 @@ async fn history(
         }
         match step {
             Ok(Some(Step::Frames(frames))) => {
+                subscription.look_at_everything();
                 for frame in frames.iter().filter(|f| f.is_logged()) {
                     if count > 0 {
                         events.push(',');
@@ -536,6 +542,8 @@ async fn history(
             Ok(Some(Step::Reset(ResetReason::Compacted, _))) => return Err(compacted().into()),
             // The log is damaged there; the server's log says where.
             Ok(Some(Step::Reset(..))) => return Err(ApiError::Internal),
+            // One that came from far back may still be reading the log.
+            Err(_) if waits => subscription.look_at_everything(),
             Ok(Some(Step::Drained) | None) | Err(_) => break,
         }
     }

@@ -756,6 +756,11 @@ impl Subscription {
         self.by_ring = true;
     }
 
+    /// The opposite: it is woken by what the feed's thread has matched, and moved on by what has not.
+    pub fn look_at_matches(&mut self) {
+        self.by_ring = false;
+    }
+
     /// Whether it reads the log, rather than recent events in memory.
     #[must_use]
     pub fn is_behind(&self) -> bool {
