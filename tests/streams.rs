@@ -487,12 +487,12 @@ async fn a_long_poll_that_nothing_matches_keeps_up() {
         })
     };
     let patient = poll("/v1/events?since=1&types=late&wait_ms=60000");
-    let hasty = poll("/v1/events?since=1&types=never&wait_ms=1500");
+    let hasty = poll("/v1/events?since=1&types=never&wait_ms=3000");
     let begun = std::time::Instant::now();
     // More than the ring and the log hold, and until the hasty one is about to be answered.
-    let value = "x".repeat(1 << 20);
+    let value = "x".repeat(256 << 10);
     let (mut last, mut oldest) = (1, 1);
-    while begun.elapsed().as_millis() < 1300 || last < 40 || oldest == 1 {
+    while begun.elapsed().as_millis() < 2800 || last < 200 || oldest == 1 {
         let put = ok(c, &format!("PUT /v1/state/big{} {{\"value\":\"{value}\"}}", last % 4)).await;
         last = put["revision"].as_u64().unwrap();
         oldest = ok(c, "GET /v1/health").await["oldest"].as_u64().unwrap();
@@ -500,7 +500,8 @@ async fn a_long_poll_that_nothing_matches_keeps_up() {
     let page = hasty.await.unwrap();
     assert_eq!(page["events"], json!([]));
     let number = |name: &str| page[name].as_u64().unwrap();
-    assert!(number("head") > 30 && number("next_since") + 2 > number("head"), "{page}");
+    // Whoever writes slowly is still at it.
+    assert!(number("next_since") > 1 && number("next_since") + 10 > number("head"), "{page}");
     ok(c, r#"POST /v1/events {"type":"late"}"#).await;
     let page = patient.await.unwrap();
     assert_eq!((&page["events"][0]["type"], &page["next_since"]), (&json!("late"), &json!(last + 1)), "{page}");

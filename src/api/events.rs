@@ -523,7 +523,13 @@ async fn history(
             Poll::Pending => Poll::Ready(None),
             Poll::Ready(step) => Poll::Ready(Some(step)),
         });
-        let until = if waits { deadline } else { Instant::now() + CATCH_UP_PATIENCE };
+        let patience = match waits {
+            true => LOOK_EVERY,
+            false if wait.is_zero() => CATCH_UP_PATIENCE,
+            false => LATE_PATIENCE,
+        };
+        let until = Instant::now() + patience;
+        let until = if waits { until.min(deadline) } else { until };
         let step = tokio::time::timeout_at(until, step).await;
         if access.is_some_and(Access::is_over) {
             return Err(ApiError::Unauthorized("the key or token has ended meanwhile"));
@@ -542,7 +548,7 @@ async fn history(
             Ok(Some(Step::Reset(ResetReason::Compacted, _))) => return Err(compacted().into()),
             // The log is damaged there; the server's log says where.
             Ok(Some(Step::Reset(..))) => return Err(ApiError::Internal),
-            // One that came from far back may still be reading the log.
+            // It is told of matches alone, and here sees what did not match; or its time is over, and it may still be reading the log.
             Err(_) if waits => subscription.look_at_everything(),
             Ok(Some(Step::Drained) | None) | Err(_) => break,
         }
@@ -562,8 +568,11 @@ async fn history(
     Ok(json(StatusCode::OK, out))
 }
 
-/// How long a page of history waits for the log to be read.
+/// How long a page of history waits for the log to be read, and how long when it has waited for events before.
 const CATCH_UP_PATIENCE: Duration = Duration::from_secs(10);
+const LATE_PATIENCE: Duration = Duration::from_secs(1);
+/// How often a long poll looks at what passes it by.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
