@@ -523,13 +523,11 @@ async fn history(
             Poll::Pending => Poll::Ready(None),
             Poll::Ready(step) => Poll::Ready(Some(step)),
         });
-        let patience = match waits {
-            true => LOOK_EVERY,
-            false if wait.is_zero() => CATCH_UP_PATIENCE,
-            false => LATE_PATIENCE,
+        let until = if waits {
+            deadline.min(Instant::now() + LOOK_EVERY)
+        } else {
+            Instant::now() + if wait.is_zero() { CATCH_UP_PATIENCE } else { LATE_PATIENCE }
         };
-        let until = Instant::now() + patience;
-        let until = if waits { until.min(deadline) } else { until };
         let step = tokio::time::timeout_at(until, step).await;
         if access.is_some_and(Access::is_over) {
             return Err(ApiError::Unauthorized("the key or token has ended meanwhile"));
