@@ -179,6 +179,22 @@ impl Probe {
         2.0 * square.sqrt() * (error / self.code.len() as f32).sqrt()
     }
 
+    /// By how much the distance of a row with such figures is off, as a standard deviation, around what all rows near by have in
+    /// common: each number of both is off by up to half a step, and f32 by the last digits of the squares it takes apart.
+    #[must_use]
+    pub fn rounding(&self, distance: f32, row: Figures) -> f32 {
+        /// Of what is spread evenly over one step, in steps.
+        const VARIANCE: f32 = 1.0 / 12.0;
+        let variances = [self.figures.scale, row.scale].map(|scale| VARIANCE * scale * scale);
+        if self.weight == 0.0 {
+            // A row's error counts as far as the query goes, and the other way round.
+            return 2.0 * (self.square * variances[1] + row.square * variances[0]).sqrt();
+        }
+        let (variance, dim) = (variances[0] + variances[1], self.code.len() as f32);
+        let of_steps = (4.0 * distance.max(0.0) * variance + 2.0 * dim * variance * variance).sqrt();
+        of_steps + 2.0 * f32::EPSILON * (self.figures.square + row.square)
+    }
+
     /// Distances up to this are rounding: the rows are equal. No product says so.
     #[must_use]
     pub fn equal(&self) -> f32 {
