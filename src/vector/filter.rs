@@ -272,9 +272,14 @@ fn compare(a: &Value, b: &Value) -> Option<Ordering> {
     }
 }
 
-/// Integers beyond 2^53 must not compare equal only because they round to the same float.
+/// A whole number, however it is written. Beyond 2^53 they must not compare equal only because they round to the same float.
 fn integer(number: &serde_json::Number) -> Option<i128> {
-    number.as_i64().map(i128::from).or_else(|| number.as_u64().map(i128::from))
+    /// All whole floats below fit.
+    const FITS_BELOW: f64 = 1e38;
+    let whole = || number.as_f64().filter(|float| float.fract() == 0.0 && float.abs() < FITS_BELOW);
+    let integer = number.as_i64().map(i128::from).or_else(|| number.as_u64().map(i128::from));
+    // The cast: it has no fraction, and it fits.
+    integer.or_else(|| whole().map(|float| float as i128))
 }
 
 #[cfg(test)]
@@ -295,6 +300,9 @@ mod tests {
             (json!({"lang": "es", "year": 2021}), false),
             (json!({"year": 2020.0}), true),
             (json!({"big": 9_007_199_254_740_992_u64}), false),
+            (json!({"big": 9_007_199_254_740_992.0}), false),
+            (json!({"big": {"$gt": 9_007_199_254_740_992.0}}), true),
+            (json!({"big": {"$lt": 1e300}}), true),
             (json!({"tags": "a"}), true),
             (json!({"tags": ["a", "b"]}), true),
             (json!({"tags": ["b", "a"]}), false),

@@ -712,10 +712,9 @@ fn position(path: &[Box<str>]) -> Option<usize> {
     path.iter().position(|name| name.parse::<usize>().is_ok())
 }
 
-/// Whether values that differ from this operand have its key. Against a float every number compares as a float, as
-/// its key does.
+/// Whether values that differ from this operand have its key, which is a float.
 fn is_shared(operand: &Number) -> bool {
-    !operand.is_f64() && operand.as_f64().is_some_and(|f| f.abs() >= INTEGERS_EXACT_BELOW)
+    operand.as_f64().is_some_and(|f| f.abs() >= INTEGERS_EXACT_BELOW)
 }
 
 #[cfg(test)]
