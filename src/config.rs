@@ -305,6 +305,13 @@ impl Resolved {
         if config.api_key.as_ref().is_some_and(|key| !key.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic())) {
             return Err(Error::Config("api_key takes printable ASCII: it travels in a header".into()));
         }
+        for name in ["api_key", "keys_file"] {
+            let (value, source) = &self.0[name];
+            if *source != Source::Default && value.trim().is_empty() {
+                // A secret that was not there: without this the server would be open.
+                return Err(self.bad(name, "some text; leave it out for a server without a key"));
+            }
+        }
         if config.max_connections == 0 {
             return Err(self.bad("max_connections", "at least 1"));
         }
@@ -314,12 +321,15 @@ impl Resolved {
         if config.stream_threads > 1024 {
             return Err(self.bad("stream_threads", "at most 1024; 0 = one for every four cores"));
         }
-        if config
-            .cors_origins
-            .iter()
-            .any(|o| o != "*" && (axum::http::HeaderValue::from_str(o).is_err() || !o.contains("://")))
-        {
-            return Err(self.bad("cors_origins", "origins such as https://app.example, with commas between, or *"));
+        if !config.cors_origins.iter().all(|origin| origin == "*" || is_origin(origin)) {
+            let takes = "origins as browsers send them, such as https://app.example or http://localhost:5173, in small letters \
+                and without a path, with commas between, or *";
+            return Err(self.bad("cors_origins", takes));
+        }
+        if config.allowed_hosts.iter().any(|host| host.contains(['/', ':', ' '])) {
+            return Err(
+                self.bad("allowed_hosts", "names such as app.example, without scheme and port, with commas between")
+            );
         }
         if !config.bind_addr.is_loopback() && !config.needs_key() && !self.flag("allow_open")? {
             return Err(Error::Config(format!(
@@ -344,6 +354,16 @@ impl Resolved {
         let text = self.text("data_dir");
         if text.is_empty() { Err(self.bad("data_dir", "a path")) } else { Ok(PathBuf::from(text)) }
     }
+}
+
+/// Whether a browser could name a page's origin so: the comparison is of bytes.
+fn is_origin(text: &str) -> bool {
+    let is_scheme =
+        |scheme: &str| scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+    let is_place =
+        |place: &str| place.bytes().all(|b| b.is_ascii_graphic() && !b.is_ascii_uppercase() && !b"/?#@,".contains(&b));
+    text.split_once("://")
+        .is_some_and(|(scheme, place)| !scheme.is_empty() && !place.is_empty() && is_scheme(scheme) && is_place(place))
 }
 
 fn parse_file(path: &std::path::Path, text: &str) -> Result<Vec<(&'static str, String)>, Error> {
@@ -409,6 +429,12 @@ mod tests {
             ("bad number", "", Some(("MAX_LOG_MB", "lots")), "max_log_mb"),
             ("log too small", "max_log_mb = 0", None, "max_log_mb"),
             ("bad origin", "cors_origins = \"example.com\"", None, "cors_origins"),
+            ("an origin with a path", "cors_origins = \"http://a.example/\"", None, "cors_origins"),
+            ("an origin no browser sends", "cors_origins = \"http://A.example\"", None, "cors_origins"),
+            ("a host with a scheme", "allowed_hosts = \"http://a.example\"", None, "allowed_hosts"),
+            ("a blank key", "api_key = \" \"", None, "api_key"),
+            ("a key that was not there", "", Some(("API_KEY", "  ")), "environment API_KEY"),
+            ("a key file that was not there", "keys_file = \"\"", None, "keys_file"),
             ("open to the world", "bind_addr = \"0.0.0.0\"", None, "API_KEY"),
             ("a key that no header carries", "api_key = \"\u{f1}\"", None, "printable ASCII"),
             ("bad flag", "allow_open = \"maybe\"", None, "allow_open"),

@@ -5,7 +5,7 @@ use super::{Interrupted, ServerFlags, usage};
 use crate::client::Download;
 use crate::engine::backup::{Contents, ReadError, verify, verify_stream};
 use crate::engine::restore::{self, RestoreError, Restored};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{BufReader, IsTerminal, Read, Write};
@@ -114,7 +114,8 @@ async fn pass_on(mut download: Download) -> anyhow::Result<(u64, Contents)> {
             Ok(None) => break Ok(bytes),
             Err(error) => break Err(error),
         };
-        out.write_all(&piece)?;
+        // Not the quiet end of other commands: whoever took half of it has no backup.
+        out.write_all(&piece).map_err(|error| anyhow!("stdout was closed before the backup was whole: {error}"))?;
         if check.write_all(&piece).is_err() {
             // It has seen enough, and says what.
             break Ok(bytes);

@@ -5,10 +5,12 @@ use super::usage;
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use crate::npy;
+use crate::vector::DIM_MAX;
 use anyhow::{Context, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::io::{BufRead, ErrorKind};
@@ -77,6 +79,7 @@ pub struct Rows<R> {
 
 /// A line: a key, a vector or a collection, as `export` writes them. What the server gives out by itself is ignored.
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Line<'a> {
     #[serde(borrow)]
     key: Option<Cow<'a, str>>,
@@ -100,12 +103,19 @@ struct Line<'a> {
     dim: Option<usize>,
     #[serde(borrow)]
     metric: Option<Cow<'a, str>>,
+    #[serde(rename = "revision")]
+    _revision: Option<IgnoredAny>,
+    #[serde(rename = "created_revision")]
+    _created_revision: Option<IgnoredAny>,
 }
 
 impl<R: BufRead> Rows<R> {
     /// Reads the header, where there is one.
     pub fn open(mut file: R, format: Format, naming: Naming) -> anyhow::Result<Self> {
         let header = (format == Format::Npy).then(|| npy::Header::read(&mut file)).transpose()?;
+        if let Some(npy::Header { width, .. }) = &header {
+            ensure!((1..=DIM_MAX).contains(width), "its rows have {width} numbers: a vector has 1 to {DIM_MAX}");
+        }
         if format != Format::Ndjson && naming.collection.is_none() {
             return Err(usage("vectors alone do not say where they belong: give --collection"));
         }
@@ -163,7 +173,7 @@ impl<R: BufRead> Rows<R> {
                 }
                 self.file.read_exact(&mut dim[1..]).context("the file ends within a row")?;
                 let dim = usize::try_from(i32::from_le_bytes(dim)).unwrap_or(0);
-                ensure!((1..=crate::vector::DIM_MAX).contains(&dim), "row {}: {dim} numbers", self.read + 1);
+                ensure!((1..=DIM_MAX).contains(&dim), "row {}: {dim} numbers", self.read + 1);
                 dim * size_of::<f32>()
             }
         };
@@ -194,8 +204,14 @@ impl<R: BufRead> Rows<R> {
         Ok(Row::Vector { collection, dim: Some(dim), op })
     }
 
+    /// The line without space around it, and without the mark that some programs begin a file of UTF-8 with.
+    fn text(&self) -> &[u8] {
+        let line = self.buffer.strip_prefix(b"\xef\xbb\xbf").filter(|_| self.read == 1).unwrap_or(&self.buffer);
+        line.trim_ascii()
+    }
+
     fn line(&self, now_ms: u64) -> anyhow::Result<Row> {
-        let line: Line<'_> = serde_json::from_slice(self.buffer.trim_ascii()).context("not a row of JSON")?;
+        let line: Line<'_> = serde_json::from_slice(self.text()).context("not a row of JSON")?;
         if let Some(key) = &line.key {
             return key_row(key, &line, now_ms);
         }
@@ -210,7 +226,8 @@ impl<R: BufRead> Rows<R> {
         };
         let mut op = upsert(&collection, id);
         let dim = match (line.vector, &line.vector_base64) {
-            (Some(vector), _) => {
+            (Some(_), Some(_)) => bail!("a vector's row has vector or vector_base64, not both"),
+            (Some(vector), None) => {
                 push_fmt(&mut op, format_args!(",\"vector\":{}", vector.get()));
                 // Numbers have no commas of their own.
                 Some(vector.get().bytes().filter(|&b| b == b',').count() + 1)
@@ -243,7 +260,8 @@ fn key_row(key: &str, line: &Line<'_>, now_ms: u64) -> anyhow::Result<Row> {
     let mut op = String::from("{\"op\":\"put\",\"key\":");
     push_string(&mut op, key);
     match (line.value, &line.value_base64) {
-        (Some(value), _) => push_fmt(&mut op, format_args!(",\"value\":{}", value.get())),
+        (Some(_), Some(_)) => bail!("a key's row has value or value_base64, not both"),
+        (Some(value), None) => push_fmt(&mut op, format_args!(",\"value\":{}", value.get())),
         (None, Some(data)) => {
             op.push_str(",\"value_base64\":");
             push_string(&mut op, data);
@@ -299,6 +317,9 @@ mod tests {
         for (bytes, format) in [
             (&b"{\"key\":\"a\",\"value\":1}\n\n{\"key\":\"b\"}\n"[..], Format::Ndjson),
             (b"{\"key\":\"a\",\"value\":1}\nnonsense\n", Format::Ndjson),
+            (b"\xef\xbb\xbf{\"key\":\"a\",\"value\":1}\n{\"key\":\"a\",\"value\":1,\"ttl_ms\":5}\n", Format::Ndjson),
+            (b"{\"key\":\"a\",\"value\":1}\n{\"key\":\"a\",\"value\":1,\"value_base64\":\"\"}\n", Format::Ndjson),
+            (b"{\"key\":\"a\",\"value\":1}\n{\"id\":\"a\",\"vector\":[1],\"vector_base64\":\"\"}\n", Format::Ndjson),
             (b"\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0", Format::Fvecs),
         ] {
             let mut rows = rows(bytes, format);
@@ -306,6 +327,15 @@ mod tests {
             let error = format!("{:#}", rows.next(0).unwrap_err());
             assert!(error.contains("row 2"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_file_of_vectors_that_are_none_is_refused_before_there_is_room_for_one() {
+        let dict = "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 99999999999), }\n";
+        let bytes = [npy::MAGIC, &[1, 0, dict.len() as u8, 0], dict.as_bytes()].concat();
+        let naming = Naming { collection: Some("c".into()), ids: String::new(), first_id: 0 };
+        let error = Rows::open(&bytes[..], Format::Npy, naming).err().unwrap().to_string();
+        assert!(error.contains("99999999999 numbers"), "{error}");
     }
 
     #[test]
