@@ -42,6 +42,16 @@ pub enum Rejection {
         /// What is there; zero when absent.
         actual: Revision,
     },
+    /// The same, where what was found is an earlier operation's of the same request: its revision will never be.
+    #[error(
+        "expected revision {expected}, but an earlier operation of this request changes it; before, it is {before} (0 = absent)"
+    )]
+    ConflictWithin {
+        /// What the client sent.
+        expected: Revision,
+        /// What was there before the request; zero when absent.
+        before: Revision,
+    },
     /// `add` of an existing id, or a collection that exists with another shape.
     #[error("{0}")]
     AlreadyExists(String),

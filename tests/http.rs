@@ -210,6 +210,7 @@ async fn conditions_by_body_query_and_header() {
         assert_eq!(answer.status.as_u16(), status, "{name}");
         if status == 304 || status == 200 && method == "GET" {
             assert_eq!(answer.headers["etag"], "\"2\"", "{name}");
+            assert_eq!(answer.headers.contains_key("content-type"), status == 200, "{name}");
         }
         if status == 412 {
             assert_eq!(answer.json().unwrap()["code"], "precondition_failed", "{name}");
@@ -254,6 +255,17 @@ async fn patch_merges_inside_the_commit() {
     assert_eq!(c.send("PATCH".parse().unwrap(), "/v1/state/j", &text, "{}").await.unwrap().status, 415);
     assert_eq!(c.send("PUT".parse().unwrap(), "/v1/state/bytes", &text, "x").await.unwrap().status, 201);
     assert_eq!(call(c, r#"PATCH /v1/state/bytes {"a":1}"#).await.status, 400, "bytes cannot be merged");
+
+    // What comes of it can be patched again, and put as it was read.
+    let long = |field: &str, bytes| format!("PATCH /v1/state/long {{\"{field}\":\"{}\"}}", "x".repeat(bytes));
+    ok(c, &long("a", 3 << 20)).await;
+    let answer = call(c, &long("b", 3 << 20)).await;
+    assert_eq!((answer.status.as_u16(), answer.json().unwrap()["limit_bytes"].as_u64()), (413, Some(4 << 20)));
+    assert_eq!(ok(c, r#"PATCH /v1/state/long {"a":null}"#).await["value"], json!({}));
+    let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
+    assert_eq!(call(c, &format!("PATCH /v1/state/deep {}", nested(128))).await.status, 400);
+    assert_eq!(call(c, &format!("PATCH /v1/state/deep {}", nested(127))).await.status, 201);
+    assert_eq!(call(c, &format!("PUT /v1/state/deep {{\"value\":{}}}", nested(127))).await.status, 200);
 
     // Concurrent patches of different fields: none may lose another's.
     let tasks: Vec<_> = (0..8)
@@ -385,10 +397,18 @@ async fn batches_are_all_or_nothing() {
         let ops: Vec<String> = (0..n).map(|i| format!("{{\"op\":\"put\",\"key\":\"m{i}\",\"value\":{i}}}")).collect();
         format!("POST /v1/batch {{\"ops\":[{}]}}", ops.join(","))
     };
+    let deep = |n: usize| {
+        let value = format!("{}{}", "[".repeat(n), "]".repeat(n));
+        let meta = format!("{}1{}", "{\"a\":".repeat(127), "}".repeat(127));
+        format!(
+            "POST /v1/batch {{\"ops\":[{{\"op\":\"put\",\"key\":\"d\",\"value\":{value}}},{{\"op\":\"vector_upsert\",\"collection\":\"v\",\"id\":\"d\",\"vector\":[1,2],\"meta\":{meta}}}]}}"
+        )
+    };
     check(c, vec![
         row("a refused op refuses all", r#"POST /v1/batch {"ops":[{"op":"put","key":"x","value":1},{"op":"put","key":"a","value":1,"if_revision":1}]}"#, 409, json!({"code":"revision_conflict","op":1,"expected":1,"actual":3})),
         row("and leaves nothing", "GET /v1/state/x", 404, Value::Null),
-        row("later ops see earlier ones", r#"POST /v1/batch {"ops":[{"op":"put","key":"y","value":1},{"op":"put","key":"y","value":2,"if_revision":0}]}"#, 409, json!({"op":1,"expected":0,"actual":0})),
+        row("later ops see earlier ones", r#"POST /v1/batch {"ops":[{"op":"put","key":"y","value":1},{"op":"put","key":"y","value":2,"if_revision":0}]}"#, 409, json!({"op":1,"expected":0,"actual":0,
+            "detail":"operation 1: expected revision 0, but an earlier operation of this request changes it; before, it is 0 (0 = absent)"})),
         row("but name no revision of their own", r#"POST /v1/batch {"ops":[{"op":"vector_update","collection":"v","id":"1","meta":{}},{"op":"vector_update","collection":"v","id":"1","meta":{},"if_revision":1}]}"#, 409, json!({"op":1,"actual":8})),
         row("deleted within", r#"POST /v1/batch {"ops":[{"op":"delete","key":"a"},{"op":"delete","key":"a"}]}"#, 404, json!({"code":"key_not_found","op":1})),
         row("unknown op", r#"POST /v1/batch {"ops":[{"op":"incr","key":"a"}]}"#, 400, json!({"op":0})),
@@ -397,6 +417,10 @@ async fn batches_are_all_or_nothing() {
         row("no operation", r#"POST /v1/batch {"ops":[{"op":"delete","key":"z"},null]}"#, 400, json!({"code":"invalid_argument","op":1})),
         row("bad key", r#"POST /v1/batch {"ops":[{"op":"put","key":"ok","value":1},{"op":"put","key":"","value":1}]}"#, 400, json!({"op":1})),
         row("wrong dimension", r#"POST /v1/batch {"ops":[{"op":"vector_add","collection":"v","id":"q","vector":[1]}]}"#, 400, json!({"code":"dimension_mismatch","expected":2,"got":1,"op":0})),
+        row("an empty content type", r#"POST /v1/batch {"ops":[{"op":"put","key":"q","value_base64":"","content_type":""}]}"#, 400, json!({"op":0})),
+        row("one that is no header", r#"POST /v1/batch {"ops":[{"op":"put","key":"q","value_base64":"","content_type":"text/é"}]}"#, 400, json!({"op":0})),
+        row("as deep as a PUT takes", deep(127), 200, Value::Null),
+        row("deeper", deep(128), 400, code("invalid_argument")),
         row("empty", r#"POST /v1/batch {"ops":[]}"#, 400, code("invalid_argument")),
         row("not an object", r#"POST /v1/batch [[{"op":"delete","key":"a"}]]"#, 400, code("invalid_argument")),
         row("largest", many(1000), 200, Value::Null),
@@ -895,6 +919,19 @@ async fn a_key_guards_everything_but_health_and_preflights() {
     let foreign = [("origin", "https://evil.example"), ("access-control-request-method", "PUT")];
     let answer = c.send("OPTIONS".parse().unwrap(), "/v1/state/a", &foreign, "").await.unwrap();
     assert!(answer.headers.get("access-control-allow-origin").is_none());
+
+    let bare =
+        Server::try_start_in(tempfile::tempdir().unwrap().path(), &["--rate-limit", "1"], Some("s3cret")).unwrap();
+    let open = kiss_vdb::client::Target::new(&bare.target.url(), None).unwrap();
+    let c = &mut Client::new(&open);
+    for path in ["/v1/state/a", "/v1/state", "/v1/admin/backup"] {
+        let answer = c.send("OPTIONS".parse().unwrap(), path, &preflight, "").await.unwrap();
+        assert!([405, 429].contains(&answer.status.as_u16()), "{path}: {}", answer.status);
+    }
+    assert_eq!(call(c, "GET /v1/state").await.status, 429, "it has asked too much");
+    for _ in 0..3 {
+        assert_eq!(call(c, "GET /v1/health").await.status, 200, "whether it is well is told all the same");
+    }
 }
 
 #[tokio::test]

@@ -216,7 +216,7 @@ fn name(c: usize) -> CollectionName {
 
 fn kind(rejection: &Rejection) -> &'static str {
     match rejection {
-        Rejection::RevisionConflict { .. } => "conflict",
+        Rejection::RevisionConflict { .. } | Rejection::ConflictWithin { .. } => "conflict",
         Rejection::KeyNotFound(_) => "no key",
         Rejection::CollectionNotFound(_) => "no collection",
         Rejection::VectorNotFound(_) => "no vector",

@@ -12,7 +12,7 @@
 //! client, held for a look-up, and not at all without a limit). governor's limiter brings its own.
 
 use super::error::{ApiError, ApiResult};
-use super::extract::{Head, Params, parse_object, read_json};
+use super::extract::{Head, Params, all, parse_object, read_json};
 use super::{App, json};
 use crate::config::Config;
 use crate::error::{Error, Rejection};
@@ -180,7 +180,7 @@ impl Auth {
     /// Whether a request may pass, before anybody asks who sent it.
     pub fn check_browser(&self, method: &Method, headers: &HeaderMap, uri: &Uri) -> ApiResult<()> {
         // Whoever reads the first and whoever reads the last would see two requests (RFC 9112, 3.2).
-        let mut hosts = headers.get_all(header::HOST).iter();
+        let mut hosts = all(headers, header::HOST);
         let host = hosts.next();
         if hosts.next().is_some() {
             return Err(Rejection::invalid("a request has one Host").into());
@@ -199,7 +199,7 @@ impl Auth {
                 .into());
             }
         }
-        let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+        let Some(origin) = all(headers, header::ORIGIN).next() else { return Ok(()) };
         // What only reads shows a page of another origin nothing; a backup costs all the same.
         let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
         if only_reads && !uri.path().starts_with("/v1/admin/") {
@@ -400,7 +400,7 @@ fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let value = all(headers, header::AUTHORIZATION).next()?.to_str().ok()?;
     let (scheme, key) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }

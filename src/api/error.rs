@@ -65,7 +65,9 @@ fn status_and_code(rejection: &Rejection) -> (StatusCode, &'static str) {
         Rejection::KeyNotFound(_) => (StatusCode::NOT_FOUND, "key_not_found"),
         Rejection::CollectionNotFound(_) => (StatusCode::NOT_FOUND, "collection_not_found"),
         Rejection::VectorNotFound(_) => (StatusCode::NOT_FOUND, "vector_not_found"),
-        Rejection::RevisionConflict { .. } => (StatusCode::CONFLICT, "revision_conflict"),
+        Rejection::RevisionConflict { .. } | Rejection::ConflictWithin { .. } => {
+            (StatusCode::CONFLICT, "revision_conflict")
+        }
         Rejection::AlreadyExists(_) => (StatusCode::CONFLICT, "already_exists"),
         Rejection::PreconditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "precondition_failed"),
         Rejection::RevisionCompacted { .. } => (StatusCode::GONE, "revision_compacted"),
@@ -87,7 +89,7 @@ fn members(rejection: &Rejection) -> String {
         Rejection::DimensionMismatch { expected, got } => {
             push_fmt(&mut out, format_args!(",\"expected\":{expected},\"got\":{got}"));
         }
-        Rejection::RevisionConflict { expected, actual } => {
+        Rejection::RevisionConflict { expected, actual } | Rejection::ConflictWithin { expected, before: actual } => {
             push_fmt(&mut out, format_args!(",\"expected\":{expected},\"actual\":{actual}"));
         }
         Rejection::PreconditionFailed { actual } => push_fmt(&mut out, format_args!(",\"actual\":{actual}")),

@@ -6,7 +6,7 @@ use super::auth::Client;
 use super::error::{ApiError, ApiResult, invalid};
 use crate::engine::answers::Retry;
 use crate::engine::command::{Condition, ETags, Op};
-use crate::engine::json::{check_depth, check_surrogates};
+use crate::engine::json::{DEPTH_MAX, VALUE_DEPTH_MAX, check_depth, check_surrogates};
 use crate::error::Rejection;
 use crate::keys::{Grant, Right};
 use crate::revision::Revision;
@@ -15,7 +15,7 @@ use axum::BoxError;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, Method, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use base64::Engine as _;
 use bytes::Bytes;
 use http_body::Body as _;
@@ -84,7 +84,7 @@ impl Head {
     /// What a repetition of this request is known by, if its sender says that it may be repeated: `Idempotency-Key`
     /// (draft-ietf-httpapi-idempotency-key-header-07). Everything that decides what the request does is in the hash.
     pub fn retry(&self, body: &[u8]) -> ApiResult<Option<Box<Retry>>> {
-        let mut values = self.headers.get_all(IDEMPOTENCY_KEY).iter();
+        let mut values = all(&self.headers, IDEMPOTENCY_KEY);
         let Some(value) = values.next() else { return Ok(None) };
         let key = value.to_str().ok().filter(|key| !key.is_empty() && key.len() <= IDEMPOTENCY_KEY_BYTES_MAX);
         let (Some(key), None) = (key, values.next()) else {
@@ -95,7 +95,7 @@ impl Head {
         let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
         let target = self.uri.path_and_query().map_or("", |target| target.as_str());
         let headers = [header::CONTENT_TYPE, header::IF_MATCH, header::IF_NONE_MATCH];
-        let values = headers.iter().flat_map(|name| self.headers.get_all(name)).map(|value| value.as_bytes());
+        let values = headers.into_iter().flat_map(|name| all(&self.headers, name)).map(|value| value.as_bytes());
         for part in [self.method.as_str().as_bytes(), target.as_bytes()].into_iter().chain(values).chain([body]) {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -234,6 +234,11 @@ pub fn path_tail<'a>(uri: &'a Uri, prefix: &str) -> ApiResult<Cow<'a, str>> {
     decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))
 }
 
+/// Every value of a header. A request has a handful: to walk them takes less time than to hash a name.
+pub fn all(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &HeaderValue> {
+    headers.iter().filter_map(move |(found, value)| (*found == name).then_some(value))
+}
+
 /// The media type of nearly every body.
 const JSON: &str = "application/json";
 
@@ -250,7 +255,7 @@ pub enum BodyType {
 
 /// Reads the `Content-Type` header.
 pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
-    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(BodyType::Json) };
+    let Some(value) = all(headers, header::CONTENT_TYPE).next() else { return Ok(BodyType::Json) };
     if value == JSON {
         return Ok(BodyType::Json);
     }
@@ -266,7 +271,7 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 /// How much the client wants a media type that it names, if it does.
 #[must_use]
 pub fn accepted(headers: &HeaderMap, wanted: &str) -> Option<f32> {
-    let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let values = all(headers, header::ACCEPT).filter_map(|value| value.to_str().ok());
     let mut parts = values.flat_map(|value| value.split(',')).map(|part| part.split(';').map(str::trim));
     let mut part = parts.find(|part| part.clone().next().is_some_and(|name| name.eq_ignore_ascii_case(wanted)))?;
     let q = part.find_map(|parameter| parameter.strip_prefix("q="));
@@ -276,15 +281,14 @@ pub fn accepted(headers: &HeaderMap, wanted: &str) -> Option<f32> {
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
     // Taken as it is, it would be stored as something else than what was meant.
-    let codings =
-        headers.get_all(header::CONTENT_ENCODING).iter().flat_map(|list| list.as_bytes().split(|&b| b == b','));
+    let codings = all(headers, header::CONTENT_ENCODING).flat_map(|list| list.as_bytes().split(|&b| b == b','));
     if codings.map(<[u8]>::trim_ascii).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
     }
     let bytes = body.size_hint().exact();
     // Of known length is only what is sent as it is.
     if bytes.is_none() {
-        let mut transfers = headers.get_all(header::TRANSFER_ENCODING).iter();
+        let mut transfers = all(headers, header::TRANSFER_ENCODING);
         let is_plain =
             transfers.next().is_none_or(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
         if !is_plain || transfers.next().is_some() {
@@ -345,8 +349,12 @@ pub fn aside<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
 
 /// Parses JSON that is nested no deeper than allowed. Errors name the field and the place.
 pub fn parse_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> ApiResult<T> {
+    parse_nested(bytes, DEPTH_MAX)
+}
+
+fn parse_nested<'a, T: Deserialize<'a>>(bytes: &'a [u8], depth_max: usize) -> ApiResult<T> {
     aside(bytes.len(), || {
-        check_depth(bytes)?;
+        check_depth(bytes, depth_max)?;
         check_surrogates(bytes)?;
         let text = std::str::from_utf8(bytes).map_err(|_| invalid("the body is not UTF-8"))?;
         serde_json::from_str(text)
@@ -437,10 +445,14 @@ pub fn unique_names<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result
     Ok((!value.is_null()).then_some(value))
 }
 
-/// Parses a body that is an object with a list of objects. When one of these is the fault, the error names its place as `op`.
+/// Parses a body that is an object with a list of objects, which may hold what is as deep as alone in a body. When one of these is the
+/// fault, the error names its place as `op`.
 pub fn parse_list<'a, T: Deserialize<'a>, I: Deserialize<'a>>(bytes: &'a [u8], list: &str) -> ApiResult<T> {
+    /// Object, list and object around what is stored.
+    const DEPTH_AROUND: usize = 3;
     let name_item = |error| faulty_item::<I>(bytes, list).map_or(error, ApiError::Rejected);
-    parse_object(bytes).map_err(|error| aside(bytes.len(), || name_item(error)))
+    let parsed = parse_nested::<Object<T>>(bytes, VALUE_DEPTH_MAX + DEPTH_AROUND);
+    parsed.map(|object| object.0).map_err(|error| aside(bytes.len(), || name_item(error)))
 }
 
 /// Why the first item of a list in a body is not what it should be. Only for bodies that were refused: parses them anew.
@@ -476,7 +488,7 @@ pub fn condition(headers: &HeaderMap, if_revision: Option<Revision>) -> ApiResul
 /// Parses a list of entity tags. Tags that are not of our form are kept out: they match nothing.
 pub fn etags(headers: &HeaderMap, name: &HeaderName) -> ApiResult<Option<ETags>> {
     let mut found = None;
-    for value in headers.get_all(name) {
+    for value in all(headers, name.clone()) {
         let text = value.to_str().map_err(|_| invalid(format!("the {name} header is not ASCII")))?;
         for tag in text.split(',').map(str::trim) {
             if tag == "*" {

@@ -45,7 +45,7 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::{ApiError, ApiResult};
-use extract::Head;
+use extract::{Head, all};
 use http_body::Body as _;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
@@ -258,6 +258,7 @@ fn cors(config: &Config) -> Option<CorsLayer> {
         header::IF_NONE_MATCH,
         HeaderName::from_static("last-event-id"),
         HeaderName::from_static("idempotency-key"),
+        REQUEST_ID,
     ];
     let methods = [Method::GET, Method::PUT, Method::POST, Method::PATCH, Method::DELETE];
     Some(
@@ -329,9 +330,12 @@ impl Drop for AdminAct<'_> {
     }
 }
 
-/// What needs no key: whether the server is well, and the page that asks for the key.
-fn is_public(path: &str) -> bool {
-    path == "/v1/health" || path == "/" || path.starts_with("/console/")
+/// Whether the server is well: asked without a key, and however much its asker's address asks besides.
+const HEALTH_ROUTE: &str = "/v1/health";
+
+/// What needs no key: whether the server is well, the page that asks for the key, and what a browser asks before it sends one.
+fn is_public(path: &str, method: &Method) -> bool {
+    path == HEALTH_ROUTE || path == "/" || path.starts_with("/console/") || *method == Method::OPTIONS
 }
 
 impl Guard {
@@ -340,7 +344,8 @@ impl Guard {
         turns::note_request();
         let app = &self.app;
         let meter = app.meters.of(request.uri().path(), request.method());
-        let request_id = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
+        let request_id =
+            all(request.headers(), REQUEST_ID).next().filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
         // A long poll takes as long as it was asked to.
         let may_wait = request.uri().path() == "/v1/events";
         let mut admin = None;
@@ -434,9 +439,13 @@ impl Guard {
         let auth = &self.app.auth;
         auth.check_browser(request.method(), request.headers(), request.uri())?;
         let path = request.uri().path();
-        let is_about_server = path.starts_with("/v1/admin/");
+        let is_about_server = path.starts_with("/v1/admin/") && *request.method() != Method::OPTIONS;
         let address = Client::Address(counted_address(self.peer));
-        let grant = if is_public(path) { Ok(None) } else { auth.identify(request, || self.app.engine.now_ms()) };
+        let grant = if is_public(path, request.method()) {
+            Ok(None)
+        } else {
+            auth.identify(request, || self.app.engine.now_ms())
+        };
         let grant = match grant {
             Ok(grant) => grant,
             Err(error) => {
@@ -451,7 +460,9 @@ impl Guard {
             *admin = Some(grant.as_ref().map_or_else(|| "(open)".into(), |grant| grant.name.clone()));
         }
         let client = grant.as_ref().map_or(address, |grant| Client::Key(grant.name.clone()));
-        auth.check_rate(&client)?;
+        if path != HEALTH_ROUTE {
+            auth.check_rate(&client)?;
+        }
         if let Some(grant) = grant {
             if is_about_server {
                 grant.need(Right::Admin)?;

@@ -14,7 +14,7 @@ use crate::engine::command::{
     Outcome, PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
 };
 use crate::engine::frame::{push_fmt, push_labels, push_u64, push_value};
-use crate::engine::json::{compact, push_string};
+use crate::engine::json::{check_value_depth, compact, push_string};
 use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
@@ -260,7 +260,10 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
         return Err(Rejection::PreconditionFailed { actual }.into());
     }
     if etags(headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
-        return Ok(json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision));
+        let mut response = json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision);
+        // It would overwrite what a cache knows of the value, which may be of any type.
+        response.headers_mut().remove(header::CONTENT_TYPE);
+        return Ok(response);
     }
     if !is_raw {
         let mut out = String::with_capacity(128 + key.len() + entry.value.len());
@@ -392,6 +395,12 @@ struct BatchBody<'a> {
     ops: Vec<Object<BatchOp<'a>>>,
 }
 
+/// What an operation asks to be stored, compact.
+fn stored(raw: &RawValue) -> Result<Box<str>, Rejection> {
+    check_value_depth(raw.get())?;
+    Ok(compact(raw.get()).into())
+}
+
 impl BatchOp<'_> {
     fn refuse_fields_but(&self, taken: &[&str]) -> Result<(), Rejection> {
         let given = [
@@ -435,12 +444,15 @@ impl BatchOp<'_> {
                 if self.content_type.is_some() {
                     return Err(Rejection::invalid("content_type goes with value_base64"));
                 }
-                Ok(Value::Json(compact(raw.get()).into()))
+                stored(raw).map(Value::Json)
             }
             (None, Some(text)) => {
                 let content_type = self.content_type.as_deref().unwrap_or("application/octet-stream");
-                if content_type.len() > CONTENT_TYPE_BYTES_MAX || HeaderValue::from_str(content_type).is_err() {
-                    return Err(Rejection::invalid("content_type is not a content type"));
+                let is_ascii = content_type.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic());
+                if content_type.is_empty() || content_type.len() > CONTENT_TYPE_BYTES_MAX || !is_ascii {
+                    return Err(Rejection::invalid(format!(
+                        "content_type is 1 to {CONTENT_TYPE_BYTES_MAX} bytes of printable ASCII"
+                    )));
                 }
                 let data = base64::engine::general_purpose::STANDARD
                     .decode(text)
@@ -503,7 +515,7 @@ impl BatchOp<'_> {
                 }
                 Ok(Op::Patch {
                     key: key(&self)?,
-                    patch: compact(patch.get()).into(),
+                    patch: stored(patch)?,
                     ttl_ms: self.ttl_ms.map(check_ttl).transpose()?,
                     condition,
                 })
@@ -517,7 +529,7 @@ impl BatchOp<'_> {
                 Ok(Op::Event {
                     event_type: EventType::new(self.need(self.event_type.as_deref(), "type")?)?,
                     key: self.key.as_deref().map(Key::new).transpose()?,
-                    data: self.data.map(|d| compact(d.get()).into()),
+                    data: self.data.map(stored).transpose()?,
                     labels: self.labels()?,
                 })
             }

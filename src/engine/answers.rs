@@ -7,7 +7,7 @@
 //! Pure: time comes with the records.
 
 use super::codec::Record;
-use super::command::{Committed, Outcome};
+use super::command::{Committed, Outcome, Outcomes};
 use crate::error::Rejection;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ pub struct Answer {
     /// The command's key and hash.
     pub retry: Retry,
     /// One for each operation.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Outcomes,
 }
 
 /// An answer with its place in history.
@@ -164,10 +164,11 @@ impl Answers {
 mod tests {
     use super::*;
     use crate::revision::Revision;
+    use smallvec::smallvec;
 
     fn answer(key: &str, ts_ms: u64, print: u8) -> Arc<Remembered> {
         let committed = Committed {
-            outcomes: vec![Outcome::Published { revision: Revision(ts_ms) }],
+            outcomes: smallvec![Outcome::Published { revision: Revision(ts_ms) }],
             first_revision: Revision(ts_ms),
             last_revision: Revision(ts_ms),
         };

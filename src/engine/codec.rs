@@ -6,11 +6,12 @@
 //! merge and an old log means the same to a newer program.
 
 use super::answers::{Answer, Retry};
-use super::command::{Blob, EventType, Key, Labels, Outcome, Value};
+use super::command::{Blob, EventType, Key, Labels, Outcome, Outcomes, Value};
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Metric, Vector, VectorId, VectorMeta};
 use crate::wire::{Malformed, Put, Reader};
 use bytes::Bytes;
+use smallvec::SmallVec;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
@@ -28,6 +29,9 @@ pub struct Entry {
     /// `job_id` and `tags`.
     pub labels: Option<Box<Labels>>,
 }
+
+/// Most records hold one event, which then has no allocation of its own.
+pub type Events = SmallVec<[Event; 1]>;
 
 /// Keys with what they hold, in key order.
 pub type Entries = Vec<(Key, Arc<Entry>)>;
@@ -107,7 +111,7 @@ pub struct Record {
     /// Unix milliseconds.
     pub ts_ms: u64,
     /// At least one.
-    pub events: Vec<Event>,
+    pub events: Events,
     /// What was said to the client, if it may ask again.
     pub answer: Option<Box<Answer>>,
 }
@@ -341,7 +345,7 @@ pub fn decode_record(first_revision: Revision, count: u32, payload: &[u8]) -> Re
     let mut reader = Reader(payload);
     let ts_ms = reader.u64("ts")?;
     // The count is checked against the bytes as they are read; it must not size an allocation by itself.
-    let mut events = Vec::with_capacity((count as usize).min(payload.len() / 8));
+    let mut events = Events::with_capacity((count as usize).min(payload.len() / 8));
     for _ in 0..count {
         events.push(decode_event(&mut reader)?);
     }
@@ -359,7 +363,7 @@ pub fn decode_answer(reader: &mut Reader<'_>) -> Result<Answer, Malformed> {
     let fingerprint = u128::from(reader.u64("fingerprint")?) | u128::from(reader.u64("fingerprint")?) << 64;
     let retry = Retry { key, fingerprint: fingerprint.to_le_bytes() };
     let count = reader.u32("outcomes")? as usize;
-    let mut outcomes = Vec::with_capacity(count.min(reader.0.len()));
+    let mut outcomes = Outcomes::with_capacity(count.min(reader.0.len()));
     for _ in 0..count {
         outcomes.push(decode_outcome(reader)?);
     }
@@ -532,6 +536,7 @@ fn labels(reader: &mut Reader<'_>) -> Result<Option<Box<Labels>>, Malformed> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use smallvec::smallvec;
 
     /// One record with every kind of event, and every optional field both ways.
     pub(crate) fn specimen() -> Record {
@@ -547,7 +552,7 @@ pub(crate) mod tests {
         Record {
             first_revision: Revision(7),
             ts_ms: 1_733_950_000_123,
-            events: vec![
+            events: smallvec![
                 Event::StateUpdated {
                     key: key("k"),
                     prev_revision: Revision(0),
@@ -609,7 +614,7 @@ pub(crate) mod tests {
         let expires_at_ms = NonZeroU64::new(99);
         Answer {
             retry: Retry { key: "worker\nonce".into(), fingerprint: std::array::from_fn(|at| at as u8) },
-            outcomes: vec![
+            outcomes: smallvec![
                 Outcome::Put { key: key.clone(), revision, created: true, expires_at_ms },
                 Outcome::Patched {
                     key: key.clone(),

@@ -9,6 +9,7 @@ use crate::vector::distance::prefetch;
 use crate::vector::filter::Filter;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use bytes::Bytes;
+use smallvec::SmallVec;
 use smol_str::SmolStr;
 use std::borrow::Borrow;
 use std::num::NonZeroU64;
@@ -359,6 +360,15 @@ impl Op {
         )
     }
 
+    /// The key whose entry it changes.
+    #[must_use]
+    pub fn changed_key(&self) -> Option<&Key> {
+        match self {
+            Self::Put { key, .. } | Self::Patch { key, .. } | Self::Delete { key, .. } => Some(key),
+            _ => None,
+        }
+    }
+
     /// Asks the processor to fetch what deciding it looks at: worth it where another core wrote it.
     pub fn prefetch(&self) {
         if let Self::WriteVector { id, vector, meta, .. } = self {
@@ -473,11 +483,14 @@ impl Command {
     }
 }
 
+/// One outcome an operation: of most commands one.
+pub type Outcomes = SmallVec<[Outcome; 1]>;
+
 /// What a decided command did.
 #[derive(Clone, Debug)]
 pub struct Committed {
-    /// One outcome an operation.
-    pub outcomes: Vec<Outcome>,
+    /// In the order of the operations.
+    pub outcomes: Outcomes,
     /// First revision of the record; the head when nothing had to be written.
     pub first_revision: Revision,
     /// Last revision of the record.

@@ -1,7 +1,7 @@
 //! Streams: from committed records to whoever listens.
 //!
 //! ```text
-//! sequencer ─publish─▶ Ring of shared frames ◀─read─ Subscription (cursor + topic) ─▶ HTTP body
+//! sequencer ─publish─▶ Ring of recent events ◀─read─ Subscription (cursor + topic) ─▶ HTTP body
 //!                        │                               ▲        └─ behind the ring: Log
 //!                        └─▶ feed thread: match ─▶ Topic ┘ wake
 //! ```
@@ -12,8 +12,8 @@
 //! the ring again. It is one loop, so there is no hand-over at which an event could fall between the two.
 //!
 //! Invariants
-//! - Ring revisions never go down; ephemeral frames carry the head they were published at.
-//! - A topic has noted every matching frame from `complete_from` up to the feed's `matched` position.
+//! - Ring revisions never go down; ephemeral events carry the head they were published at.
+//! - A topic has noted every matching event from `complete_from` up to the feed's `matched` position.
 //! - A subscription's `revision` covers everything up to it: delivered, or not matching.
 //!
 //! Locks, and why each: `ring` (pushed by the sequencer, read by streams, a few hundred nanoseconds); `registry` (changed
@@ -26,7 +26,7 @@
 
 use super::codec::Record;
 use super::command::Key;
-use super::frame::{Ephemeral, Facets, Frame};
+use super::frame::{Ephemeral, Facets, Frame, Recent};
 use super::wal::Log;
 use crate::error::Error;
 use crate::revision::Revision;
@@ -41,13 +41,13 @@ use std::task::{Context, Poll};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-/// Memory that recent frames may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
+/// Memory that recent events may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
 /// small events to eight of a megabyte.
 const RING_BYTES_MAX: usize = 16 << 20;
 /// Positions a topic notes; a stream further behind looks at the ring itself.
 const TOPIC_NOTED_MAX: usize = 4096;
-/// Frames looked at under one hold of the ring's lock.
-const RING_SCAN_FRAMES: usize = 2048;
+/// Events looked at under one hold of the ring's lock.
+const RING_SCAN_EVENTS: usize = 2048;
 /// Streams that read the log at the same time; more wait their turn.
 const CATCH_UPS_MAX: usize = 8;
 /// Bytes of log read at a time for one stream.
@@ -126,11 +126,11 @@ impl EventFilter {
     }
 }
 
-/// Recent frames, by an ever-rising position.
+/// Recent events, by an ever-rising position.
 #[derive(Debug)]
 struct Ring {
-    frames: VecDeque<Arc<Frame>>,
-    /// Position of the first frame.
+    events: VecDeque<Recent>,
+    /// Position of the first one.
     first: u64,
     bytes: usize,
     /// Every logged event after this revision is here.
@@ -143,24 +143,24 @@ impl Ring {
     /// Drops the oldest. Before a batch comes and not while it does: whoever is level with the head would miss its beginning.
     fn make_room(&mut self) {
         while self.bytes > RING_BYTES_MAX {
-            let Some(gone) = self.frames.pop_front() else { break };
+            let Some(gone) = self.events.pop_front() else { break };
             self.bytes -= gone.weight;
             self.first += 1;
             self.complete_after = gone.revision;
         }
     }
 
-    fn push(&mut self, frame: Arc<Frame>) {
-        self.bytes += frame.weight;
-        self.frames.push_back(frame);
+    fn push(&mut self, event: Recent) {
+        self.bytes += event.weight;
+        self.events.push_back(event);
     }
 
     fn end(&self) -> u64 {
-        self.first + self.frames.len() as u64
+        self.first + self.events.len() as u64
     }
 
-    fn get(&self, position: u64) -> Option<&Arc<Frame>> {
-        self.frames.get(usize::try_from(position.checked_sub(self.first)?).ok()?)
+    fn get(&self, position: u64) -> Option<&Recent> {
+        self.events.get(usize::try_from(position.checked_sub(self.first)?).ok()?)
     }
 }
 
@@ -383,7 +383,7 @@ pub enum Step {
 impl Feed {
     /// A feed that starts at `head`, and its thread.
     pub fn start(log: Arc<Log>, head: Revision) -> (Arc<Self>, std::thread::JoinHandle<()>) {
-        let ring = Ring { frames: VecDeque::new(), first: 0, bytes: 0, complete_after: head, head };
+        let ring = Ring { events: VecDeque::new(), first: 0, bytes: 0, complete_after: head, head };
         let feed = Arc::new(Self {
             ring: RwLock::new(ring),
             registry: Mutex::new(Registry::default()),
@@ -413,7 +413,7 @@ impl Feed {
             let mut ring = self.ring.write();
             ring.make_room();
             for record in records {
-                Frame::of_record(record).for_each(|frame| ring.push(frame));
+                Recent::of_record(record).for_each(|event| ring.push(event));
             }
             ring.head = last.last_revision();
         }
@@ -431,7 +431,7 @@ impl Feed {
                 return head;
             }
             ring.make_room();
-            ring.push(Frame::ephemeral(event, head));
+            ring.push(Recent::ephemeral(event, head));
             head
         };
         self.ring_bell();
@@ -489,16 +489,16 @@ impl Feed {
         }
     }
 
-    /// Notes new frames in the topics that want them and wakes those topics' streams. False when there was nothing new.
+    /// Notes new events in the topics that want them and wakes those topics' streams. False when there was nothing new.
     fn match_some(&self) -> bool {
         let from = self.matched.load(Ordering::Acquire);
-        let (start, frames) = {
+        let (start, events) = {
             let ring = self.ring.read();
             let start = from.max(ring.first);
             let skip = usize::try_from(start - ring.first).unwrap_or(usize::MAX);
-            (start, ring.frames.iter().skip(skip).take(RING_SCAN_FRAMES).cloned().collect::<Vec<_>>())
+            (start, ring.events.iter().skip(skip).take(RING_SCAN_EVENTS).cloned().collect::<Vec<_>>())
         };
-        if frames.is_empty() {
+        if events.is_empty() {
             return false;
         }
         let registry = self.registry.lock();
@@ -508,8 +508,8 @@ impl Feed {
         }
         let mut touched: Topics = if start > from { registry.topics.values().cloned().collect() } else { Vec::new() };
         if !registry.topics.is_empty() {
-            for (position, frame) in (start..).zip(&frames) {
-                let facets = frame.facets();
+            for (position, event) in (start..).zip(&events) {
+                let facets = event.facets();
                 registry.candidates(&facets, |topic| {
                     if topic.filter.wants(&facets)
                         && topic.note(position)
@@ -521,10 +521,10 @@ impl Feed {
             }
         }
         // A position within a batch is none to resume from.
-        if let Some(whole) = frames.iter().rev().find(|f| f.ends_record()) {
+        if let Some(whole) = events.iter().rev().find(|event| event.ends_record()) {
             self.matched_revision.store(whole.revision.0, Ordering::Release);
         }
-        self.matched.store(start + frames.len() as u64, Ordering::Release);
+        self.matched.store(start + events.len() as u64, Ordering::Release);
         drop(registry);
         touched.sort_by_key(Arc::as_ptr);
         touched.dedup_by(|a, b| Arc::ptr_eq(a, b));
@@ -635,17 +635,17 @@ impl Topic {
         true
     }
 
-    /// Notes what matches in the last frames before those it knows, towards `position`: streams that come back together look
+    /// Notes what matches in the last events before those it knows, towards `position`: streams that come back together look
     /// through the ring once for all. False when the ring begins later, or another stream was faster.
     fn reach_back(&self, ring: &RwLock<Ring>, position: u64) -> bool {
         let end = self.noted.lock().complete_from;
-        let start = position.max(end.saturating_sub(RING_SCAN_FRAMES as u64));
+        let start = position.max(end.saturating_sub(RING_SCAN_EVENTS as u64));
         let found: Vec<u64> = {
             let ring = ring.read();
             if start < ring.first {
                 return false;
             }
-            let wanted = |&at: &u64| ring.get(at).is_some_and(|frame| self.filter.wants(&frame.facets()));
+            let wanted = |&at: &u64| ring.get(at).is_some_and(|event| self.filter.wants(&event.facets()));
             (start..end).filter(wanted).collect()
         };
         let mut noted = self.noted.lock();
@@ -751,7 +751,7 @@ impl Subscription {
     }
 
     /// From now on "pending" means that nothing published so far is left, even if the feed's thread has not matched it
-    /// yet. Costs a look at every frame, so it is for pages of history, not for streams.
+    /// yet. Costs a look at every event, so it is for pages of history, not for streams.
     pub fn look_at_everything(&mut self) {
         self.by_ring = true;
     }
@@ -807,8 +807,8 @@ impl Subscription {
         let ring = self.feed.ring.read();
         if self.revision >= ring.complete_after {
             let from = |at: usize| ring.first + at as u64;
-            let reached = from(ring.frames.partition_point(|f| f.revision < self.revision));
-            let passed = from(ring.frames.partition_point(|f| f.revision <= self.revision));
+            let reached = from(ring.events.partition_point(|event| event.revision < self.revision));
+            let passed = from(ring.events.partition_point(|event| event.revision <= self.revision));
             // In between may be ephemeral events that came after it had begun: while it read the log, or its snapshot.
             self.position = Some(passed.min(self.began).max(reached));
             drop(ring);
@@ -869,7 +869,7 @@ impl Subscription {
         let mut frames = Vec::with_capacity(positions.len());
         let mut bytes = 0;
         for position in positions {
-            let Some(frame) = ring.get(position) else {
+            let Some(event) = ring.get(position) else {
                 if frames.is_empty() {
                     self.position = None;
                     return Look::Behind;
@@ -877,12 +877,12 @@ impl Subscription {
                 break;
             };
             self.position = Some(position + 1);
-            if !self.is_new(frame, position) {
+            if !self.is_new(event, position) {
                 continue;
             }
-            self.revision = self.revision.max(frame.revision);
-            bytes += frame.weight;
-            frames.push(Arc::clone(frame));
+            self.revision = self.revision.max(event.revision);
+            bytes += event.weight;
+            frames.push(Arc::clone(event.frame()));
             if bytes >= bytes_max {
                 break;
             }
@@ -890,9 +890,9 @@ impl Subscription {
         if frames.is_empty() { Look::Again } else { Look::Frames(frames) }
     }
 
-    /// Whether a frame of the ring has not been told yet. A snapshot may have shown what the ring only gets now.
-    fn is_new(&self, frame: &Frame, position: u64) -> bool {
-        if frame.is_logged() { frame.revision > self.revision } else { position >= self.began }
+    /// Whether an event of the ring has not been told yet. A snapshot may have shown what the ring only gets now.
+    fn is_new(&self, event: &Recent, position: u64) -> bool {
+        if event.is_logged() { event.revision > self.revision } else { position >= self.began }
     }
 
     /// Filters the ring itself: for a stream whose topic cannot reach back that far.
@@ -902,19 +902,19 @@ impl Subscription {
             self.position = None;
             return Look::Again;
         }
-        let end = ring.end().min(position + RING_SCAN_FRAMES as u64);
+        let end = ring.end().min(position + RING_SCAN_EVENTS as u64);
         let mut frames = Vec::new();
         let mut bytes = 0;
         let mut at = position;
         while at < end && frames.len() < frames_max && bytes < bytes_max {
-            let Some(frame) = ring.get(at) else { break };
-            let is_new = self.is_new(frame, at);
+            let Some(event) = ring.get(at) else { break };
+            let is_new = self.is_new(event, at);
             at += 1;
-            if is_new && self.topic.filter.wants(&frame.facets()) {
-                bytes += frame.weight;
-                frames.push(Arc::clone(frame));
+            if is_new && self.topic.filter.wants(&event.facets()) {
+                bytes += event.weight;
+                frames.push(Arc::clone(event.frame()));
             }
-            self.revision = self.revision.max(frame.revision);
+            self.revision = self.revision.max(event.revision);
         }
         self.position = Some(at);
         if !frames.is_empty() {
@@ -946,13 +946,13 @@ impl Subscription {
                 let mut frames = Vec::new();
                 let mut reached = history.reached;
                 'records: for record in &history.records {
-                    for frame in Frame::of_record(record) {
-                        if frame.revision > after && topic.filter.wants(&frame.facets()) {
+                    for event in Recent::of_record(record) {
+                        if event.revision > after && topic.filter.wants(&event.facets()) {
                             if frames.len() == frames_max {
-                                reached = frame.revision.prev();
+                                reached = event.revision.prev();
                                 break 'records;
                             }
-                            frames.push(frame);
+                            frames.push(Arc::clone(event.frame()));
                         }
                     }
                 }
@@ -998,6 +998,7 @@ mod tests {
     use crate::engine::codec::Event;
     use crate::engine::command::EventType;
     use crate::engine::wal::{OpenedWal, Wal};
+    use smallvec::smallvec;
     use std::future::poll_fn;
     use std::time::Duration;
 
@@ -1016,7 +1017,7 @@ mod tests {
             labels: None,
         };
         let first_revision = wal.head().next();
-        let record = Arc::new(Record { first_revision, ts_ms: 1, events: vec![event], answer: None });
+        let record = Arc::new(Record { first_revision, ts_ms: 1, events: smallvec![event], answer: None });
         wal.stage(&record);
         wal.flush().unwrap();
         wal.publish();
@@ -1129,13 +1130,13 @@ mod tests {
         let (feed, mut wal) = start();
         publish(&feed, &mut wal, 1);
         assert_eq!(feed.publish_ephemeral(ephemeral()), Revision(1));
-        assert_eq!(feed.ring.read().frames.len(), 1);
+        assert_eq!(feed.ring.read().events.len(), 1);
         let mut subscription = feed.subscribe(EventFilter::default(), Revision(1));
         feed.publish_ephemeral(ephemeral());
         assert_eq!(step(&mut subscription).await, [(1, false)]);
         drop(subscription);
         feed.publish_ephemeral(ephemeral());
-        assert_eq!(feed.ring.read().frames.len(), 2);
+        assert_eq!(feed.ring.read().events.len(), 2);
         feed.stop();
     }
 }

@@ -12,24 +12,35 @@ use std::io::Write as _;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+/// An event as the ring keeps it. Its frame is made when the first stream takes it: of most events nobody wants one.
+#[derive(Clone, Debug)]
+pub struct Recent {
+    /// Its revision; of an ephemeral one, the head when it was published.
+    pub revision: Revision,
+    /// About how much memory it keeps alive, for the ring's bound. Noted, as what it is summed from is long out of the
+    /// processor's caches when the event goes.
+    pub weight: usize,
+    source: Source,
+    frame: OnceLock<Arc<Frame>>,
+}
+
 /// One event on its way to streams.
 #[derive(Debug)]
 pub struct Frame {
-    /// Its revision; of an ephemeral one, the head when it was published.
+    /// As in [`Recent`].
     pub revision: Revision,
-    source: Source,
-    /// About how much memory it keeps alive, for the ring's bound. Noted, as what it is summed from is long out of the
-    /// processor's caches when the frame goes.
+    /// As in [`Recent`].
     pub weight: usize,
+    source: Source,
     plain: OnceLock<Rendered>,
     with_vector: OnceLock<Rendered>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Source {
     /// An event of a record, by its place.
     Logged(Arc<Record>, usize),
-    Ephemeral(Box<Ephemeral>),
+    Ephemeral(Arc<Ephemeral>),
 }
 
 /// An event that reaches live streams only.
@@ -91,37 +102,37 @@ struct Rendered {
     json_from: usize,
 }
 
-impl Frame {
-    /// The events of a record, each as a frame.
-    pub fn of_record(record: &Arc<Record>) -> impl Iterator<Item = Arc<Self>> + '_ {
-        (0..record.events.len()).map(|at| {
-            Arc::new(Self::new(record.first_revision.plus(at as u64), Source::Logged(Arc::clone(record), at)))
-        })
+impl Recent {
+    /// The events of a record.
+    pub fn of_record(record: &Arc<Record>) -> impl Iterator<Item = Self> + '_ {
+        (0..record.events.len())
+            .map(|at| Self::new(record.first_revision.plus(at as u64), Source::Logged(Arc::clone(record), at)))
     }
 
     /// An ephemeral event published at `head`.
     #[must_use]
-    pub fn ephemeral(event: Ephemeral, head: Revision) -> Arc<Self> {
-        Arc::new(Self::new(head, Source::Ephemeral(Box::new(event))))
+    pub fn ephemeral(event: Ephemeral, head: Revision) -> Self {
+        Self::new(head, Source::Ephemeral(Arc::new(event)))
     }
 
     fn new(revision: Revision, source: Source) -> Self {
-        Self { revision, weight: weight(&source), source, plain: OnceLock::new(), with_vector: OnceLock::new() }
+        Self { revision, weight: weight(&source), source, frame: OnceLock::new() }
+    }
+
+    /// The one frame for all streams.
+    #[must_use]
+    pub fn frame(&self) -> &Arc<Frame> {
+        self.frame.get_or_init(|| {
+            let Self { revision, weight, .. } = *self;
+            let (plain, with_vector) = (OnceLock::new(), OnceLock::new());
+            Arc::new(Frame { revision, weight, source: self.source.clone(), plain, with_vector })
+        })
     }
 
     /// Whether it is in the log.
     #[must_use]
     pub fn is_logged(&self) -> bool {
-        matches!(self.source, Source::Logged(..))
-    }
-
-    /// When it was written, in Unix milliseconds.
-    #[must_use]
-    pub fn ts_ms(&self) -> u64 {
-        match &self.source {
-            Source::Logged(record, _) => record.ts_ms,
-            Source::Ephemeral(event) => event.ts_ms,
-        }
+        self.source.is_logged()
     }
 
     /// Whether the next event begins a new record.
@@ -136,17 +147,27 @@ impl Frame {
     /// What filters look at.
     #[must_use]
     pub fn facets(&self) -> Facets<'_> {
+        self.source.facets()
+    }
+}
+
+impl Source {
+    fn is_logged(&self) -> bool {
+        matches!(self, Self::Logged(..))
+    }
+
+    fn facets(&self) -> Facets<'_> {
         let facets =
             |event_type, key, collection, labels| Facets { event_type, key, collection, labels, on_request: false };
-        match &self.source {
-            Source::Ephemeral(event) => Facets {
+        match self {
+            Self::Ephemeral(event) => Facets {
                 event_type: &event.event_type,
                 key: event.key.as_deref(),
                 collection: event.collection.as_deref(),
                 labels: event.labels.as_deref(),
                 on_request: event.on_request,
             },
-            Source::Logged(record, at) => {
+            Self::Logged(record, at) => {
                 let event = &record.events[*at];
                 let name = type_name(event);
                 match event {
@@ -168,6 +189,23 @@ impl Frame {
                     }
                 }
             }
+        }
+    }
+}
+
+impl Frame {
+    /// Whether it is in the log.
+    #[must_use]
+    pub fn is_logged(&self) -> bool {
+        self.source.is_logged()
+    }
+
+    /// When it was written, in Unix milliseconds.
+    #[must_use]
+    pub fn ts_ms(&self) -> u64 {
+        match &self.source {
+            Source::Logged(record, _) => record.ts_ms,
+            Source::Ephemeral(event) => event.ts_ms,
         }
     }
 
@@ -212,16 +250,12 @@ impl Frame {
     }
 
     fn render(&self, include_vector: bool) -> Rendered {
-        let facets = self.facets();
+        let facets = self.source.facets();
         let mut out = String::with_capacity(256);
         push_fmt(&mut out, format_args!("event: {}\nid: {}\ndata: ", facets.event_type, self.revision));
         let json_from = out.len();
-        let ts_ms = match &self.source {
-            Source::Logged(record, _) => record.ts_ms,
-            Source::Ephemeral(event) => event.ts_ms,
-        };
         out.push_str("{\"ts\":");
-        push_ts(&mut out, ts_ms);
+        push_ts(&mut out, self.ts_ms());
         out.push_str(",\"type\":");
         push_string(&mut out, facets.event_type);
         if let Some(key) = facets.key {
@@ -414,7 +448,9 @@ mod tests {
     #[test]
     fn every_event_renders_as_one_data_line_of_json() {
         let record = Arc::new(crate::engine::codec::tests::specimen());
-        let rendered: Vec<_> = Frame::of_record(&record).map(|f| (f.facets().event_type.to_owned(), f)).collect();
+        let rendered: Vec<_> = Recent::of_record(&record)
+            .map(|event| (event.facets().event_type.to_owned(), Arc::clone(event.frame())))
+            .collect();
         for (event_type, frame) in &rendered {
             let sse = std::str::from_utf8(frame.sse(true)).unwrap();
             let lines: Vec<_> = sse.split('\n').collect();

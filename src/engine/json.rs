@@ -14,13 +14,20 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-/// How deep JSON may nest, in a request as in a stored value. Bounds recursion in readers and in [`merge_patch`].
+/// How deep JSON may nest in a request. Bounds recursion in readers and in [`merge_patch`].
 pub const DEPTH_MAX: usize = 128;
+/// How deep what is stored may nest, by whatever route it comes: there is an object around it wherever it is told.
+pub const VALUE_DEPTH_MAX: usize = DEPTH_MAX - 1;
 
-/// Refuses text nested deeper than [`DEPTH_MAX`]. Looks at brackets outside strings only; O(n).
-pub fn check_depth(text: &[u8]) -> Result<(), Rejection> {
+/// Refuses a value, data or metadata nested deeper than [`VALUE_DEPTH_MAX`].
+pub fn check_value_depth(text: &str) -> Result<(), Rejection> {
+    check_depth(text.as_bytes(), VALUE_DEPTH_MAX)
+}
+
+/// Refuses text nested deeper than `most`. Looks at brackets outside strings only; O(n).
+pub fn check_depth(text: &[u8], most: usize) -> Result<(), Rejection> {
     // Nearly all text opens fewer brackets, in strings or not.
-    if text.len() <= DEPTH_MAX || memchr2_iter(b'[', b'{', text).nth(DEPTH_MAX).is_none() {
+    if text.len() <= most || memchr2_iter(b'[', b'{', text).nth(most).is_none() {
         return Ok(());
     }
     let mut depth = 0usize;
@@ -37,8 +44,8 @@ pub fn check_depth(text: &[u8]) -> Result<(), Rejection> {
             b'"' => at = skip_string(text, at),
             b'[' | b'{' => {
                 depth += 1;
-                if depth > DEPTH_MAX {
-                    return Err(Rejection::invalid(format!("JSON may nest at most {DEPTH_MAX} deep")));
+                if depth > most {
+                    return Err(Rejection::invalid(format!("JSON may nest at most {most} deep here")));
                 }
             }
             b']' | b'}' => depth = depth.saturating_sub(1),
@@ -324,10 +331,12 @@ mod tests {
     #[test]
     fn depth_counts_brackets_outside_strings() {
         let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
-        assert!(check_depth(nested(DEPTH_MAX).as_bytes()).is_ok());
-        assert!(check_depth(nested(DEPTH_MAX + 1).as_bytes()).is_err());
-        assert!(check_depth(format!("\"{}\"", "[".repeat(500)).as_bytes()).is_ok());
-        assert!(check_depth(b"\"\\").is_ok(), "an unclosed string must not run past the end");
+        for most in [VALUE_DEPTH_MAX, DEPTH_MAX] {
+            assert!(check_depth(nested(most).as_bytes(), most).is_ok());
+            assert!(check_depth(nested(most + 1).as_bytes(), most).is_err());
+        }
+        assert!(check_depth(format!("\"{}\"", "[".repeat(500)).as_bytes(), DEPTH_MAX).is_ok());
+        assert!(check_depth(b"\"\\", DEPTH_MAX).is_ok(), "an unclosed string must not run past the end");
     }
 
     #[test]

@@ -17,7 +17,7 @@
 
 use super::Inner;
 use super::answers::Answer;
-use super::codec::Record;
+use super::codec::{Events, Record};
 use super::command::{Command, Committed, Op};
 use super::recovery::Preparer;
 use super::state::{Decider, Overlay, apply_beside_readers};
@@ -344,9 +344,10 @@ impl Sequencer {
             bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
-        let stage = |wal: &mut Wal, records: &mut Vec<_>, mut first_revision: Revision, mut events: Vec<_>, answer| {
+        let stage = |wal: &mut Wal, records: &mut Vec<_>, mut first_revision: Revision, mut events: Events, answer| {
             while faults::is_on(Bug::SplitBatch) && events.len() > 1 {
-                let record = Record { first_revision, ts_ms, events: vec![events.remove(0)], answer: None };
+                let record =
+                    Record { first_revision, ts_ms, events: Events::from_iter([events.remove(0)]), answer: None };
                 let record = Arc::new(record);
                 wal.stage(&record);
                 records.push(record);
@@ -357,13 +358,17 @@ impl Sequencer {
             records.push(Arc::clone(&record));
             record
         };
-        let first = decider.next;
         // On a full disk the reserve is for deletes; expired keys are gone for readers anyway, their events wait.
         let due = if is_full { Vec::new() } else { state.due(now_ms, EXPIRIES_MAX) };
-        let expired = decider.decide_expiry(due);
-        if !expired.is_empty() {
-            stage(&mut self.wal, &mut parts[0].records, first, expired, None);
-        }
+        let are_more_due = due.len() == EXPIRIES_MAX;
+        let remove = |wal: &mut Wal, records: &mut Vec<_>, decider: &mut Decider<'_>, due| {
+            let first = decider.next;
+            let expired = decider.decide_expiry(due);
+            if !expired.is_empty() {
+                stage(wal, records, first, expired, None);
+            }
+        };
+        remove(&mut self.wal, &mut parts[0].records, &mut decider, due);
         let mut at = 0;
         while let Some((mut command, reply)) = commands.pop_front() {
             if at == 0 && command.ops.iter().any(Op::is_about_vectors) {
@@ -379,6 +384,10 @@ impl Sequencer {
                 let detail = "the disk is full; free space on it, and writes resume by themselves";
                 answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
                 continue;
+            }
+            if are_more_due {
+                let due = decider.due_in(&command);
+                remove(&mut self.wal, records, &mut decider, due);
             }
             let first_revision = decider.next;
             let answer = decider.decide(command).and_then(|decision| {

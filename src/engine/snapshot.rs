@@ -145,6 +145,7 @@ pub(crate) fn tidy(inner: &Inner) {
     for collection in dropped {
         if let Some(dir) = collection.dir()
             && let Err(error) = remove_collection(dir)
+            && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(%error, dir = %dir.display(), "cannot remove a deleted collection; the next start will");
         }
@@ -500,7 +501,9 @@ impl<'a> Blocks<'a> {
             return Err(Error::corrupt(
                 path,
                 8,
-                format!("format version {version}; this program reads up to {VERSION}"),
+                format!(
+                    "format version {version}; this program reads up to {VERSION}: unless it is damaged, use the release that wrote it"
+                ),
             ));
         }
         blocks.version = version;

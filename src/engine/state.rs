@@ -8,12 +8,13 @@
 //! - A rejected command leaves the overlay as it found it.
 
 use super::answers::{Answers, Remembered, Retry};
-use super::codec::{DeleteReason, Entries, Entry, Event, Record};
+use super::codec::{DeleteReason, Entries, Entry, Event, Events, Record};
 use super::collections::SharedCollection;
 use super::command::{
-    Command, Committed, Condition, Key, Labels, Op, Outcome, PATCH_BYTES_MAX, Value, VectorSelection, VectorWrite,
+    Command, Committed, Condition, Key, Labels, Op, Outcome, Outcomes, PATCH_BYTES_MAX, Value, VectorSelection,
+    VectorWrite,
 };
-use super::json::merge_patch;
+use super::json::{check_value_depth, merge_patch};
 use super::view::Views;
 use crate::error::Rejection;
 use crate::faults::{self, Bug};
@@ -368,9 +369,9 @@ impl Overlay {
 #[derive(Debug)]
 pub struct Decision {
     /// Nothing to log when empty: the command found everything as it wanted it.
-    pub events: Vec<Event>,
+    pub events: Events,
     /// One for each operation.
-    pub outcomes: Vec<Outcome>,
+    pub outcomes: Outcomes,
 }
 
 /// Decides one command after another for a commit batch.
@@ -431,7 +432,7 @@ impl Decider<'_> {
         let first = self.next;
         let mut bytes = 0;
         let count = command.ops.len();
-        let mut decision = Decision { events: Vec::with_capacity(count), outcomes: Vec::with_capacity(count) };
+        let mut decision = Decision { events: Events::with_capacity(count), outcomes: Outcomes::with_capacity(count) };
         let mut ops = command.ops.into_iter();
         for index in 0.. {
             // Whoever parsed it did so on another core: ask for the next ones while this one is decided.
@@ -452,11 +453,12 @@ impl Decider<'_> {
                 Err(mut rejection) => {
                     self.overlay.roll_back();
                     self.next = first;
-                    if let Rejection::RevisionConflict { actual, .. } = &mut rejection
+                    if let Rejection::RevisionConflict { expected, actual } = rejection
                         && let Some(place) = actual.0.checked_sub(first.0)
                     {
                         // Of this very command: it was never handed out, and somebody else will get it.
-                        *actual = self.revision_before(&decision.events, place);
+                        let before = self.revision_before(&decision.events, place);
+                        rejection = Rejection::ConflictWithin { expected, before };
                     }
                     return Err(if command.is_batch { rejection.at(index) } else { rejection });
                 }
@@ -472,7 +474,7 @@ impl Decider<'_> {
         let event = usize::try_from(place).ok().and_then(|place| events.get(place));
         let revision = match event {
             Some(Event::StateUpdated { key, .. } | Event::StateDeleted { key, .. }) => {
-                self.entry(key).filter(|entry| is_live(entry, self.now_ms)).map(|entry| entry.revision)
+                self.live_entry(key).map(|entry| entry.revision)
             }
             Some(Event::VectorWritten { collection, id, .. } | Event::VectorDeleted { collection, id, .. }) => {
                 let vector = self.shape(collection).ok().and_then(|(_, created)| self.vector(collection, created, id));
@@ -484,8 +486,8 @@ impl Decider<'_> {
     }
 
     /// Decides the removal of keys whose deadline has passed.
-    pub fn decide_expiry(&mut self, due: Vec<Key>) -> Vec<Event> {
-        let mut events = Vec::new();
+    pub fn decide_expiry(&mut self, due: Vec<Key>) -> Events {
+        let mut events = Events::new();
         for key in due {
             if let Some(entry) = self.entry(&key)
                 && !is_live(&entry, self.now_ms)
@@ -507,7 +509,7 @@ impl Decider<'_> {
         }
     }
 
-    fn expire(&mut self, key: &Key, entry: &Entry, events: &mut Vec<Event>) {
+    fn expire(&mut self, key: &Key, entry: &Entry, events: &mut Events) {
         events.push(Event::StateDeleted {
             key: key.clone(),
             prev_revision: entry.revision,
@@ -517,15 +519,17 @@ impl Decider<'_> {
         self.overlay.set_key(key, None);
     }
 
-    /// The current entry; one whose deadline has passed is first removed, as its own event.
-    fn live_entry(&mut self, key: &Key, events: &mut Vec<Event>) -> Option<Arc<Entry>> {
-        let entry = self.entry(key)?;
-        if is_live(&entry, self.now_ms) {
-            return Some(entry);
-        }
-        self.expire(key, &entry, events);
-        self.next = self.next.next();
-        None
+    /// Keys of a command whose deadline has passed and that are still there. They are removed first, in a record of their
+    /// own: a command's revisions are those of its operations, one after the other.
+    #[must_use]
+    pub fn due_in(&self, command: &Command) -> Vec<Key> {
+        let is_due = |key: &&Key| self.entry(key).is_some_and(|entry| !is_live(&entry, self.now_ms));
+        command.ops.iter().filter_map(Op::changed_key).filter(is_due).cloned().collect()
+    }
+
+    /// The current entry, unless its deadline has passed.
+    fn live_entry(&self, key: &Key) -> Option<Arc<Entry>> {
+        self.entry(key).filter(|entry| is_live(entry, self.now_ms))
     }
 
     fn check_budget(&mut self, bytes: usize, freed: usize) -> Result<(), Rejection> {
@@ -541,10 +545,10 @@ impl Decider<'_> {
         Ok(())
     }
 
-    fn decide_op(&mut self, op: Op, events: &mut Vec<Event>) -> Result<Outcome, Rejection> {
+    fn decide_op(&mut self, op: Op, events: &mut Events) -> Result<Outcome, Rejection> {
         match op {
             Op::Put { key, value, ttl_ms, labels, condition } => {
-                let old = self.live_entry(&key, events);
+                let old = self.live_entry(&key);
                 let write = EntryWrite { value, patch: None, expires_at_ms: self.deadline(ttl_ms), labels };
                 let entry = self.write_entry(&key, old.as_deref(), &condition, write, events)?;
                 Ok(Outcome::Put {
@@ -555,7 +559,7 @@ impl Decider<'_> {
                 })
             }
             Op::Patch { key, patch, ttl_ms, condition } => {
-                let old = self.live_entry(&key, events);
+                let old = self.live_entry(&key);
                 condition.check(old.as_ref().map_or(Revision::ZERO, |e| e.revision))?;
                 let target = match old.as_ref().map(|e| &e.value) {
                     None => None,
@@ -573,7 +577,14 @@ impl Decider<'_> {
                     }
                 };
                 let merged = merge_patch(target, &patch)?;
-                super::json::check_depth(merged.as_bytes())?;
+                if merged.len() > PATCH_BYTES_MAX {
+                    // Nobody could patch it any more.
+                    return Err(Rejection::PayloadTooLarge {
+                        what: "what the patch makes",
+                        limit_bytes: PATCH_BYTES_MAX,
+                    });
+                }
+                check_value_depth(&merged)?;
                 let write = EntryWrite {
                     value: Value::Json(merged.into()),
                     patch: Some(patch),
@@ -590,8 +601,7 @@ impl Decider<'_> {
                 })
             }
             Op::Delete { key, condition } => {
-                let old =
-                    self.live_entry(&key, events).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
+                let old = self.live_entry(&key).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
                 condition.check(old.revision)?;
                 let revision = self.next;
                 self.overlay.set_key(&key, None);
@@ -641,7 +651,7 @@ impl Decider<'_> {
         old: Option<&Entry>,
         condition: &Condition,
         write: EntryWrite,
-        events: &mut Vec<Event>,
+        events: &mut Events,
     ) -> Result<Arc<Entry>, Rejection> {
         let prev_revision = old.map_or(Revision::ZERO, |e| e.revision);
         condition.check(prev_revision)?;
@@ -667,7 +677,7 @@ impl Decider<'_> {
         &mut self,
         collection: CollectionName,
         spec: CollectionSpec,
-        events: &mut Vec<Event>,
+        events: &mut Events,
     ) -> Result<Outcome, Rejection> {
         if let Ok((existing, created)) = self.shape(&collection) {
             if existing != spec {
@@ -735,7 +745,7 @@ impl Decider<'_> {
         vector: Option<Vector>,
         meta: Option<VectorMeta>,
         if_revision: Option<Revision>,
-        events: &mut Vec<Event>,
+        events: &mut Events,
     ) -> Result<Outcome, Rejection> {
         let (spec, created) = self.shape(&collection)?;
         let old = self.vector(&collection, created, &id);
@@ -749,7 +759,7 @@ impl Decider<'_> {
             (VectorWrite::Update, Some((_, old))) => match &meta {
                 Some(patch) => {
                     let merged = merge_patch(Some(old.text()), patch.text())?;
-                    super::json::check_depth(merged.as_bytes())?;
+                    check_value_depth(&merged)?;
                     VectorMeta::new(&merged)?
                 }
                 None => old.clone(),
@@ -774,7 +784,7 @@ impl Decider<'_> {
         created: Revision,
         id: &VectorId,
         meta: &VectorMeta,
-        events: &mut Vec<Event>,
+        events: &mut Events,
     ) {
         self.overlay.set_vector(created, id, None);
         let labels = Labels::of_vector(meta);
@@ -785,7 +795,7 @@ impl Decider<'_> {
         &mut self,
         collection: &CollectionName,
         selection: VectorSelection,
-        events: &mut Vec<Event>,
+        events: &mut Events,
     ) -> Result<Outcome, Rejection> {
         let (_, created) = self.shape(collection)?;
         let before = selection.deleted_before;
@@ -824,4 +834,56 @@ struct EntryWrite {
 
 fn check_revision(expected: Option<Revision>, actual: Revision) -> Result<(), Rejection> {
     Condition { if_revision: expected, ..Condition::default() }.check(actual)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::codec::Events;
+
+    fn put(key: &str) -> Op {
+        Op::Put {
+            key: Key::new(key).unwrap(),
+            value: Value::Json("1".into()),
+            ttl_ms: Some(10),
+            labels: None,
+            condition: Condition::default(),
+        }
+    }
+
+    #[test]
+    fn what_a_batch_meets_past_its_deadline_is_no_part_of_it() {
+        let mut state = State::default();
+        let mut decide = |command: Command, now_ms| {
+            let mut overlay = Overlay::default();
+            let next = state.revision().next();
+            let mut decider = Decider {
+                state: &state,
+                overlay: &mut overlay,
+                now_ms,
+                memory_bytes_max: 0,
+                collections_max: 1,
+                record_bytes_max: usize::MAX,
+                next,
+                bytes: 0,
+            };
+            let due = decider.due_in(&command);
+            let expired = decider.decide_expiry(due);
+            let first_revision = decider.next;
+            let decision = decider.decide(command).unwrap();
+            let told = (expired.len(), first_revision.0 - next.0, decision.events.len());
+            let record = |first_revision, events: Events| Record { first_revision, ts_ms: 0, events, answer: None };
+            for (first, events) in [(next, expired), (first_revision, decision.events)] {
+                if !events.is_empty() {
+                    state.apply(&record(first, events));
+                }
+            }
+            told
+        };
+        assert_eq!(decide(Command::batch(vec![put("a"), put("b")]), 0), (0, 0, 2));
+        assert_eq!(decide(Command::batch(vec![put("c"), put("b")]), 9), (0, 0, 2), "nothing is due");
+        // Named twice, it goes once.
+        assert_eq!(decide(Command::batch(vec![put("c"), put("a"), put("a"), put("d")]), 10), (1, 1, 4));
+        assert_eq!(state.revision(), Revision(9));
+    }
 }

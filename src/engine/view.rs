@@ -152,6 +152,7 @@ mod tests {
     use super::*;
     use crate::engine::codec::{DeleteReason, Event, Record};
     use crate::engine::command::Value;
+    use smallvec::smallvec;
 
     fn key(n: usize) -> Key {
         Key::new(&format!("k{n:05}")).unwrap()
@@ -175,7 +176,7 @@ mod tests {
     fn apply(state: &RwLock<State>, event: Event) {
         let mut state = state.write();
         let first_revision = state.revision().next();
-        state.apply(&Record { first_revision, ts_ms: 0, events: vec![event], answer: None });
+        state.apply(&Record { first_revision, ts_ms: 0, events: smallvec![event], answer: None });
     }
 
     /// A walk that showed what was written, or missed what was deleted, after it began would not be at one revision.

@@ -326,7 +326,9 @@ impl Segment {
             return Err(Error::corrupt(
                 path,
                 8,
-                format!("format version {version}; this program reads up to {VERSION}"),
+                format!(
+                    "format version {version}; this program reads up to {VERSION}: unless it is damaged, use the release that wrote it"
+                ),
             ));
         }
         if bytes[..] != segment_header(version, first_revision, salt, size)[..] {
