@@ -109,7 +109,7 @@ pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"kiss-vdb.backup\""));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    Ok(response)
+    Ok(response.into())
 }
 
 /// What the thread that takes a backup has ready: blocks, and behind the last `None`. Without that the answer is cut short, so
@@ -208,10 +208,10 @@ pub async fn metrics(State(app): State<App>, head: Head) -> ApiResult {
     // Prometheus asks for it; whoever does not may know the older format alone.
     if accepted(&head.headers, "application/openmetrics-text").is_some() {
         let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-        return Ok(([(header::CONTENT_TYPE, content_type)], out).into_response());
+        return Ok(([(header::CONTENT_TYPE, content_type)], out).into_response().into());
     }
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
-    Ok(([(header::CONTENT_TYPE, content_type)], as_plain_text(&out)).into_response())
+    Ok(([(header::CONTENT_TYPE, content_type)], as_plain_text(&out)).into_response().into())
 }
 
 /// Prometheus' own format, from OpenMetrics: a counter is called as its samples are, and there are no units and no end.

@@ -20,7 +20,6 @@ use crate::keys::{Digest, Grant, Keyring, Right, Within, digest_of, place_of};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
-use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use governor::clock::{Clock as _, DefaultClock};
@@ -452,7 +451,7 @@ struct GrantAnswer<'a> {
 }
 
 /// `POST /v1/token`
-pub async fn token(State(app): State<App>, head: Head, body: Body) -> ApiResult<Response> {
+pub async fn token(State(app): State<App>, head: Head, body: Body) -> ApiResult {
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, TOKEN_BYTES_MAX).await?;
     let body: TokenBody = if bytes.is_empty() { TokenBody::default() } else { parse_object(&bytes)? };

@@ -71,7 +71,7 @@ fn page(headers: &HeaderMap, html: &'static str, policy: &'static str) -> Respon
 /// `GET /`
 pub async fn console(Head { uri, headers, .. }: Head) -> ApiResult {
     Params::parse(&uri, &[])?;
-    Ok(page(&headers, CONSOLE, CONSOLE_POLICY))
+    Ok(page(&headers, CONSOLE, CONSOLE_POLICY).into())
 }
 
 /// `GET /console/{file}`
@@ -81,13 +81,13 @@ pub async fn asset(name: Result<Path<String>, PathRejection>, Head { uri, header
     let (name, content) = ASSETS.iter().find(|(known, _)| *known == name).ok_or(ApiError::RouteNotFound)?;
     let content_type =
         if name.ends_with(".css") { "text/css; charset=utf-8" } else { "text/javascript; charset=utf-8" };
-    Ok(file(&headers, content_type, content))
+    Ok(file(&headers, content_type, content).into())
 }
 
 /// `GET /openapi.yaml`
 pub async fn openapi(uri: Uri) -> ApiResult {
     Params::parse(&uri, &[])?;
-    Ok(([(header::CONTENT_TYPE, "application/yaml; charset=utf-8")], OPENAPI).into_response())
+    Ok(([(header::CONTENT_TYPE, "application/yaml; charset=utf-8")], OPENAPI).into_response().into())
 }
 
 /// `GET /docs`
@@ -95,7 +95,7 @@ pub async fn docs(Head { uri, headers, .. }: Head) -> ApiResult {
     Params::parse(&uri, &[])?;
     static HTML: OnceLock<Option<String>> = OnceLock::new();
     let html = HTML.get_or_init(|| render(OPENAPI)).as_deref().ok_or(ApiError::Internal)?;
-    Ok(page(&headers, html, DOCS_POLICY))
+    Ok(page(&headers, html, DOCS_POLICY).into())
 }
 
 fn escape(text: &str) -> String {

@@ -1,5 +1,6 @@
 //! The only place with status codes: what went wrong, as `application/problem+json` (RFC 9457).
 
+use super::Answer;
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use crate::error::Rejection;
@@ -50,7 +51,7 @@ impl ApiError {
 }
 
 /// What handlers return.
-pub type ApiResult<T = Response> = Result<T, ApiError>;
+pub type ApiResult<T = Answer> = Result<T, ApiError>;
 
 /// Shorthand for a 400.
 pub fn invalid(detail: impl Into<String>) -> ApiError {

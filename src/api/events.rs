@@ -268,7 +268,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    Ok(response.into())
 }
 
 /// Appends a `reset` frame; with an id when live events follow it directly.

@@ -293,11 +293,11 @@ impl Service {
     }
 
     /// Answers one request.
-    pub async fn answer(&self, request: Request) -> Response {
+    pub async fn answer(&self, request: Request) -> Answer {
         match self {
             Self::Plain(guard) => guard.answer(request).await,
             Self::Cors(cors) => match cors.clone().oneshot(request).await {
-                Ok(response) => response,
+                Ok(response) => response.into(),
                 Err(never) => match never {},
             },
         }
@@ -339,7 +339,7 @@ fn is_public(path: &str, method: &Method) -> bool {
 }
 
 impl Guard {
-    async fn answer(&self, mut request: Request) -> Response {
+    async fn answer(&self, mut request: Request) -> Answer {
         let started = Instant::now();
         turns::note_request();
         let app = &self.app;
@@ -351,33 +351,35 @@ impl Guard {
         let mut admin = None;
         let let_in = self.let_in(&mut request, meter, &mut admin);
         let mut audit = admin.map(|key| AdminAct { key, peer: self.peer, route: meter.route, status: None });
-        let mut response = match let_in {
+        let mut answer = match let_in {
             Ok(()) => match app.admit(request.body().size_hint().upper()).await {
                 Ok(None) => self.route(request, meter.route).await,
                 Ok(Some(room)) => self.route_to_the_end(request, meter.route, room).await,
-                Err(error) => error.into_response(),
+                Err(error) => error.into_response().into(),
             },
-            Err(error) => error.into_response(),
+            Err(error) => error.into_response().into(),
         };
+        let status = answer.status();
         if let Some(audit) = &mut audit {
-            audit.status = Some(response.status().as_u16());
+            audit.status = Some(status.as_u16());
         }
         let took = started.elapsed();
-        let status = response.status();
         let is_slow = !may_wait && app.slow_request.is_some_and(|slow| took >= slow);
         if is_slow || status.is_server_error() || request_id.is_some() {
+            let mut response = answer.into_response();
             self.name_and_log(&mut response, meter, request_id, took, is_slow);
+            answer = response.into();
         }
         meter.count(app.engine.metrics(), status.as_u16(), took.as_secs_f64());
-        response
+        answer
     }
 
     /// Has the request answered. What is asked of a key goes to its handler directly: matching the path once more, boxing and
     /// telling handlers about their route measured seven hundredths of a small GET.
-    async fn route(&self, request: Request, route: &'static str) -> Response {
+    async fn route(&self, request: Request, route: &'static str) -> Answer {
         if route != KEY_ROUTE || *request.method() == Method::HEAD {
             return match self.router.clone().call(request).await {
-                Ok(response) => response,
+                Ok(response) => response.into(),
                 Err(never) => match never {},
             };
         }
@@ -390,19 +392,19 @@ impl Guard {
             Method::DELETE => state::delete(app, head, body).await,
             _ => Err(ApiError::MethodNotAllowed),
         };
-        answer.into_response()
+        answer.unwrap_or_else(|error| error.into_response().into())
     }
 
     /// The same for one that needs room: also when its client hangs up, what was asked for may stay in a queue, and takes
     /// its room until it is done.
-    async fn route_to_the_end(&self, request: Request, route: &'static str, room: OwnedSemaphorePermit) -> Response {
+    async fn route_to_the_end(&self, request: Request, route: &'static str, room: OwnedSemaphorePermit) -> Answer {
         let guard = self.clone();
         let answered = tokio::spawn(async move {
-            let response = guard.route(request, route).await;
+            let answer = guard.route(request, route).await;
             drop(room);
-            response
+            answer
         });
-        answered.await.unwrap_or_else(|_| ApiError::Internal.into_response())
+        answered.await.unwrap_or_else(|_| ApiError::Internal.into_response().into())
     }
 
     /// Gives the answer the request's name, its sender's or one of ours, and says what was slow or failed: by the name the
@@ -487,7 +489,7 @@ impl tower::Service<Request> for Guard {
 
     fn call(&mut self, request: Request) -> Self::Future {
         let guard = self.clone();
-        Box::pin(async move { Ok(guard.answer(request).await) })
+        Box::pin(async move { Ok(guard.answer(request).await.into_response()) })
     }
 }
 
@@ -575,25 +577,66 @@ impl Pattern {
     }
 }
 
-/// A JSON answer.
-pub fn json(status: StatusCode, body: String) -> Response {
-    let mut response = Response::new(Body::from(body));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
+/// What a request is answered with.
+#[derive(Debug)]
+pub enum Answer {
+    /// As most are. Written as it is where the request came whole, which measured X of a small PUT.
+    Json(Json),
+    /// Anything else.
+    Full(Response),
 }
 
-/// A JSON answer with its revision as `ETag`.
-pub fn json_with_etag(status: StatusCode, body: String, revision: Revision) -> Response {
-    let mut response = json(status, body);
-    let mut digits = itoa::Buffer::new();
-    let digits = digits.format(revision.0).as_bytes();
-    // Copied by the header value, which has an allocation less than of a string that has grown.
-    let mut tag = [b'"'; 22];
-    tag[1..=digits.len()].copy_from_slice(digits);
-    let etag = HeaderValue::from_bytes(&tag[..digits.len() + 2]).expect("digits in quotes are a header value");
-    response.headers_mut().insert(header::ETAG, etag);
-    response
+/// A JSON answer.
+#[derive(Debug)]
+pub struct Json {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its text.
+    pub body: String,
+    /// What it shows has this revision, told as `ETag`.
+    pub revision: Option<Revision>,
+}
+
+/// The type of a JSON answer.
+const JSON: &str = "application/json";
+
+/// A JSON answer.
+pub fn json(status: StatusCode, body: String) -> Answer {
+    Answer::Json(Json { status, body, revision: None })
+}
+
+impl Answer {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Json(json) => json.status,
+            Self::Full(response) => response.status(),
+        }
+    }
+}
+
+impl From<Response> for Answer {
+    fn from(response: Response) -> Self {
+        Self::Full(response)
+    }
+}
+
+impl IntoResponse for Answer {
+    fn into_response(self) -> Response {
+        let Json { status, body, revision } = match self {
+            Self::Full(response) => return response,
+            Self::Json(json) => json,
+        };
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = status;
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(JSON));
+        revision.map(|revision| response.headers_mut().insert(header::ETAG, etag(revision)));
+        response
+    }
+}
+
+/// A revision as `ETag`.
+pub fn etag(revision: Revision) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{revision}\"")).expect("digits in quotes are a header value")
 }
 
 #[cfg(test)]

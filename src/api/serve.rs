@@ -19,7 +19,7 @@ use super::{App, Service, rest};
 use crate::error::Rejection;
 use axum::body::Body;
 use axum::http::{HeaderValue, Method, Version, header};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -434,7 +434,7 @@ async fn answer_with_body(service: &Service, request: hyper::Request<hyper::body
     let is_head = request.method() == Method::HEAD;
     let is_http1 = request.version() < Version::HTTP_2;
     let (request, rest) = rest::lend(request);
-    let mut response = service.answer(request).await;
+    let mut response = service.answer(request).await.into_response();
     if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
         *response.body_mut() = Body::new(stream);
     }

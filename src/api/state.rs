@@ -7,7 +7,7 @@ use super::extract::{
 };
 use super::offer;
 use super::serve::HEAD_BYTES_MAX;
-use super::{App, json, json_with_etag};
+use super::{Answer, App, Json, etag, json};
 use crate::engine::codec::Entry;
 use crate::engine::command::{
     BATCH_OPS_MAX, Blob, CONTENT_TYPE_BYTES_MAX, Command, Condition, EventType, KEY_BYTES_MAX, Key, Labels, Op,
@@ -22,6 +22,7 @@ use crate::vector::{CollectionName, VectorId};
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
+use axum::response::IntoResponse;
 use base64::Engine as _;
 use bytes::Bytes;
 use http_body::Body as _;
@@ -176,11 +177,9 @@ async fn commit_one(app: &App, head: &Head, body: &[u8], op: Op) -> ApiResult {
         _ => StatusCode::OK,
     };
     let body = outcome_json(outcome);
-    Ok(match outcome {
-        // What is gone has no tag.
-        Outcome::Deleted { .. } => json(status, body),
-        _ => json_with_etag(status, body, committed.last_revision),
-    })
+    // What is gone has no tag.
+    let revision = Some(committed.last_revision).filter(|_| !matches!(outcome, Outcome::Deleted { .. }));
+    Ok(Answer::Json(Json { status, body, revision }))
 }
 
 /// `PUT /v1/state/{key}`
@@ -260,15 +259,13 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
         return Err(Rejection::PreconditionFailed { actual }.into());
     }
     if etags(headers, &header::IF_NONE_MATCH)?.is_some_and(|tags| tags.matches(entry.revision)) {
-        let mut response = json_with_etag(StatusCode::NOT_MODIFIED, String::new(), entry.revision);
-        // It would overwrite what a cache knows of the value, which may be of any type.
-        response.headers_mut().remove(header::CONTENT_TYPE);
-        return Ok(response);
+        // Without a type: a cache would take it for the value's, which may be any.
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag(entry.revision))]).into_response().into());
     }
     if !is_raw {
         let mut out = String::with_capacity(128 + key.len() + entry.value.len());
         push_entry(&mut out, &key, &entry, true);
-        return Ok(json_with_etag(StatusCode::OK, out, entry.revision));
+        return Ok(Answer::Json(Json { status: StatusCode::OK, body: out, revision: Some(entry.revision) }));
     }
     let (content_type, data) = match &entry.value {
         Value::Json(text) => (HeaderValue::from_static("application/json"), Bytes::copy_from_slice(text.as_bytes())),
@@ -278,13 +275,14 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
             (content_type.unwrap_or(HeaderValue::from_static("application/octet-stream")), blob.data.clone())
         }
     };
-    let mut response = json_with_etag(StatusCode::OK, String::new(), entry.revision);
-    *response.body_mut() = Body::from(data);
-    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
-    // Stored bytes are somebody's upload: a browser must neither guess their type nor run them here.
-    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
-    Ok(response)
+    let headers = [
+        (header::ETAG, etag(entry.revision)),
+        (header::CONTENT_TYPE, content_type),
+        // Stored bytes are somebody's upload: a browser must neither guess their type nor run them here.
+        (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+        (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox")),
+    ];
+    Ok((headers, data).into_response().into())
 }
 
 /// `DELETE /v1/state/{key}`

@@ -17,11 +17,11 @@
 //! - One at a time, in order; what a client sends ahead waits in the buffer: a head and a body
 //!   of [`BYTES_MAX`] each at most.
 
-use super::Service;
 use super::error::invalid;
 use super::events::EventStream;
 use super::live::{is_stream, take_stream};
 use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
+use super::{Answer, Json, Service};
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
@@ -111,10 +111,10 @@ pub async fn serve(
         let answered = poll_fn(|cx| {
             let answered = answer.as_mut().poll(cx);
             if std::mem::take(&mut is_first_look) {
-                seen(matches!(&answered, Poll::Ready(response) if is_stream(response)));
+                seen(matches!(&answered, Poll::Ready(Answer::Full(response)) if is_stream(response)));
             }
             match answered {
-                Poll::Ready(response) => Poll::Ready(Some(response)),
+                Poll::Ready(answer) => Poll::Ready(Some(answer)),
                 Poll::Pending => {
                     has_ended = has_ended || poll_ended(tcp, &mut input, cx).is_ready();
                     if !has_ended || !input.is_empty() {
@@ -126,13 +126,19 @@ pub async fn serve(
                 }
             }
         });
-        let Some(mut response) = answered.await else { return Served::Over };
+        let Some(answer) = answered.await else { return Served::Over };
         let is_last = is_last || told.has_changed().unwrap_or(true);
-        if let Some(stream) = take_stream(&mut response) {
-            push_head(&mut output, &response, Framing::Chunked, is_last);
-            return if tcp.write_all(&output).await.is_ok() { Served::Stream(stream) } else { Served::Over };
-        }
-        if write(tcp, response, &mut output, is_last).await.is_err() {
+        let written = match answer {
+            Answer::Json(json) => write_json(tcp, json, &mut output, is_last).await,
+            Answer::Full(mut response) => {
+                if let Some(stream) = take_stream(&mut response) {
+                    push_head(&mut output, &response, Framing::Chunked, is_last);
+                    return if tcp.write_all(&output).await.is_ok() { Served::Stream(stream) } else { Served::Over };
+                }
+                write(tcp, response, &mut output, is_last).await
+            }
+        };
+        if written.is_err() {
             return Served::Over;
         }
         if is_last {
@@ -383,7 +389,25 @@ enum Framing {
     Chunked,
 }
 
-/// Sends an answer.
+/// Sends a JSON answer.
+async fn write_json(tcp: &mut TcpStream, json: Json, output: &mut Vec<u8>, is_last: bool) -> std::io::Result<()> {
+    push_status(output, json.status);
+    push_field(output, "content-type", super::JSON.as_bytes());
+    if let Some(revision) = json.revision {
+        let mut digits = itoa::Buffer::new();
+        for part in ["etag: \"", digits.format(revision.0), "\"\r\n"] {
+            output.extend_from_slice(part.as_bytes());
+        }
+    }
+    end_head(output, Framing::Length(json.body.len() as u64), is_last);
+    if json.body.len() > COPY_BYTES_MAX {
+        return tcp.write_all_buf(&mut Buf::chain(&output[..], json.body.as_bytes())).await;
+    }
+    output.extend_from_slice(json.body.as_bytes());
+    tcp.write_all(output).await
+}
+
+/// Sends any other answer.
 async fn write(tcp: &mut TcpStream, response: Response, output: &mut Vec<u8>, is_last: bool) -> std::io::Result<()> {
     let framing = match response.status() {
         StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED => Framing::Empty,
@@ -422,29 +446,39 @@ async fn write(tcp: &mut TcpStream, response: Response, output: &mut Vec<u8>, is
 
 /// Begins an answer with its head.
 fn push_head(output: &mut Vec<u8>, response: &Response, framing: Framing, is_last: bool) {
+    push_status(output, response.status());
+    for (name, value) in response.headers().iter().filter(|(name, _)| *name != header::CONTENT_LENGTH) {
+        push_field(output, name.as_str(), value.as_bytes());
+    }
+    end_head(output, framing, is_last);
+}
+
+fn push_status(output: &mut Vec<u8>, status: StatusCode) {
     output.clear();
-    let status = response.status();
     let reason = status.canonical_reason().unwrap_or_default();
     for part in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\n"] {
         output.extend_from_slice(part.as_bytes());
     }
-    let mut push = |name: &str, value: &[u8]| {
-        for part in [name.as_bytes(), b": ", value, b"\r\n"] {
-            output.extend_from_slice(part);
-        }
-    };
-    for (name, value) in response.headers().iter().filter(|(name, _)| *name != header::CONTENT_LENGTH) {
-        push(name.as_str(), value.as_bytes());
+}
+
+fn push_field(output: &mut Vec<u8>, name: &str, value: &[u8]) {
+    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
+        output.extend_from_slice(part);
     }
+}
+
+fn end_head(output: &mut Vec<u8>, framing: Framing, is_last: bool) {
     match framing {
         Framing::Empty => {}
-        Framing::Length(bytes) => push("content-length", itoa::Buffer::new().format(bytes).as_bytes()),
-        Framing::Chunked => push("transfer-encoding", b"chunked"),
+        Framing::Length(bytes) => {
+            push_field(output, "content-length", itoa::Buffer::new().format(bytes).as_bytes());
+        }
+        Framing::Chunked => push_field(output, "transfer-encoding", b"chunked"),
     }
     if is_last {
-        push("connection", b"close");
+        push_field(output, "connection", b"close");
     }
-    DATE.with_borrow_mut(|date| push("date", date.now().as_bytes()));
+    DATE.with_borrow_mut(|date| push_field(output, "date", date.now().as_bytes()));
     output.extend_from_slice(b"\r\n");
 }
 
