@@ -12,14 +12,13 @@
 //! client, held for a look-up, and not at all without a limit). governor's limiter brings its own.
 
 use super::error::{ApiError, ApiResult};
-use super::extract::{Head, Params, all, parse_object, read_json};
+use super::extract::{Fields, Head, Params, Payload, parse_object, read_json};
 use super::{App, json};
 use crate::config::Config;
 use crate::error::{Error, Rejection};
 use crate::keys::{Digest, Grant, Keyring, Right, Within, digest_of, place_of};
-use axum::body::Body;
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::extract::State;
+use axum::http::{Method, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use governor::clock::{Clock as _, DefaultClock};
@@ -177,9 +176,9 @@ impl Auth {
     }
 
     /// Whether a request may pass, before anybody asks who sent it.
-    pub fn check_browser(&self, method: &Method, headers: &HeaderMap, uri: &Uri) -> ApiResult<()> {
+    pub fn check_browser(&self, Head { method, headers, uri, .. }: &Head) -> ApiResult<()> {
         // Whoever reads the first and whoever reads the last would see two requests (RFC 9112, 3.2).
-        let mut hosts = all(headers, header::HOST);
+        let mut hosts = headers.all(header::HOST);
         let host = hosts.next();
         if hosts.next().is_some() {
             return Err(Rejection::invalid("a request has one Host").into());
@@ -198,7 +197,7 @@ impl Auth {
                 .into());
             }
         }
-        let Some(origin) = all(headers, header::ORIGIN).next() else { return Ok(()) };
+        let Some(origin) = headers.first(header::ORIGIN) else { return Ok(()) };
         // What only reads shows a page of another origin nothing; a backup costs all the same.
         let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
         if only_reads && !uri.path().starts_with("/v1/admin/") {
@@ -214,9 +213,9 @@ impl Auth {
     }
 
     /// Whose request it is; `None` on an open server.
-    pub fn identify(&self, request: &Request, now_ms: impl Fn() -> u64) -> ApiResult<Option<Arc<Grant>>> {
+    pub fn identify(&self, head: &Head, now_ms: impl Fn() -> u64) -> ApiResult<Option<Arc<Grant>>> {
         let Some(keyring) = &self.keyring else { return Ok(None) };
-        if let Some(secret) = bearer(request.headers()) {
+        if let Some(secret) = bearer(&head.headers) {
             let found = keyring.read().find(&digest_of(secret)).cloned();
             let grant = found.ok_or(ApiError::Unauthorized("the key is not known"))?;
             if grant.is_expired(now_ms()) {
@@ -225,8 +224,8 @@ impl Auth {
             return Ok(Some(grant));
         }
         // In a URL, which proxies log and browsers remember, only what is short-lived and for this route is taken.
-        if request.uri().path() == "/v1/events" && matches!(*request.method(), Method::GET | Method::HEAD) {
-            let query = request.uri().query().unwrap_or_default();
+        if head.uri.path() == "/v1/events" && matches!(head.method, Method::GET | Method::HEAD) {
+            let query = head.uri.query().unwrap_or_default();
             if let Some((_, token)) = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "access_token")
             {
                 return self.check_token(&token, now_ms()).map(|grant| Some(Arc::new(grant)));
@@ -398,8 +397,8 @@ fn stamp(path: &Path) -> Option<Stamp> {
     Some((meta.modified().ok()?, (meta.ctime(), meta.ctime_nsec()), meta.len(), meta.ino()))
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let value = all(headers, header::AUTHORIZATION).next()?.to_str().ok()?;
+fn bearer(headers: &Fields) -> Option<&str> {
+    let value = headers.first(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, key) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
@@ -451,7 +450,7 @@ struct GrantAnswer<'a> {
 }
 
 /// `POST /v1/token`
-pub async fn token(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+pub async fn token(State(app): State<App>, head: Head, body: Payload) -> ApiResult {
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, TOKEN_BYTES_MAX).await?;
     let body: TokenBody = if bytes.is_empty() { TokenBody::default() } else { parse_object(&bytes)? };

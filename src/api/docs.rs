@@ -2,10 +2,10 @@
 //! is fetched from anywhere else.
 
 use super::error::{ApiError, ApiResult};
-use super::extract::{Head, Params};
+use super::extract::{Fields, Head, Params};
 use axum::extract::Path;
 use axum::extract::rejection::PathRejection;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use std::fmt::Write;
 use std::sync::OnceLock;
@@ -43,9 +43,9 @@ const DOCS_POLICY: &str =
 
 /// An embedded file. Browsers ask again each time and are told 304 while the program is the same, so that a new release
 /// is never half old.
-fn file(headers: &HeaderMap, content_type: &'static str, content: &'static str) -> Response {
+fn file(headers: &Fields, content_type: &'static str, content: &'static str) -> Response {
     let tag = format!("\"{:08x}\"", crc32c::crc32c(content.as_bytes()));
-    let asked = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let asked = headers.first(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let is_known = asked.split(',').any(|t| t.trim().trim_start_matches("W/") == tag);
     let mut response = if is_known {
         StatusCode::NOT_MODIFIED.into_response()
@@ -62,7 +62,7 @@ fn file(headers: &HeaderMap, content_type: &'static str, content: &'static str) 
     response
 }
 
-fn page(headers: &HeaderMap, html: &'static str, policy: &'static str) -> Response {
+fn page(headers: &Fields, html: &'static str, policy: &'static str) -> Response {
     let mut response = file(headers, "text/html; charset=utf-8", html);
     response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
     response

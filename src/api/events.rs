@@ -2,7 +2,7 @@
 
 use super::auth::{Auth, StreamPlace};
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, accepted, parse_object, read_json};
+use super::extract::{Fields, Head, Object, Params, Payload, accepted, parse_object, read_json};
 use super::live::Pending;
 use super::state::MetaBody;
 use super::walk::{Walk, WalkPlace};
@@ -19,7 +19,7 @@ use crate::revision::Revision;
 use crate::vector::CollectionName;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame as BodyFrame;
@@ -153,10 +153,13 @@ impl Resume {
     }
 }
 
+/// What a reconnecting `EventSource` sends.
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+
 /// Where a client wants to resume, if it says so. `Last-Event-ID` beats `since`.
-async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiResult<Option<Resume>> {
+async fn resume_point(app: &App, headers: &Fields, params: &Params) -> ApiResult<Option<Resume>> {
     let at = |revision| Some(Resume { after: Revision(revision), before_oldest: false });
-    if let Some(value) = headers.get("last-event-id").filter(|v| !v.is_empty()) {
+    if let Some(value) = headers.first(LAST_EVENT_ID).filter(|v| !v.is_empty()) {
         let id = value.to_str().ok().filter(|v| v.bytes().all(|b| b.is_ascii_digit())).and_then(|v| v.parse().ok());
         let resume = id.map(at).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"))?;
         // The id of an empty server: whoever has it has seen nothing, and is told when the first events are gone. As `since`, 0
@@ -188,7 +191,7 @@ async fn resume_point(app: &App, headers: &HeaderMap, params: &Params) -> ApiRes
 }
 
 /// Whether JSON is wanted more than a stream (RFC 9110, 12.5.1); a stream when neither is named, or both alike.
-fn wants_json(headers: &HeaderMap) -> bool {
+fn wants_json(headers: &Fields) -> bool {
     match (accepted(headers, "application/json"), accepted(headers, "text/event-stream")) {
         (Some(json), Some(stream)) => json > stream,
         (json, _) => json.is_some(),
@@ -226,7 +229,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         _ => feed.head(),
     };
     // A client that comes back by its last id has its snapshot; whoever asks anew, by `since` or not, gets one.
-    let resumes = headers.contains_key("last-event-id") && resume.is_some() && reset.is_none();
+    let resumes = headers.first(LAST_EVENT_ID).is_some() && resume.is_some() && reset.is_none();
     let subscription = feed.subscribe(filter.clone(), after);
     let mut out = format!("retry: {RETRY_MS}\n");
     let phase = if wants_snapshot && !resumes {
@@ -585,7 +588,7 @@ struct PublishBody<'a> {
 }
 
 /// `POST /v1/events`
-pub async fn publish(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+pub async fn publish(State(app): State<App>, head: Head, body: Payload) -> ApiResult {
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: PublishBody<'_> = parse_object(&bytes)?;

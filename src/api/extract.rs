@@ -13,7 +13,7 @@ use crate::revision::Revision;
 use crate::vector::{Vector, VectorMeta};
 use axum::BoxError;
 use axum::body::Body;
-use axum::extract::{FromRequestParts, Request};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use base64::Engine as _;
@@ -34,15 +34,110 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-/// A request without its body: taken rather than copied, and who sent it.
+/// A request's header fields, in the order they came. There are a handful: to walk them takes less time than to hash a name.
+#[derive(Clone, Debug, Default)]
+pub struct Fields(Vec<(HeaderName, HeaderValue)>);
+
+impl Fields {
+    /// With room for so many.
+    pub fn with_capacity(count: usize) -> Self {
+        Self(Vec::with_capacity(count))
+    }
+
+    /// Adds one behind all others.
+    pub fn push(&mut self, name: HeaderName, value: HeaderValue) {
+        self.0.push((name, value));
+    }
+
+    /// Every value of a name.
+    pub fn all(&self, name: HeaderName) -> impl Iterator<Item = &HeaderValue> {
+        self.0.iter().filter_map(move |(found, value)| (*found == name).then_some(value))
+    }
+
+    /// The first value of a name.
+    pub fn first(&self, name: HeaderName) -> Option<&HeaderValue> {
+        self.all(name).next()
+    }
+}
+
+impl From<HeaderMap> for Fields {
+    fn from(headers: HeaderMap) -> Self {
+        let mut fields = Self::with_capacity(headers.len());
+        let mut last = None;
+        for (name, value) in headers {
+            // Further values of a name come without it.
+            last = name.or(last);
+            if let Some(name) = &last {
+                fields.push(name.clone(), value);
+            }
+        }
+        fields
+    }
+}
+
+impl From<Fields> for HeaderMap {
+    fn from(fields: Fields) -> Self {
+        let mut headers = Self::with_capacity(fields.0.len());
+        for (name, value) in fields.0 {
+            headers.append(name, value);
+        }
+        headers
+    }
+}
+
+/// A request's body.
 #[derive(Debug)]
+pub enum Payload {
+    /// It came with its head.
+    Whole(Bytes),
+    /// It may still come.
+    Coming(Body),
+}
+
+impl Payload {
+    /// How long it is, where it said so, or at most.
+    pub fn bytes_max(&self) -> Option<u64> {
+        match self {
+            Self::Whole(bytes) => Some(bytes.len() as u64),
+            Self::Coming(body) => body.size_hint().upper(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.is_empty(),
+            Self::Coming(body) => body.is_end_stream(),
+        }
+    }
+}
+
+impl From<Payload> for Body {
+    fn from(payload: Payload) -> Self {
+        match payload {
+            Payload::Whole(bytes) => bytes.into(),
+            Payload::Coming(body) => body,
+        }
+    }
+}
+
+impl<S: Sync> FromRequest<S> for Payload {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(Self::Coming(request.into_body()))
+    }
+}
+
+/// A request without its body: taken rather than copied, and who sent it.
+#[derive(Clone, Debug)]
 pub struct Head {
     /// GET, PUT, …
     pub method: Method,
     /// Path and query.
     pub uri: Uri,
-    /// All headers.
-    pub headers: HeaderMap,
+    /// All header fields.
+    pub headers: Fields,
     /// What its sender may do; `None` on an open server: everything.
     pub grant: Option<Arc<Grant>>,
     /// Whom its streams count for, where there is a limit.
@@ -50,20 +145,38 @@ pub struct Head {
 }
 
 impl Head {
-    /// Takes a request apart.
-    pub fn take(request: Request) -> (Self, Body) {
+    /// Of nobody known yet.
+    pub fn new(method: Method, uri: Uri, headers: Fields) -> Self {
+        Self { method, uri, headers, grant: None, client: None }
+    }
+
+    /// Takes a request of hyper's apart.
+    pub fn take(request: Request) -> (Self, Payload) {
         let (mut parts, body) = request.into_parts();
-        (Self::of(&mut parts), body)
+        (Self::of(&mut parts), Payload::Coming(body))
     }
 
     fn of(parts: &mut Parts) -> Self {
-        Self {
-            method: std::mem::take(&mut parts.method),
-            uri: std::mem::take(&mut parts.uri),
-            headers: std::mem::take(&mut parts.headers),
-            grant: parts.extensions.remove(),
-            client: parts.extensions.remove(),
-        }
+        let Parts { method, uri, headers, .. } = parts;
+        Self::new(std::mem::take(method), std::mem::take(uri), std::mem::take(headers).into())
+    }
+
+    /// A request for axum's router, whose handler takes this head as it is.
+    pub fn into_request(self, body: Payload) -> Request {
+        let mut request = Request::new(body.into());
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        request.extensions_mut().insert(self);
+        request
+    }
+
+    /// A request as others know it.
+    pub fn into_plain_request(self, body: Payload) -> Request {
+        let mut request = Request::new(body.into());
+        *request.method_mut() = self.method;
+        *request.uri_mut() = self.uri;
+        *request.headers_mut() = self.headers.into();
+        request
     }
 
     /// Refuses a caller without this right to a key.
@@ -84,7 +197,7 @@ impl Head {
     /// What a repetition of this request is known by, if its sender says that it may be repeated: `Idempotency-Key`
     /// (draft-ietf-httpapi-idempotency-key-header-07). Everything that decides what the request does is in the hash.
     pub fn retry(&self, body: &[u8]) -> ApiResult<Option<Box<Retry>>> {
-        let mut values = all(&self.headers, IDEMPOTENCY_KEY);
+        let mut values = self.headers.all(IDEMPOTENCY_KEY);
         let Some(value) = values.next() else { return Ok(None) };
         let key = value.to_str().ok().filter(|key| !key.is_empty() && key.len() <= IDEMPOTENCY_KEY_BYTES_MAX);
         let (Some(key), None) = (key, values.next()) else {
@@ -95,7 +208,7 @@ impl Head {
         let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
         let target = self.uri.path_and_query().map_or("", |target| target.as_str());
         let headers = [header::CONTENT_TYPE, header::IF_MATCH, header::IF_NONE_MATCH];
-        let values = headers.into_iter().flat_map(|name| all(&self.headers, name)).map(|value| value.as_bytes());
+        let values = headers.into_iter().flat_map(|name| self.headers.all(name)).map(|value| value.as_bytes());
         for part in [self.method.as_str().as_bytes(), target.as_bytes()].into_iter().chain(values).chain([body]) {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -132,7 +245,8 @@ impl<S: Sync> FromRequestParts<S> for Head {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(Self::of(parts))
+        let known = parts.extensions.remove();
+        Ok(known.unwrap_or_else(|| Self::of(parts)))
     }
 }
 
@@ -234,11 +348,6 @@ pub fn path_tail<'a>(uri: &'a Uri, prefix: &str) -> ApiResult<Cow<'a, str>> {
     decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))
 }
 
-/// Every value of a header. A request has a handful: to walk them takes less time than to hash a name.
-pub fn all(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &HeaderValue> {
-    headers.iter().filter_map(move |(found, value)| (*found == name).then_some(value))
-}
-
 /// The media type of nearly every body.
 const JSON: &str = "application/json";
 
@@ -254,8 +363,8 @@ pub enum BodyType {
 }
 
 /// Reads the `Content-Type` header.
-pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
-    let Some(value) = all(headers, header::CONTENT_TYPE).next() else { return Ok(BodyType::Json) };
+pub fn body_type(headers: &Fields) -> ApiResult<BodyType> {
+    let Some(value) = headers.first(header::CONTENT_TYPE) else { return Ok(BodyType::Json) };
     if value == JSON {
         return Ok(BodyType::Json);
     }
@@ -270,8 +379,8 @@ pub fn body_type(headers: &HeaderMap) -> ApiResult<BodyType> {
 
 /// How much the client wants a media type that it names, if it does.
 #[must_use]
-pub fn accepted(headers: &HeaderMap, wanted: &str) -> Option<f32> {
-    let values = all(headers, header::ACCEPT).filter_map(|value| value.to_str().ok());
+pub fn accepted(headers: &Fields, wanted: &str) -> Option<f32> {
+    let values = headers.all(header::ACCEPT).filter_map(|value| value.to_str().ok());
     let mut parts = values.flat_map(|value| value.split(',')).map(|part| part.split(';').map(str::trim));
     let mut part = parts.find(|part| part.clone().next().is_some_and(|name| name.eq_ignore_ascii_case(wanted)))?;
     let q = part.find_map(|parameter| parameter.strip_prefix("q="));
@@ -279,23 +388,27 @@ pub fn accepted(headers: &HeaderMap, wanted: &str) -> Option<f32> {
 }
 
 /// Reads a whole body of at most `limit` bytes.
-pub async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
+pub async fn read_body(headers: &Fields, body: Payload, limit: usize) -> ApiResult<Bytes> {
     // Taken as it is, it would be stored as something else than what was meant.
-    let codings = all(headers, header::CONTENT_ENCODING).flat_map(|list| list.as_bytes().split(|&b| b == b','));
+    let codings = headers.all(header::CONTENT_ENCODING).flat_map(|list| list.as_bytes().split(|&b| b == b','));
     if codings.map(<[u8]>::trim_ascii).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::UnsupportedMediaType("without Content-Encoding"));
     }
+    let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
+    let body = match body {
+        Payload::Whole(bytes) => return if bytes.len() <= limit { Ok(bytes) } else { Err(too_large()) },
+        Payload::Coming(body) => body,
+    };
     let bytes = body.size_hint().exact();
     // Of known length is only what is sent as it is.
     if bytes.is_none() {
-        let mut transfers = all(headers, header::TRANSFER_ENCODING);
+        let mut transfers = headers.all(header::TRANSFER_ENCODING);
         let is_plain =
             transfers.next().is_none_or(|coding| coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
         if !is_plain || transfers.next().is_some() {
             return Err(ApiError::UnsupportedMediaType("without a Transfer-Encoding but chunked"));
         }
     }
-    let too_large = || ApiError::Rejected(Rejection::PayloadTooLarge { what: "the body", limit_bytes: limit });
     if bytes.is_some_and(|bytes| bytes > limit as u64) {
         return Err(too_large());
     }
@@ -334,7 +447,7 @@ async fn collect(mut body: Limited<Body>) -> Result<Bytes, BoxError> {
 }
 
 /// Reads a JSON body's text, after checking its type and depth.
-pub async fn read_json(headers: &HeaderMap, body: Body, limit: usize) -> ApiResult<Bytes> {
+pub async fn read_json(headers: &Fields, body: Payload, limit: usize) -> ApiResult<Bytes> {
     if body_type(headers)? != BodyType::Json {
         return Err(ApiError::UnsupportedMediaType("of Content-Type: application/json"));
     }
@@ -477,7 +590,7 @@ fn in_plain_words(error: &serde_json::Error) -> String {
 }
 
 /// The conditions of a write: `if_revision` and the `If-Match`, `If-None-Match` headers.
-pub fn condition(headers: &HeaderMap, if_revision: Option<Revision>) -> ApiResult<Condition> {
+pub fn condition(headers: &Fields, if_revision: Option<Revision>) -> ApiResult<Condition> {
     Ok(Condition {
         if_revision,
         if_match: etags(headers, &header::IF_MATCH)?,
@@ -486,9 +599,9 @@ pub fn condition(headers: &HeaderMap, if_revision: Option<Revision>) -> ApiResul
 }
 
 /// Parses a list of entity tags. Tags that are not of our form are kept out: they match nothing.
-pub fn etags(headers: &HeaderMap, name: &HeaderName) -> ApiResult<Option<ETags>> {
+pub fn etags(headers: &Fields, name: &HeaderName) -> ApiResult<Option<ETags>> {
     let mut found = None;
-    for value in all(headers, name.clone()) {
+    for value in headers.all(name.clone()) {
         let text = value.to_str().map_err(|_| invalid(format!("the {name} header is not ASCII")))?;
         for tag in text.split(',').map(str::trim) {
             if tag == "*" {

@@ -13,6 +13,7 @@
 
 use super::auth::NoPlace;
 use super::error::ApiError;
+use super::extract::Head;
 use super::live::{StreamThreads, take_stream};
 use super::whole::{self, Served};
 use super::{App, Service, rest};
@@ -434,7 +435,8 @@ async fn answer_with_body(service: &Service, request: hyper::Request<hyper::body
     let is_head = request.method() == Method::HEAD;
     let is_http1 = request.version() < Version::HTTP_2;
     let (request, rest) = rest::lend(request);
-    let mut response = service.answer(request).await.into_response();
+    let (head, payload) = Head::take(request);
+    let mut response = service.answer(head, payload).await.into_response();
     if let Some(stream) = take_stream(&mut response).filter(|_| !is_head) {
         *response.body_mut() = Body::new(stream);
     }

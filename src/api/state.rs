@@ -2,8 +2,8 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Head, Object, Params, aside, body_type, condition, etags, meta, parse_json, parse_list, parse_object,
-    path_tail, read_body, read_json, vector,
+    BodyType, Head, Object, Params, Payload, aside, body_type, condition, etags, meta, parse_json, parse_list,
+    parse_object, path_tail, read_body, read_json, vector,
 };
 use super::offer;
 use super::serve::HEAD_BYTES_MAX;
@@ -19,13 +19,11 @@ use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
 use crate::vector::{CollectionName, VectorId};
-use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::IntoResponse;
 use base64::Engine as _;
 use bytes::Bytes;
-use http_body::Body as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::num::NonZeroU64;
@@ -183,7 +181,7 @@ async fn commit_one(app: &App, head: &Head, body: &[u8], op: Op) -> ApiResult {
 }
 
 /// `PUT /v1/state/{key}`
-pub async fn put(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+pub async fn put(State(app): State<App>, head: Head, body: Payload) -> ApiResult {
     let Head { uri, headers, .. } = &head;
     let key = key_of(uri)?;
     let content_type = match body_type(headers)? {
@@ -209,7 +207,7 @@ pub async fn put(State(app): State<App>, head: Head, body: Body) -> ApiResult {
     commit_one(&app, &head, &data, op).await
 }
 
-async fn put_json(app: &App, key: Key, head: &Head, body: Body) -> ApiResult {
+async fn put_json(app: &App, key: Key, head: &Head, body: Payload) -> ApiResult {
     let Head { uri, headers, .. } = head;
     Params::parse(uri, &[])?;
     let bytes = read_body(headers, body, app.max_body_bytes).await?;
@@ -225,7 +223,7 @@ async fn put_json(app: &App, key: Key, head: &Head, body: Body) -> ApiResult {
 }
 
 /// `PATCH /v1/state/{key}`
-pub async fn patch(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+pub async fn patch(State(app): State<App>, head: Head, body: Payload) -> ApiResult {
     let Head { uri, headers, .. } = &head;
     let key = key_of(uri)?;
     let params = Params::parse(uri, &["ttl_ms", "if_revision"])?;
@@ -286,12 +284,12 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
 }
 
 /// `DELETE /v1/state/{key}`
-pub async fn delete(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+pub async fn delete(State(app): State<App>, head: Head, body: Payload) -> ApiResult {
     let Head { uri, headers, .. } = &head;
     let key = key_of(uri)?;
     let params = Params::parse(uri, &["if_revision"])?;
     let asked = params.revision("if_revision")?;
-    let bytes = if body.is_end_stream() { Bytes::new() } else { read_json(headers, body, app.max_body_bytes).await? };
+    let bytes = if body.is_empty() { Bytes::new() } else { read_json(headers, body, app.max_body_bytes).await? };
     // A condition in the body that was overlooked would delete what its sender wants to keep.
     let body: DeleteBody = if bytes.is_empty() { DeleteBody::default() } else { parse_object(&bytes)? };
     if asked.is_some() && body.if_revision.is_some() {
@@ -547,7 +545,7 @@ impl BatchOp<'_> {
 }
 
 /// `POST /v1/batch`
-pub async fn batch(State(app): State<App>, head: Head, body: Body) -> ApiResult {
+pub async fn batch(State(app): State<App>, head: Head, body: Payload) -> ApiResult {
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: BatchBody<'_> = parse_list::<_, BatchOp<'_>>(&bytes, "ops")?;

@@ -1,7 +1,9 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
 use super::error::{ApiError, ApiResult, invalid};
-use super::extract::{Head, Object, Params, aside, meta, parse_list, parse_object, read_json, unique_names, vector};
+use super::extract::{
+    Head, Object, Params, Payload, aside, meta, parse_list, parse_object, read_json, unique_names, vector,
+};
 use super::offer;
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
 use super::{App, json};
@@ -18,7 +20,6 @@ use crate::vector::collection::{Item, Query};
 use crate::vector::filter::{Filter, parse_path};
 use crate::vector::plan::EF_MAX;
 use crate::vector::{CollectionName, CollectionSpec, Hit, K_MAX, Metric, OFFSET_MAX, Vector, VectorId, VectorMeta};
-use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::Deserialize;
@@ -55,7 +56,7 @@ struct CreateBody {
 }
 
 /// `POST /v1/vector/{collection}`
-pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
@@ -227,7 +228,7 @@ fn about_vectors(bytes: &[u8], error: ApiError) -> ApiError {
     error
 }
 
-async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: Body) -> ApiResult {
+async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&head.uri, &[])?;
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
@@ -263,17 +264,17 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: B
 }
 
 /// `POST /v1/vector/{collection}/add`
-pub async fn add(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn add(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     write(app, VectorWrite::Add, path, head, body).await
 }
 
 /// `POST /v1/vector/{collection}/upsert`
-pub async fn upsert(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn upsert(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     write(app, VectorWrite::Upsert, path, head, body).await
 }
 
 /// `POST /v1/vector/{collection}/update`
-pub async fn update(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn update(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     write(app, VectorWrite::Update, path, head, body).await
 }
 
@@ -288,7 +289,7 @@ struct DeleteBody {
 }
 
 /// `POST /v1/vector/{collection}/delete`
-pub async fn delete(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn delete(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
     // Before any look at what matches.
     head.need_collection(Right::Write, collection.as_str())?;
@@ -413,7 +414,7 @@ struct CountBody {
 }
 
 /// `POST /v1/vector/{collection}/count`
-pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
     head.need_collection(Right::Read, collection.as_str())?;
     Params::parse(&head.uri, &[])?;
@@ -628,7 +629,7 @@ fn number_count(found: &Found) -> usize {
 }
 
 /// `POST /v1/vector/{collection}/search`
-pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Body) -> ApiResult {
+pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
     head.need_collection(Right::Read, collection.as_str())?;
     Params::parse(&head.uri, &[])?;

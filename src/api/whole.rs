@@ -19,12 +19,11 @@
 
 use super::error::invalid;
 use super::events::EventStream;
+use super::extract::{Fields, Head, Payload};
 use super::live::{is_stream, take_stream};
 use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
 use super::{Answer, Json, Service};
-use axum::body::Body;
-use axum::extract::Request;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::Response;
 use bytes::{Buf, Bytes, BytesMut};
 use http_body::Body as _;
@@ -93,8 +92,8 @@ pub async fn serve(
     };
     let mut has_ended = false;
     loop {
-        let (request, is_last) = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
-            Next::Request(request, is_last) => (request, is_last),
+        let (head, body, is_last) = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
+            Next::Request(head, body, is_last) => (head, body, is_last),
             Next::Refused(why) => {
                 let answer = invalid(why).into_last_words();
                 if tcp.write_all(answer.as_bytes()).await.is_ok() {
@@ -105,7 +104,7 @@ pub async fn serve(
             Next::Rest => return Served::Rest(input.freeze()),
             Next::Over => return Served::Over,
         };
-        let mut answer = pin!(service.answer(request));
+        let mut answer = pin!(service.answer(head, Payload::Whole(body)));
         let mut is_first_look = true;
         let mut leave = None;
         let answered = poll_fn(|cx| {
@@ -154,10 +153,9 @@ pub async fn serve(
 }
 
 /// What comes next on a connection.
-#[expect(clippy::large_enum_variant, reason = "taken apart at once; a box would be an allocation for each request")]
 enum Next {
     /// A request, and whether its client wants no other answered.
-    Request(Request, bool),
+    Request(Head, Bytes, bool),
     /// What is none, and why.
     Refused(&'static str),
     /// One that did not come whole.
@@ -178,7 +176,7 @@ async fn next<S: Future>(
     let mut patience = pin!(None);
     loop {
         let missing = match parse(input) {
-            Parsed::Request(request, is_last) => return Next::Request(request, is_last),
+            Parsed::Request(head, body, is_last) => return Next::Request(head, body, is_last),
             Parsed::Part(missing) => missing,
             Parsed::Refused(why) => return Next::Refused(why),
             Parsed::Other => return Next::Rest,
@@ -275,10 +273,9 @@ impl<S: Future> Idle<'_, S> {
 }
 
 /// What the input begins with.
-#[expect(clippy::large_enum_variant, reason = "taken apart at once; a box would be an allocation for each request")]
 enum Parsed {
     /// A request, taken out of the input, and whether its client wants no other answered.
-    Request(Request, bool),
+    Request(Head, Bytes, bool),
     /// A part of one, to which at least about so many bytes are missing.
     Part(usize),
     /// What can become none, and why.
@@ -355,18 +352,14 @@ fn parse(input: &mut BytesMut) -> Parsed {
     }
     let whole = input.split_to(whole_bytes).freeze();
     let Ok(uri) = Uri::from_maybe_shared(whole.slice(target)) else { return Parsed::Refused(NO_REQUEST) };
-    let mut headers = HeaderMap::with_capacity(fields.len());
+    let mut headers = Fields::with_capacity(fields.len());
     for (name, value) in fields {
         let Ok(value) = HeaderValue::from_maybe_shared(whole.slice(value)) else {
             return Parsed::Refused("a header's value holds a byte that may not stand there");
         };
-        headers.append(name, value);
+        headers.push(name, value);
     }
-    let mut request = Request::new(Body::from(whole.slice(head_bytes..)));
-    *request.method_mut() = method;
-    *request.uri_mut() = uri;
-    *request.headers_mut() = headers;
-    Parsed::Request(request, is_last)
+    Parsed::Request(Head::new(method, uri, headers), whole.slice(head_bytes..), is_last)
 }
 
 /// A number written in digits and nothing else.
@@ -505,6 +498,7 @@ impl Date {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::body::Body;
 
     fn put(fields: &str, body: &str) -> String {
         format!("PUT /v1/state/a?b=c HTTP/1.1\r\nHost: h\r\n{fields}\r\n{body}")
@@ -520,12 +514,12 @@ mod tests {
         ] {
             let request = put(&format!("{fields}X-Y:  v \r\nx-y: w\r\nContent-Length: 3\r\n"), "123");
             let mut input = BytesMut::from(format!("{request}GET ").as_bytes());
-            let Parsed::Request(request, is_last) = parse(&mut input) else { panic!("{fields:?} was not taken") };
-            assert_eq!((request.method(), is_last, &input[..]), (&Method::PUT, last, &b"GET "[..]));
-            assert_eq!(request.uri().to_string(), "/v1/state/a?b=c");
-            assert_eq!(request.headers().get_all("x-y").iter().collect::<Vec<_>>(), ["v", "w"]);
-            assert_eq!(request.headers().get("connection").or(request.headers().get("content-length")), None);
-            assert_eq!(request.body().size_hint().exact(), Some(3));
+            let Parsed::Request(head, body, is_last) = parse(&mut input) else { panic!("{fields:?} was not taken") };
+            assert_eq!((&head.method, is_last, &input[..]), (&Method::PUT, last, &b"GET "[..]));
+            assert_eq!(head.uri.to_string(), "/v1/state/a?b=c");
+            assert_eq!(head.headers.all(HeaderName::from_static("x-y")).collect::<Vec<_>>(), ["v", "w"]);
+            assert_eq!(head.headers.first(header::CONNECTION).or(head.headers.first(header::CONTENT_LENGTH)), None);
+            assert_eq!(&body[..], b"123");
         }
     }
 
