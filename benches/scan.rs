@@ -47,6 +47,7 @@ fn main() {
         }
         let search = Search {
             query: Query::new(spec, &plain[..DIM]),
+            stored: None,
             filter: None,
             k: 10,
             offset: 0,

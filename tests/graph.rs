@@ -101,6 +101,7 @@ impl Live {
     fn search(&self, numbers: &[f32], k: usize, filter: Option<&Value>, is_exact: bool, ef: Option<usize>) -> Answer {
         let searches = [Search {
             query: Query::new(self.spec, numbers),
+            stored: None,
             filter: filter.map(|f| Filter::parse(f).unwrap()),
             k,
             offset: 0,
@@ -369,6 +370,35 @@ fn a_vector_finds_itself_among_others_of_any_scale() {
     }
 }
 
+/// Few links lead to the long ones among vectors that all lie in directions of their own: whose neighbours are asked for by id is found
+/// all the same.
+#[test]
+fn a_stored_vector_is_found_by_its_id_wherever_the_walk_leads() {
+    const DIM: usize = 128;
+    let mut random = Random(3);
+    let mut live = Live::open(None, Metric::L2, DIM);
+    for id in 0..4000 {
+        let scale = spread_of(&mut random, 8.0);
+        let numbers = (0..DIM).map(|_| (random.number() + random.number() + random.number()) * scale).collect();
+        live.put(&format!("v{id}"), numbers, json!({}));
+    }
+    live.work(usize::MAX);
+    let mut missed = 0;
+    for (id, (numbers, _)) in live.model.iter().take(500) {
+        let mut search = search(live.spec, numbers, 1);
+        let run = |search: &Search| {
+            let searches = [search.clone()];
+            let answer = live.collection.begin_search(Revision(live.revision), &searches).run(&searches).remove(0);
+            assert_eq!(answer.plan.way.as_str(), "graph", "the walk is what may miss it");
+            hits(&answer)[0].id.as_str() == id
+        };
+        missed += usize::from(!run(&search));
+        search.stored = Some(VectorId::new(id).unwrap());
+        assert!(run(&search), "{id}");
+    }
+    assert!(missed > 0, "the walk found all of them by itself");
+}
+
 /// From one to `spread`, each order of magnitude alike.
 fn spread_of(random: &mut Random, spread: f32) -> f32 {
     spread.powf((random.number() + 1.0) / 2.0)
@@ -563,6 +593,7 @@ fn writers_linkers_and_searchers_at_once_lose_nothing() {
 fn search(spec: CollectionSpec, numbers: &[f32], k: usize) -> Search {
     Search {
         query: Query::new(spec, numbers),
+        stored: None,
         filter: None,
         k,
         offset: 0,

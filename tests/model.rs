@@ -364,6 +364,7 @@ async fn play(steps: Vec<Step>) {
                 naive.truncate(*k);
                 let search = |spec| Search {
                     query: Query::new(spec, &query),
+                    stored: None,
                     filter: filter.as_ref().map(|f| Filter::parse(f).unwrap()),
                     k: *k,
                     offset: 0,

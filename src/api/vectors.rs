@@ -513,14 +513,14 @@ impl SearchBody<'_> {
         }
         let spec = collection.spec();
         let given = vector(self.vector, self.vector_base64.as_deref())?;
-        let query = match (given, &self.id) {
-            (Some(vector), None) => vector,
+        let (query, stored) = match (given, &self.id) {
+            (Some(vector), None) => (vector, None),
             (None, Some(id)) => {
                 let id = VectorId::new(id)?;
                 let item = collection.read(|c| c.get(id.as_str(), true));
                 let numbers =
                     item.and_then(|i| i.vector).ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
-                Vector::new(numbers)?
+                (Vector::new(numbers)?, Some(id))
             }
             _ => return Err(Rejection::invalid("give vector, vector_base64 or id, one of them")),
         };
@@ -538,6 +538,7 @@ impl SearchBody<'_> {
         };
         Ok(Search {
             query: Query::new(spec, query.as_slice()),
+            stored,
             filter: self.filters.as_ref().map(Filter::parse).transpose()?,
             k,
             offset,

@@ -138,6 +138,7 @@ impl Index {
     fn search(&self, numbers: &[f32], ef: u32, filter: Option<&Filter>) -> Search {
         Search {
             query: Query::new(self.spec, numbers),
+            stored: None,
             filter: filter.cloned(),
             k: 10,
             offset: 0,

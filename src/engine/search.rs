@@ -52,6 +52,8 @@ const INLINE_VECTORS: usize = 100_000;
 pub struct Search {
     /// What to look near.
     pub query: Query,
+    /// Whose numbers these are, where they are a stored vector's: it is looked at wherever the walk leads.
+    pub stored: Option<VectorId>,
     /// Which vectors count.
     pub filter: Option<Filter>,
     /// Hits wanted, 1 to `K_MAX`.
@@ -422,7 +424,8 @@ impl SearchTicket {
             }
             _ => graph.search(probe, plan.ef, kept, wanted, usize::MAX, false, is_visible, scratch),
         };
-        let unseen: Vec<u32> = tail.iter().copied().filter(|&slot| scratch.is_new(slot)).collect();
+        let stored = search.stored.as_ref().and_then(|id| self.collection.read(|c| c.slot_of(id)));
+        let unseen: Vec<u32> = tail.iter().copied().chain(stored).filter(|&slot| scratch.is_new(slot)).collect();
         let more = match selected {
             Some(selected) => graph.scan_more(probe, &unseen, |slot| selected.contains(slot), scratch),
             None => graph.scan_more(probe, &unseen, is_visible, scratch),

@@ -837,6 +837,12 @@ impl Collection {
         Some((state.revision, &state.meta))
     }
 
+    /// Where a live id's vector is.
+    #[must_use]
+    pub fn slot_of(&self, id: &VectorId) -> Option<u32> {
+        self.ids.get(id).map(|slot| slot.0)
+    }
+
     /// A live vector.
     #[must_use]
     pub fn get(&self, id: &str, include_vector: bool) -> Option<Item> {
