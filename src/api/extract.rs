@@ -754,6 +754,22 @@ mod tests {
         RawValue::from_string(text.to_owned()).unwrap()
     }
 
+    #[test]
+    fn fields_keep_every_value_of_a_name() {
+        let names = ["host", "x-a", "x-b"].map(HeaderName::from_static);
+        let mut headers = HeaderMap::new();
+        for (name, value) in [(1, "1"), (0, "h"), (1, "2"), (2, "3"), (1, "4")] {
+            headers.append(names[name].clone(), HeaderValue::from_static(value));
+        }
+        let fields = Fields::from(headers.clone());
+        for name in names {
+            assert_eq!(fields.all(name.clone()).collect::<Vec<_>>(), headers.get_all(&name).iter().collect::<Vec<_>>());
+            assert_eq!(fields.first(name.clone()), headers.get(&name));
+        }
+        assert_eq!(fields.first(header::ORIGIN), None);
+        assert_eq!(HeaderMap::from(fields), headers);
+    }
+
     /// Many digits, half-way cases, signs, exponents: always what the standard library reads.
     #[test]
     fn numbers_are_read_as_the_standard_library_reads_them() {
