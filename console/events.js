@@ -1,7 +1,7 @@
 // Events: a live tail. A pause lets what comes wait; when too much waits the stream lets go, and resuming goes on from its
 // last id, so nothing that is in the log is lost.
 
-import { bytes, clock, copy, el, exact, field, icon, ICONS, int, jsonView, lazily, number, query, quote, say } from './lib.js';
+import { bytes, clock, copy, el, exact, field, icon, ICONS, int, jsonView, lazily, number, query, quote, say, sizeOf } from './lib.js';
 import { VirtualList } from './list.js';
 import { collectionsWords, keysWords, limits, reachesCollection, reachesKey, writes } from './key.js';
 import { Stream, curlKey, post } from './server.js';
@@ -41,7 +41,7 @@ const at = (i) => shown[shown.length - 1 - i];
 function words(f) {
   if (f.words) return f.words;
   const d = f.data.length < 1e6 ? exact(f.data) : JSON.parse(f.data);
-  const content = d.value ?? d.patch ?? d.data ?? (d.value_base64 !== undefined ? `${d.content_type}, ${bytes(d.value_base64.length * 0.75)}` : undefined) ?? d.reason ?? (f.type === 'snapshot_end' ? `${int(number(d.count))} entries` : d.meta);
+  const content = d.value ?? d.patch ?? d.data ?? (d.value_base64 !== undefined ? `${d.content_type}, ${bytes(sizeOf(d.value_base64))}` : undefined) ?? d.reason ?? (f.type === 'snapshot_end' ? `${int(number(d.count))} entries` : d.meta);
   return f.words = {
     d, at: d.ts === undefined ? null : new Date(number(d.ts) * 1000), id: String(f.type === 'snapshot' ? d.revision : f.id),
     subject: d.key ?? (d.collection ? d.id === undefined ? d.collection : `${d.collection} / ${d.id}` : ''),

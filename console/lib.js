@@ -40,6 +40,9 @@ export function say(node, text) {
 export const int = (n) => n == null || Number.isNaN(n) ? '–' : Math.round(n).toLocaleString('en');
 /** A rate: short, with a decimal where it matters. */
 export const rate = (n) => n == null ? '–' : n < 9.95 ? n.toFixed(n > 0.04 ? 1 : 0) : n < 99_950 ? int(n) : `${(n / 1000).toFixed(0)}k`;
+/** Bytes that a text in base64 stands for. */
+export const sizeOf = (base64) => (base64.length * 3) / 4 - (base64.match(/=*$/)?.[0].length ?? 0);
+
 export function bytes(n) {
   if (n == null || Number.isNaN(n)) return '–';
   let unit = 0;

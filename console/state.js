@@ -5,7 +5,7 @@
 // and not a thousand pages. Values are read for the rows in sight. From the first page's revision on a stream brings every
 // change; what a page or a value knew already is told by its revision.
 
-import { byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, jsonView, lazily, merge, number, paint, pretty, query, quote, say, sure, toast } from './lib.js';
+import { byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, jsonView, lazily, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast } from './lib.js';
 import { keysWords, limits, reachesKey, writes } from './key.js';
 import { VirtualList } from './list.js';
 import { keyCount } from './overview.js';
@@ -177,7 +177,7 @@ async function load() {
 
 // ---- Values of the rows in sight ----------------------------------------------------------------------------------------
 function preview(e) {
-  if ('value_base64' in e) return `${e.content_type ?? 'bytes'}, ${bytes(e.value_base64.length * 0.75)}`;
+  if ('value_base64' in e) return `${e.content_type ?? 'bytes'}, ${bytes(sizeOf(e.value_base64))}`;
   const text = JSON.stringify(e.value) ?? '';
   return text.length > PREVIEW ? `${text.slice(0, PREVIEW)}…` : text;
 }

@@ -321,12 +321,12 @@ impl Resolved {
         if config.stream_threads > 1024 {
             return Err(self.bad("stream_threads", "at most 1024; 0 = one for every four cores"));
         }
-        if !config.cors_origins.iter().all(|origin| origin == "*" || is_origin(origin)) {
+        if !config.cors_origins.iter().all(|origin| origin == ANY || is_origin(origin)) {
             let takes = "origins as browsers send them, such as https://app.example or http://localhost:5173, in small letters \
-                and without a path, with commas between, or *";
+                and without a path or wildcards, with commas between, or *";
             return Err(self.bad("cors_origins", takes));
         }
-        if config.allowed_hosts.iter().any(|host| host.contains(['/', ':', ' '])) {
+        if config.allowed_hosts.iter().any(|host| host != ANY && host.contains(['/', ':', ' ', '*'])) {
             return Err(
                 self.bad("allowed_hosts", "names such as app.example, without scheme and port, with commas between")
             );
@@ -356,12 +356,15 @@ impl Resolved {
     }
 }
 
+/// In a list, for all there are.
+const ANY: &str = "*";
+
 /// Whether a browser could name a page's origin so: the comparison is of bytes.
 fn is_origin(text: &str) -> bool {
     let is_scheme =
         |scheme: &str| scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
     let is_place =
-        |place: &str| place.bytes().all(|b| b.is_ascii_graphic() && !b.is_ascii_uppercase() && !b"/?#@,".contains(&b));
+        |place: &str| place.bytes().all(|b| b.is_ascii_graphic() && !b.is_ascii_uppercase() && !b"/?#@,*".contains(&b));
     text.split_once("://")
         .is_some_and(|(scheme, place)| !scheme.is_empty() && !place.is_empty() && is_scheme(scheme) && is_place(place))
 }
@@ -431,6 +434,8 @@ mod tests {
             ("bad origin", "cors_origins = \"example.com\"", None, "cors_origins"),
             ("an origin with a path", "cors_origins = \"http://a.example/\"", None, "cors_origins"),
             ("an origin no browser sends", "cors_origins = \"http://A.example\"", None, "cors_origins"),
+            ("some of many origins", "cors_origins = \"https://*.a.example\"", None, "cors_origins"),
+            ("some of many hosts", "allowed_hosts = \"*.a.example\"", None, "allowed_hosts"),
             ("a host with a scheme", "allowed_hosts = \"http://a.example\"", None, "allowed_hosts"),
             ("a blank key", "api_key = \" \"", None, "api_key"),
             ("a key that was not there", "", Some(("API_KEY", "  ")), "environment API_KEY"),

@@ -8,6 +8,7 @@ use kiss_vdb::api::tls::Tls;
 use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved};
+use kiss_vdb::engine::frame::push_fmt;
 use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
 use kiss_vdb::heap::{self, Heap};
 use kiss_vdb::turns::{self, Turn};
@@ -198,11 +199,16 @@ fn main() -> ExitCode {
 }
 
 fn print_config(resolved: &Resolved) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut table = String::new();
     for (name, value, source) in resolved.rows() {
-        writeln!(out, "{name:<18} {value:<22} {source}")?;
+        push_fmt(&mut table, format_args!("{name:<18} {value:<22} {source}\n"));
     }
-    out.flush()?;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(table.as_bytes()).and_then(|()| out.flush()) {
+        // Its reader has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+        written => written?,
+    }
     // Printed first, so that a bad value can be seen with its source; then refused like a start would be.
     resolved.build()?;
     Ok(())

@@ -370,6 +370,32 @@ fn a_vector_finds_itself_among_others_of_any_scale() {
     }
 }
 
+/// Searches near a vector that is stored more often than a walk keeps: its copies are no reason to look at everything.
+#[test]
+fn copies_of_a_vector_near_a_query_cost_no_scan() {
+    const DIM: usize = 24;
+    for metric in [Metric::L2, Metric::Cosine, Metric::Dot] {
+        let mut random = Random(5);
+        let mut live = Live::open(None, metric, DIM);
+        let copied: Vec<f32> = random.vector(DIM, 5).iter().map(|number| number * 1.5).collect();
+        for id in 0..6000 {
+            let numbers = if id % 20 == 0 { copied.clone() } else { random.vector(DIM, 5) };
+            live.put(&format!("v{id}"), numbers, json!({}));
+        }
+        live.work(usize::MAX);
+        for _ in 0..20 {
+            let query: Vec<f32> = copied.iter().map(|number| number + 0.02 * random.number()).collect();
+            let answer = live.search(&query, 10, None, false, None);
+            assert_eq!(answer.plan.way.as_str(), "graph", "{metric:?} {:?}", answer.plan);
+            let best = live.truth(&query, None)[0].0;
+            assert!(
+                hits(&answer).iter().all(|hit| (f64::from(hit.score) - best).abs() < 1e-3 * best.abs()),
+                "{metric:?}"
+            );
+        }
+    }
+}
+
 /// Few links lead to the long ones among vectors that all lie in directions of their own: whose neighbours are asked for by id is found
 /// all the same.
 #[test]

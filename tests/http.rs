@@ -404,11 +404,17 @@ async fn batches_are_all_or_nothing() {
             "POST /v1/batch {{\"ops\":[{{\"op\":\"put\",\"key\":\"d\",\"value\":{value}}},{{\"op\":\"vector_upsert\",\"collection\":\"v\",\"id\":\"d\",\"vector\":[1,2],\"meta\":{meta}}}]}}"
         )
     };
+    let single = |n: usize| {
+        let meta = format!("{}1{}", "{\"a\":".repeat(n), "}".repeat(n));
+        format!("POST /v1/vector/v/upsert {{\"id\":\"d\",\"vector\":[1,2],\"meta\":{meta}}}")
+    };
     check(c, vec![
         row("a refused op refuses all", r#"POST /v1/batch {"ops":[{"op":"put","key":"x","value":1},{"op":"put","key":"a","value":1,"if_revision":1}]}"#, 409, json!({"code":"revision_conflict","op":1,"expected":1,"actual":3})),
         row("and leaves nothing", "GET /v1/state/x", 404, Value::Null),
         row("later ops see earlier ones", r#"POST /v1/batch {"ops":[{"op":"put","key":"y","value":1},{"op":"put","key":"y","value":2,"if_revision":0}]}"#, 409, json!({"op":1,"expected":0,"actual":0,
             "detail":"operation 1: expected revision 0, but an earlier operation of this request changes it; before, it is 0 (0 = absent)"})),
+        row("also what was deleted", r#"POST /v1/batch {"ops":[{"op":"delete","key":"a"},{"op":"put","key":"a","value":2,"if_revision":3}]}"#, 409, json!({"op":1,"expected":3,"actual":3})),
+        row("also a vector", r#"POST /v1/batch {"ops":[{"op":"vector_delete","collection":"v","id":"1"},{"op":"vector_upsert","collection":"v","id":"1","vector":[1,2],"if_revision":8}]}"#, 409, json!({"op":1,"expected":8,"actual":8})),
         row("but name no revision of their own", r#"POST /v1/batch {"ops":[{"op":"vector_update","collection":"v","id":"1","meta":{}},{"op":"vector_update","collection":"v","id":"1","meta":{},"if_revision":1}]}"#, 409, json!({"op":1,"actual":8})),
         row("deleted within", r#"POST /v1/batch {"ops":[{"op":"delete","key":"a"},{"op":"delete","key":"a"}]}"#, 404, json!({"code":"key_not_found","op":1})),
         row("unknown op", r#"POST /v1/batch {"ops":[{"op":"incr","key":"a"}]}"#, 400, json!({"op":0})),
@@ -421,6 +427,8 @@ async fn batches_are_all_or_nothing() {
         row("one that is no header", r#"POST /v1/batch {"ops":[{"op":"put","key":"q","value_base64":"","content_type":"text/é"}]}"#, 400, json!({"op":0})),
         row("as deep as a PUT takes", deep(127), 200, Value::Null),
         row("deeper", deep(128), 400, code("invalid_argument")),
+        row("metadata as deep", single(127), 200, Value::Null),
+        row("metadata deeper", single(128), 400, json!({"detail":"JSON may nest at most 127 deep here"})),
         row("empty", r#"POST /v1/batch {"ops":[]}"#, 400, code("invalid_argument")),
         row("not an object", r#"POST /v1/batch [[{"op":"delete","key":"a"}]]"#, 400, code("invalid_argument")),
         row("largest", many(1000), 200, Value::Null),

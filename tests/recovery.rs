@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Duration, Server, call, contains, ok, timeout};
+use hyper::Method;
 use kiss_vdb::client::{Client, Target};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -111,6 +112,45 @@ async fn everything_is_there_after_a_kill_and_after_a_stop_with_and_without_snap
         assert_eq!(found["hits"][0]["id"], "8");
         server = Some(new);
     }
+}
+
+/// At a start after many deadlines expired keys go a thousand at a time. Batches that meet some of them before their turn have revisions
+/// of their own all the same, and each key goes before it is written anew.
+#[tokio::test]
+async fn batches_among_keys_that_are_due_have_consecutive_revisions() {
+    const PAGES: usize = 20;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_in(dir.path(), &[]);
+    for page in 0..PAGES {
+        let put = |n| format!("{{\"op\":\"put\",\"key\":\"{page:02}/{n:03}\",\"value\":1,\"ttl_ms\":1000}}");
+        let ops: Vec<String> = (0..1000).map(put).collect();
+        ok(&mut server.client(), &format!("POST /v1/batch {{\"ops\":[{}]}}", ops.join(","))).await;
+    }
+    let last = ok(&mut server.client(), "GET /v1/health").await["revision"].as_u64().unwrap();
+    server.kill();
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let server = Server::start_in(dir.path(), &[]);
+    let c = &mut server.client();
+    let mut met = 0;
+    for n in (900..1000).rev() {
+        let key = format!("{:02}/{n:03}", PAGES - 1);
+        let event = r#"{"op":"event","type":"log"}"#;
+        let batch =
+            format!("POST /v1/batch {{\"ops\":[{event},{{\"op\":\"put\",\"key\":\"{key}\",\"value\":2}},{event}]}}");
+        let answer = ok(c, &batch).await;
+        let first = answer["first_revision"].as_u64().unwrap();
+        let revisions: Vec<u64> =
+            answer["results"].as_array().unwrap().iter().map(|result| result["revision"].as_u64().unwrap()).collect();
+        assert_eq!(revisions, [first, first + 1, first + 2], "{answer}");
+        assert_eq!((&answer["last_revision"], &answer["results"][1]["created"]), (&json!(first + 2), &json!(true)));
+        met += usize::from(first < last + (PAGES * 1000) as u64);
+        let path = format!("/v1/events?key={}&since={last}", key.replace('/', "%2F"));
+        let page = c.send(Method::GET, &path, &[("accept", "application/json")], "").await.unwrap();
+        let history = page.json().unwrap();
+        let types: Vec<_> = history["events"].as_array().unwrap().iter().map(|e| e["type"].as_str().unwrap()).collect();
+        assert_eq!(types, ["state_deleted", "state_updated"], "{history}");
+    }
+    eprintln!("{met} batches came before all that was due had gone");
 }
 
 /// Writers against a server that is killed again and again, with an oracle of what was acknowledged.

@@ -6,7 +6,7 @@ use super::auth::Client;
 use super::error::{ApiError, ApiResult, invalid};
 use crate::engine::answers::Retry;
 use crate::engine::command::{Condition, ETags, Op};
-use crate::engine::json::{DEPTH_MAX, VALUE_DEPTH_MAX, check_depth, check_surrogates};
+use crate::engine::json::{DEPTH_MAX, VALUE_DEPTH_MAX, check_depth, check_surrogates, check_value_depth};
 use crate::error::Rejection;
 use crate::keys::{Grant, Right};
 use crate::revision::Revision;
@@ -245,8 +245,8 @@ impl<S: Sync> FromRequestParts<S> for Head {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        let known = parts.extensions.remove();
-        Ok(known.unwrap_or_else(|| Self::of(parts)))
+        // Another head would be one of nobody, who on an open server may do everything.
+        Ok(parts.extensions.remove().expect("the guard gives every request its head, and a handler takes it once"))
     }
 }
 
@@ -735,6 +735,7 @@ pub fn meta(raw: Option<&RawValue>) -> Result<Option<VectorMeta>, Rejection> {
     match raw.map(RawValue::get) {
         None => Ok(None),
         Some(text) => {
+            check_value_depth(text)?;
             // A number no float can hold would hide the whole object from filters.
             if serde_json::from_str::<serde_json::Value>(text).is_err() {
                 return Err(Rejection::invalid(

@@ -319,7 +319,7 @@ fn parse(input: &mut BytesMut) -> Parsed {
         let is = |name| field.name.eq_ignore_ascii_case(name);
         if is("content-length") {
             match (decimal(field.value), body_bytes) {
-                (None, _) => return Parsed::Refused("Content-Length is a whole number of bytes"),
+                (None, _) => return Parsed::Refused("Content-Length is a whole number of bytes, and below 2^64"),
                 (Some(bytes), Some(other)) if bytes != other => {
                     return Parsed::Refused("a request has one Content-Length");
                 }

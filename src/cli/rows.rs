@@ -77,7 +77,7 @@ pub struct Rows<R> {
     buffer: Vec<u8>,
 }
 
-/// A line: a key, a vector or a collection, as `export` writes them. What the server gives out by itself is ignored.
+/// A line: a key, a vector or a collection, as `export` writes them. Revisions, which the server gives out by itself, are ignored.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line<'a> {

@@ -3,6 +3,7 @@
 //! Pure: no clock, no file, no async. Every limit of the write path stands here with its reason, checked once.
 
 use super::answers::Retry;
+use super::codec::Event;
 use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::distance::prefetch;
@@ -347,6 +348,30 @@ pub enum Op {
     },
 }
 
+/// What an operation changes.
+#[derive(Debug)]
+pub enum Target {
+    /// A key.
+    Key(Key),
+    /// A vector of a collection.
+    Vector(CollectionName, VectorId),
+}
+
+impl Target {
+    /// Whether an event is about it.
+    #[must_use]
+    pub fn is_of(&self, event: &Event) -> bool {
+        match (self, event) {
+            (Self::Key(target), Event::StateUpdated { key, .. } | Event::StateDeleted { key, .. }) => key == target,
+            (
+                Self::Vector(of, target),
+                Event::VectorWritten { collection, id, .. } | Event::VectorDeleted { collection, id, .. },
+            ) => collection == of && id == target,
+            _ => false,
+        }
+    }
+}
+
 impl Op {
     /// Whether it only removes: such operations pass when disk or memory are full.
     #[must_use]
@@ -365,6 +390,21 @@ impl Op {
     pub fn changed_key(&self) -> Option<&Key> {
         match self {
             Self::Put { key, .. } | Self::Patch { key, .. } | Self::Delete { key, .. } => Some(key),
+            _ => None,
+        }
+    }
+
+    /// What it changes, if that has to be at a revision.
+    #[must_use]
+    pub fn conditional_target(&self) -> Option<Target> {
+        match self {
+            Self::Put { key, condition, .. } | Self::Patch { key, condition, .. } | Self::Delete { key, condition } => {
+                condition.if_revision.map(|_| Target::Key(key.clone()))
+            }
+            Self::WriteVector { collection, id, if_revision, .. }
+            | Self::DeleteVector { collection, id, if_revision } => {
+                if_revision.map(|_| Target::Vector(collection.clone(), id.clone()))
+            }
             _ => None,
         }
     }

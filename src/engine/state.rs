@@ -11,7 +11,7 @@ use super::answers::{Answers, Remembered, Retry};
 use super::codec::{DeleteReason, Entries, Entry, Event, Events, Record};
 use super::collections::SharedCollection;
 use super::command::{
-    Command, Committed, Condition, Key, Labels, Op, Outcome, Outcomes, PATCH_BYTES_MAX, Value, VectorSelection,
+    Command, Committed, Condition, Key, Labels, Op, Outcome, Outcomes, PATCH_BYTES_MAX, Target, Value, VectorSelection,
     VectorWrite,
 };
 use super::json::{check_value_depth, merge_patch};
@@ -438,6 +438,7 @@ impl Decider<'_> {
             // Whoever parsed it did so on another core: ask for the next ones while this one is decided.
             ops.as_slice().get(PREFETCHED_OPS).into_iter().for_each(Op::prefetch);
             let Some(op) = ops.next() else { break };
+            let target = if count > 1 { op.conditional_target() } else { None };
             self.next = first.plus(decision.events.len() as u64);
             let before = decision.events.len();
             let result = self.decide_op(op, &mut decision.events).and_then(|outcome| {
@@ -453,12 +454,11 @@ impl Decider<'_> {
                 Err(mut rejection) => {
                     self.overlay.roll_back();
                     self.next = first;
-                    if let Rejection::RevisionConflict { expected, actual } = rejection
-                        && let Some(place) = actual.0.checked_sub(first.0)
+                    if let Rejection::RevisionConflict { expected, .. } = rejection
+                        && let Some(target) = target.filter(|target| decision.events.iter().any(|e| target.is_of(e)))
                     {
-                        // Of this very command: it was never handed out, and somebody else will get it.
-                        let before = self.revision_before(&decision.events, place);
-                        rejection = Rejection::ConflictWithin { expected, before };
+                        // With what this very command did, which never was: revisions of it somebody else will get.
+                        rejection = Rejection::ConflictWithin { expected, before: self.revision_of(&target) };
                     }
                     return Err(if command.is_batch { rejection.at(index) } else { rejection });
                 }
@@ -469,18 +469,14 @@ impl Decider<'_> {
         Ok(decision)
     }
 
-    /// The revision of what a rolled back event was about, zero when absent.
-    fn revision_before(&self, events: &[Event], place: u64) -> Revision {
-        let event = usize::try_from(place).ok().and_then(|place| events.get(place));
-        let revision = match event {
-            Some(Event::StateUpdated { key, .. } | Event::StateDeleted { key, .. }) => {
-                self.live_entry(key).map(|entry| entry.revision)
-            }
-            Some(Event::VectorWritten { collection, id, .. } | Event::VectorDeleted { collection, id, .. }) => {
+    /// The revision of a key or vector, zero when absent.
+    fn revision_of(&self, target: &Target) -> Revision {
+        let revision = match target {
+            Target::Key(key) => self.live_entry(key).map(|entry| entry.revision),
+            Target::Vector(collection, id) => {
                 let vector = self.shape(collection).ok().and_then(|(_, created)| self.vector(collection, created, id));
                 vector.map(|(revision, _)| revision)
             }
-            _ => None,
         };
         revision.unwrap_or(Revision::ZERO)
     }
