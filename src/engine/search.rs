@@ -518,17 +518,17 @@ fn tells_apart(
         // Nothing is nearer.
         return true;
     }
-    let rounded = |slot| found.iter().find(|&&(other, _)| other == slot).map(|&(_, rounded)| rounded);
-    let mut alike = kept.iter().filter(|&&(slot, _)| rounded(slot) == Some(next));
-    if alike.clone().count() > 1 && alike.all(|&(_, distance)| distance == last) {
+    // Of very many some tell as much.
+    let distance_of = |slot| kept.iter().find(|&&(other, _)| other == slot).map(|&(_, distance)| distance);
+    let mut alike = found[..rescored].iter().rev().take_while(|&&(_, rounded)| rounded == next).take(ROUNDINGS);
+    if alike.clone().count() > 1 && alike.all(|&(slot, _)| distance_of(slot) == Some(last)) {
         // What is left out lies as far as the last hit: copies of it, and none is nearer.
         return true;
     }
-    // Some of very many tell as much.
     let some = kept.len() / ROUNDINGS + 1;
     let (mut least, mut most, mut expected) = (f32::MAX, f32::MIN, 0.0_f32);
     for &(slot, distance) in kept.iter().step_by(some) {
-        let Some(rounded) = rounded(slot) else { continue };
+        let Some((_, rounded)) = found.iter().find(|&&(other, _)| other == slot) else { continue };
         (least, most) = (least.min(rounded - distance), most.max(rounded - distance));
         expected = expected.max(probe.rounding(last, graph.nodes().figures(slot)));
     }
