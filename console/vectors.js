@@ -210,7 +210,14 @@ async function search(e) {
     lastHits = { hits, vector: own };
     results(fast, full);
     light();
-  } catch (error) { if (mine === nodes.search.turn) say(nodes.searchError, error.message); }
+  } catch (error) {
+    if (mine !== nodes.search.turn) return;
+    say(nodes.searchError, error.message);
+    // What the search before found is no answer to this one.
+    nodes.results.replaceChildren();
+    lastHits = null;
+    map.light([], null);
+  }
 }
 function results(fast, full) {
   const box = [];
