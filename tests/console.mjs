@@ -474,7 +474,11 @@ const tests = {
     await page.keyboard.press('Enter');
     await shows('#search-error', /dim|length|numbers/);
     forgiven = /(?!)/;
+    assert.equal(await page.locator('.hit').count(), 0, 'no hits of the search before');
+    assert.equal(await page.getAttribute('.map canvas', 'data-hits'), '0');
     assert.match(page.url(), /collection=docs/);
+    await page.fill('#search [name=what]', '[0, 1, 0.1]');
+    await page.keyboard.press('Enter');
     await page.locator('.hit summary').click();
     await page.click('.hit >> text=delete');
     await page.click('.hit >> text=really?');
