@@ -273,7 +273,7 @@ impl Params {
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
             if !known.contains(&&*name) {
                 let list = if known.is_empty() {
-                    "this route takes none".to_owned()
+                    "this route takes none; what goes with a JSON body is a member of it".to_owned()
                 } else {
                     format!("there are {}", known.join(", "))
                 };
@@ -348,8 +348,8 @@ pub fn path_tail<'a>(uri: &'a Uri, prefix: &str) -> ApiResult<Cow<'a, str>> {
     decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))
 }
 
-/// The media type of nearly every body.
-const JSON: &str = "application/json";
+/// The media type of nearly every body and answer.
+pub const JSON: &str = "application/json";
 
 /// What a `Content-Type` header says a body is.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -45,7 +45,7 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::{ApiError, ApiResult};
-use extract::{Head, Payload};
+use extract::{Head, JSON, Payload};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
 use std::convert::Infallible;
@@ -600,9 +600,6 @@ pub struct Json {
     pub revision: Option<Revision>,
 }
 
-/// The type of a JSON answer.
-const JSON: &str = "application/json";
-
 /// A JSON answer.
 pub fn json(status: StatusCode, body: String) -> Answer {
     Answer::Json(Json { status, body, revision: None })
@@ -632,7 +629,9 @@ impl IntoResponse for Answer {
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = status;
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(JSON));
-        revision.map(|revision| response.headers_mut().insert(header::ETAG, etag(revision)));
+        if let Some(revision) = revision {
+            response.headers_mut().insert(header::ETAG, etag(revision));
+        }
         response
     }
 }

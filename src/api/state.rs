@@ -209,11 +209,6 @@ pub async fn put(State(app): State<App>, head: Head, body: Payload) -> ApiResult
 
 async fn put_json(app: &App, key: Key, head: &Head, body: Payload) -> ApiResult {
     let Head { uri, headers, .. } = head;
-    if uri.query().is_some_and(|query| query.contains("ttl_ms=") || query.contains("if_revision=")) {
-        return Err(invalid(
-            "with a JSON body ttl_ms and if_revision are members of it, beside value; in the query they go with bytes",
-        ));
-    }
     Params::parse(uri, &[])?;
     let bytes = read_body(headers, body, app.max_body_bytes).await?;
     let body: PutBody<'_> = parse_object(&bytes)?;

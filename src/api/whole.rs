@@ -19,7 +19,7 @@
 
 use super::error::invalid;
 use super::events::EventStream;
-use super::extract::{Fields, Head, Payload};
+use super::extract::{Fields, Head, JSON, Payload};
 use super::live::{is_stream, take_stream};
 use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
 use super::{Answer, Json, Service};
@@ -385,7 +385,7 @@ enum Framing {
 /// Sends a JSON answer.
 async fn write_json(tcp: &mut TcpStream, json: Json, output: &mut Vec<u8>, is_last: bool) -> std::io::Result<()> {
     push_status(output, json.status);
-    push_field(output, "content-type", super::JSON.as_bytes());
+    push_field(output, "content-type", JSON.as_bytes());
     if let Some(revision) = json.revision {
         let mut digits = itoa::Buffer::new();
         for part in ["etag: \"", digits.format(revision.0), "\"\r\n"] {

@@ -145,6 +145,7 @@ pub(crate) fn tidy(inner: &Inner) {
     for collection in dropped {
         if let Some(dir) = collection.dir()
             && let Err(error) = remove_collection(dir)
+            // Replay meets collections again whose files went before the crash.
             && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(%error, dir = %dir.display(), "cannot remove a deleted collection; the next start will");
