@@ -12,6 +12,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -156,6 +157,14 @@ impl File {
         }
         self.tell(Op::Sync)?;
         self.file.sync_data()
+    }
+
+    /// Has the system begin with what [`Self::sync`] will do with a range, and does not wait for it. Nothing rests on it: of what
+    /// fails here the sync tells.
+    pub fn begin_sync(&self, range: Range<u64>) {
+        let (from, length) = (range.start as libc::off64_t, (range.end - range.start) as libc::off64_t);
+        // SAFETY: it takes and touches no memory.
+        unsafe { libc::sync_file_range(self.file.as_raw_fd(), from, length, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     /// Cuts, or grows by a hole.

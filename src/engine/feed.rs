@@ -406,12 +406,17 @@ impl Feed {
         (feed, thread)
     }
 
+    /// Drops the oldest of the recent events, for a batch that will be published. Called by the sequencer while the disk works:
+    /// what is dropped is long out of the processor's caches.
+    pub fn make_room(&self) {
+        self.ring.write().make_room();
+    }
+
     /// Publishes committed records, in order. Called by the sequencer alone.
     pub fn publish(&self, records: &[Arc<Record>]) {
         let Some(last) = records.last() else { return };
         {
             let mut ring = self.ring.write();
-            ring.make_room();
             for record in records {
                 Recent::of_record(record).for_each(|event| ring.push(event));
             }
@@ -1021,6 +1026,7 @@ mod tests {
         wal.stage(&record);
         wal.flush().unwrap();
         wal.publish();
+        feed.make_room();
         feed.publish(&[record]);
     }
 

@@ -429,7 +429,13 @@ impl Sequencer {
         let started = Instant::now();
         self.wal.flush()?;
         tracing::trace!(target: EFFECTS, records, "append");
-        if self.fsync == Fsync::Always && !faults::is_on(Bug::AnswerBeforeSync) {
+        let is_synced = self.fsync == Fsync::Always && !faults::is_on(Bug::AnswerBeforeSync);
+        if is_synced {
+            self.wal.begin_sync();
+        }
+        // What no client waits for is done here, while the disk works.
+        self.inner.feed.make_room();
+        if is_synced {
             self.wal.sync()?;
             tracing::trace!(target: EFFECTS, "sync");
             self.inner.metrics.fsync_seconds.observe(started.elapsed().as_secs_f64());

@@ -692,6 +692,8 @@ pub struct Wal {
     active: Arc<Segment>,
     /// Where the next frame goes.
     at: u64,
+    /// Behind this nothing was synced yet.
+    synced: u64,
     /// `None` when the log lives in memory.
     zeros: Option<ZeroAhead>,
     /// The newest revision appended.
@@ -827,6 +829,7 @@ impl Wal {
             log: Arc::clone(&log),
             active,
             at,
+            synced: at,
             zeros: dir.map(|dir| ZeroAhead::start(spare_path(dir), segment_bytes)),
             appended: head,
             durable: head,
@@ -956,6 +959,11 @@ impl Wal {
         self.active.file.sync()
     }
 
+    /// Has the disk begin with what was written: until [`Wal::sync`] there is time for what nobody waits for.
+    pub fn begin_sync(&self) {
+        self.active.file.begin_sync(self.synced..self.at);
+    }
+
     /// Syncs what was written.
     pub fn sync(&mut self) -> Result<(), AppendError> {
         let synced = turns::note_sync(|| self.active.file.sync());
@@ -963,6 +971,7 @@ impl Wal {
         if !faults::is_on(Bug::IgnoreFailedSync) {
             synced.map_err(AppendError::Failed)?;
         }
+        self.synced = self.at;
         self.durable = self.appended;
         Ok(())
     }
@@ -1031,6 +1040,7 @@ impl Wal {
         }
         self.active = segment;
         self.at = at;
+        self.synced = at;
         self.begin_zeros(if is_zero { size } else { at + FIRST_ZEROS_BYTES });
         Ok(())
     }
