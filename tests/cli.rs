@@ -822,6 +822,10 @@ fn an_import_that_meets_a_bad_row_says_how_far_it_came() {
     std::fs::write(path, format!("{}{{\"key\":\"im/x\"}}\n{}", rows(0..250), rows(250..400))).unwrap();
     let ran = run(&url, &["import", path, "--resume"]);
     assert!(ran.err.contains("has changed"), "another file is not gone on with: {ran:?}");
+    let note = dir.path().join("im.ndjson.import");
+    std::fs::remove_file(&note).unwrap();
+    let ran = run(&url, &["import", path, "--skip", "9999"]);
+    assert!(ran.code == 1 && !note.exists(), "nothing was acknowledged, so nothing is noted: {ran:?}");
     let left = format!("{}{}", rows(0..250), rows(250..400));
     let ran = finish(program(&url, &["import", "-", "--skip", "200"]).spawn().unwrap(), left.as_bytes());
     assert_eq!(ran.code, 0, "{ran:?}");

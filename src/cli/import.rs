@@ -113,6 +113,8 @@ struct Done {
     ahead: BTreeMap<u64, (u64, u64)>,
     note: Option<Note>,
     noted: Instant,
+    /// Whoever runs it was told that the server does not answer.
+    has_told: bool,
 }
 
 /// `FILE.import`: rows acknowledged, and the length of the file they are of.
@@ -175,9 +177,10 @@ pub async fn import(args: ImportArgs) -> anyhow::Result<()> {
     };
     let target = args.server.target()?;
     let bar = bytes_bar(note.as_ref().map(|note| note.length), "acknowledged");
-    let done = Done { rows: skip, bytes: 0, ahead: BTreeMap::new(), note, noted: Instant::now() };
+    let done = Done { rows: skip, bytes: 0, ahead: BTreeMap::new(), note, noted: Instant::now(), has_told: false };
     let guard = Guard {
         done: Arc::new(Mutex::new(done)),
+        skip,
         is_stdin,
         stop: Arc::default(),
         has_succeeded: false,
@@ -226,6 +229,8 @@ fn show(rows: u64, took: Duration, json: bool) -> anyhow::Result<()> {
 /// Leaves the note of progress behind, however the import ends, and tells how to go on.
 struct Guard {
     done: Arc<Mutex<Done>>,
+    /// Rows passed over.
+    skip: u64,
     is_stdin: bool,
     /// Tells the reader to end.
     stop: Arc<AtomicBool>,
@@ -257,7 +262,8 @@ impl Drop for Guard {
             return;
         }
         let done = self.done.lock();
-        if done.rows == 0 {
+        if done.rows == self.skip {
+            // Nothing was acknowledged: what is noted, if anything, holds.
             return;
         }
         let how = if self.is_stdin { format!("--skip {}", done.rows) } else { "--resume".to_owned() };
@@ -287,6 +293,9 @@ async fn send_batches(
             match result {
                 Ok(_) => break,
                 Err(error) if tries < TRIES && is_passing(&error) => {
+                    if !std::mem::replace(&mut done.lock().has_told, true) {
+                        bar.suspend(|| eprintln!("kiss-vdb: {error:#}; tried again for half a minute"));
+                    }
                     tokio::time::sleep(RETRY * (1 << (tries - 1))).await;
                 }
                 Err(error) => return Err(error.context(format!("rows {} to {}", first + 1, first + rows))),
@@ -448,7 +457,7 @@ mod tests {
     /// Noting rows beyond one that is not acknowledged would lose it on a resume.
     #[test]
     fn only_the_beginning_that_is_acknowledged_counts() {
-        let mut done = Done { rows: 0, bytes: 0, ahead: BTreeMap::new(), note: None, noted: Instant::now() };
+        let mut done = Done { rows: 0, bytes: 0, ahead: BTreeMap::new(), note: None, noted: Instant::now(), has_told: false };
         for (first, rows, expected) in [(100, 100, 0), (300, 1, 0), (0, 100, 200), (200, 100, 301)] {
             done.add(first, rows, first + rows).unwrap();
             assert_eq!(done.rows, expected);
