@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// What is about to be done; for the lab.
@@ -165,6 +165,12 @@ impl File {
         let (from, length) = (range.start as libc::off64_t, (range.end - range.start) as libc::off64_t);
         // SAFETY: it takes and touches no memory.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), from, length, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+
+    /// Whether it was removed: what is written to it goes when it is closed.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        self.file.metadata().is_ok_and(|found| found.nlink() == 0)
     }
 
     /// Cuts, or grows by a hole.

@@ -167,6 +167,9 @@ pub enum Error {
     /// Another server owns the data directory.
     #[error("the data directory {} is in use by another server (its LOCK file is held); stop that one or choose another DATA_DIR", .0.display())]
     Locked(PathBuf),
+    /// A restore was cut short.
+    #[error("the data directory {} holds a part of a backup, of which a restore was cut short (its RESTORING file is there); empty it and restore again", .0.display())]
+    HalfRestored(PathBuf),
     /// A write or sync failed earlier, so nothing more is written.
     #[error("an earlier write to disk failed; nothing more is written until this server is restarted")]
     Poisoned,

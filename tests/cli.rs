@@ -5,7 +5,9 @@ mod common;
 
 use common::{BINARY, Server, call, ok};
 use kiss_vdb::client::Client;
+use kiss_vdb::engine::restore::restore;
 use serde_json::{Value, json};
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -1098,7 +1100,7 @@ fn a_damaged_backup_is_refused_and_leaves_nothing() {
     let (damaged, target) = (dir.path().join("damaged"), dir.path().join("data"));
     let refuse = |name: &str, bytes: &[u8]| {
         std::fs::write(&damaged, bytes).unwrap();
-        let error = kiss_vdb::engine::restore::restore(&damaged, &target, |_, _| true).unwrap_err().to_string();
+        let error = restore(&damaged, &target, |_, _| true).unwrap_err().to_string();
         assert!(error.contains("is damaged at offset"), "{name}: {error}");
         assert!(!target.exists(), "{name}");
     };
@@ -1118,6 +1120,73 @@ fn a_damaged_backup_is_refused_and_leaves_nothing() {
     assert!(ran.code == 1 && ran.err.contains("is damaged at offset"), "{ran:?}");
     assert_eq!(std::fs::read_dir(&target).unwrap().count(), 0);
     run_ok("", &["restore", whole.to_str().unwrap(), target.to_str().unwrap()]);
+}
+
+/// A backup takes minutes to check, in which somebody may begin to use the directory.
+#[test]
+fn a_restore_leaves_alone_what_others_made_meanwhile() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    run_ok(&url, &["put", "from/backup", "1"]);
+    let dir = tempfile::tempdir().unwrap();
+    let (backup, data) = (dir.path().join("backup"), dir.path().join("data"));
+    run_ok(&url, &["backup", backup.to_str().unwrap()]);
+    let other = RefCell::new(None);
+    let begin_other = |_, _| {
+        other.borrow_mut().get_or_insert_with(|| {
+            let other = Server::start_in(&data, &[]);
+            run_ok(&other.target.url(), &["put", "own", "1"]);
+            other
+        });
+        true
+    };
+    let refused = restore(&backup, &data, begin_other).unwrap_err().to_string();
+    assert!(refused.contains("in use by another server"), "{refused}");
+    // It ends first, and only what it left is there.
+    drop(other.into_inner());
+    let ended = |_, _| {
+        if !data.join("log").exists() {
+            let other = Server::start_in(&data, &[]);
+            run_ok(&other.target.url(), &["put", "own", "2"]);
+        }
+        true
+    };
+    assert_eq!(run_ok(&Server::start_in(&data, &[]).target.url(), &["get", "own"]), "1\n");
+    std::fs::remove_dir_all(&data).unwrap();
+    let refused = restore(&backup, &data, ended).unwrap_err().to_string();
+    assert!(refused.contains("is not empty"), "{refused}");
+    assert_eq!(run_ok(&Server::start_in(&data, &[]).target.url(), &["get", "own"]), "2\n");
+}
+
+/// A machine that starts its server by itself must not serve half of a backup as if it were all.
+#[test]
+fn no_server_starts_on_half_of_a_restore() {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    run_ok(&url, &["put", "k", "1"]);
+    let dir = tempfile::tempdir().unwrap();
+    let (backup, data, half) = (dir.path().join("backup"), dir.path().join("data"), dir.path().join("half"));
+    run_ok(&url, &["backup", backup.to_str().unwrap()]);
+    let starts = Cell::new(0);
+    restore(&backup, &data, |_, _| {
+        // As it is if the restore is killed now: its files, and nobody who holds the lock.
+        if data.exists() {
+            std::fs::create_dir(&half).unwrap();
+            for entry in std::fs::read_dir(&data).unwrap().map(Result::unwrap) {
+                let to = half.join(entry.file_name());
+                if entry.file_type().unwrap().is_dir() { std::fs::create_dir(to) } else { std::fs::write(to, "") }
+                    .unwrap();
+            }
+            let ran = run("", &["serve", "--port", "0", "--data-dir", half.to_str().unwrap()]);
+            assert!(ran.code == 1 && ran.err.contains("empty it and restore again"), "{ran:?}");
+            std::fs::remove_dir_all(&half).unwrap();
+            starts.set(starts.get() + 1);
+        }
+        true
+    })
+    .unwrap();
+    assert!(starts.get() > 0);
+    assert_eq!(run_ok(&Server::start_in(&data, &[]).target.url(), &["get", "k"]), "1\n");
 }
 
 #[test]

@@ -586,6 +586,28 @@ async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
 }
 
 /// A sync that fails in the kernel's name: the server poisons itself, reads go on, and what it acknowledged is there after a restart.
+/// What is written to a file without a name is on no disk, whatever a sync says.
+#[tokio::test]
+async fn a_log_removed_under_the_server_poisons_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let server = Server::start_in(&data, &[]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/k {"value":1}"#).await;
+    std::fs::rename(&data, dir.path().join("moved")).unwrap();
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    ok(c, r#"PUT /v1/state/k {"value":2}"#).await;
+    std::fs::remove_dir_all(dir.path().join("moved")).unwrap();
+    let started = Instant::now();
+    while call(c, "GET /v1/health").await.status != 503 {
+        assert!(started.elapsed() < Duration::from_secs(60), "it goes on as if nothing had happened");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let refused = call(c, r#"PUT /v1/state/k {"value":3}"#).await;
+    assert_eq!((refused.status.as_u16(), &refused.json().unwrap()["code"]), (503, &json!("poisoned")));
+    assert_eq!(ok(c, "GET /v1/state/k").await["value"], 2, "reads go on");
+}
+
 /// Skipped where `fiu-run` is not installed; the lab makes every operation fail without it.
 #[tokio::test]
 async fn a_disk_that_fails_poisons_and_loses_nothing() {

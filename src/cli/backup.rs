@@ -63,7 +63,7 @@ pub async fn backup(args: BackupArgs) -> anyhow::Result<()> {
         )
     } else {
         format!(
-            "{}: revision {revision} · {keys} keys · {vectors} vectors in {collections} collections · {records} records written meanwhile · {bytes} bytes, checked",
+            "{}: revision {revision} · read: {keys} keys · {vectors} vectors in {collections} collections · {records} records written meanwhile · {bytes} bytes, checked",
             if is_stdout { "stdout".into() } else { args.file.display().to_string() }
         )
     };
@@ -115,7 +115,7 @@ async fn pass_on(mut download: Download) -> anyhow::Result<(u64, Contents)> {
             Err(error) => break Err(error),
         };
         // Not the quiet end of other commands: whoever took half of it has no backup.
-        out.write_all(&piece).map_err(|error| anyhow!("stdout was closed before the backup was whole: {error}"))?;
+        out.write_all(&piece).map_err(|error| anyhow!("stdout took no more before the backup was whole: {error}"))?;
         if check.write_all(&piece).is_err() {
             // It has seen enough, and says what.
             break Ok(bytes);

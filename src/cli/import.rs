@@ -457,7 +457,8 @@ mod tests {
     /// Noting rows beyond one that is not acknowledged would lose it on a resume.
     #[test]
     fn only_the_beginning_that_is_acknowledged_counts() {
-        let mut done = Done { rows: 0, bytes: 0, ahead: BTreeMap::new(), note: None, noted: Instant::now(), has_told: false };
+        let mut done =
+            Done { rows: 0, bytes: 0, ahead: BTreeMap::new(), note: None, noted: Instant::now(), has_told: false };
         for (first, rows, expected) in [(100, 100, 0), (300, 1, 0), (0, 100, 200), (200, 100, 301)] {
             done.add(first, rows, first + rows).unwrap();
             assert_eq!(done.rows, expected);

@@ -15,7 +15,8 @@ use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::CollectionName;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,6 +26,11 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// Every file and directory is called by a revision, written with so many digits.
 const REVISION_DIGITS: usize = 20;
+
+/// The file in a data directory that whoever uses it holds a lock on.
+pub(super) const LOCK: &str = "LOCK";
+/// The file in a data directory that says: a restore has begun here, and is not done.
+pub(super) const RESTORING: &str = "RESTORING";
 
 /// What recovery hands to the engine.
 #[derive(Debug)]
@@ -51,8 +57,9 @@ impl Paths {
         }
     }
 
+    /// What is below the directory, which is there.
     pub(super) fn create(&self) -> Result<(), Error> {
-        for dir in [&self.dir, &self.log, &self.snapshots, &self.vectors] {
+        for dir in [&self.log, &self.snapshots, &self.vectors] {
             disk::create_dir_all(dir).map_err(Error::opening("cannot create", dir))?;
         }
         let parent = self.dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -63,19 +70,24 @@ impl Paths {
     }
 }
 
-/// Takes the data directory for this process. The lock goes with the process, however it ends.
+/// Takes the data directory for this process, and makes it where it is not there. The lock goes with the process, however it
+/// ends.
 pub(super) fn lock(dir: &Path) -> Result<File, Error> {
-    let path = dir.join("LOCK");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(Error::opening("cannot open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::Locked(dir.to_owned())),
-        Err(TryLockError::Error(e)) => Err(Error::io("cannot lock", &path)(e)),
+    let path = dir.join(LOCK);
+    loop {
+        disk::create_dir_all(dir).map_err(Error::opening("cannot create", dir))?;
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+        let file = file.map_err(Error::opening("cannot open", &path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(Error::Locked(dir.to_owned())),
+            Err(TryLockError::Error(e)) => return Err(Error::io("cannot lock", &path)(e)),
+        }
+        // A restore that failed takes its lock's file away: whoever had opened it before holds a lock on nothing.
+        let is_same = |found: Metadata| file.metadata().is_ok_and(|held| held.ino() == found.ino());
+        if path.metadata().is_ok_and(is_same) {
+            return Ok(file);
+        }
     }
 }
 
@@ -122,8 +134,21 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Backg
         return Ok(Recovered { state: State::default(), wal, replay_needed: Vec::new(), lock: None });
     };
     refuse_foreign(paths)?;
-    paths.create()?;
     let lock = lock(&paths.dir)?;
+    if paths.dir.join(RESTORING).exists() {
+        return Err(Error::HalfRestored(paths.dir.clone()));
+    }
+    recover_locked(paths, lock, max_log_bytes, background)
+}
+
+/// Recovers a data directory that is this process's already.
+pub(super) fn recover_locked(
+    paths: &Paths,
+    lock: File,
+    max_log_bytes: u64,
+    background: &Arc<Background>,
+) -> Result<Recovered, Error> {
+    paths.create()?;
     let started = Instant::now();
     let snapshot = newest_good_snapshot(&paths.snapshots)?;
     let (revision, replay_after) =
@@ -207,7 +232,7 @@ fn newest_good_snapshot(dir: &Path) -> Result<Option<Snapshot>, Error> {
         match snapshot::read(path) {
             Ok(snapshot) => return Ok(Some(snapshot)),
             Err(error) => {
-                tracing::error!(%error, "a snapshot is damaged; trying an older one");
+                tracing::error!(%error, "a snapshot cannot be used; trying an older one");
                 first_error.get_or_insert(error);
             }
         }

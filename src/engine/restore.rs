@@ -1,9 +1,10 @@
 //! A data directory from a backup.
 //!
 //! The file is checked to its end before anything is made. Then the walk is loaded and the records behind it are applied,
-//! by the same `apply` as commit and recovery; vectors go to their files, the rest to a first snapshot, which is written
-//! last: without it no server starts on what an interrupted restore left. At the end the directory is opened as a start
-//! would, and counted.
+//! by the same `apply` as commit and recovery; vectors go to their files, the rest to a first snapshot. At the end the
+//! directory is opened as a start would, and counted.
+//!
+//! All the while the directory is locked, and a file in it says that it holds half of a restore: no server starts on that.
 //!
 //! Revisions go on behind a gap, as after a crash of a relaxed mode, but a wide one: see [`super::wal::create_behind`].
 
@@ -11,14 +12,17 @@ use super::Paths;
 use super::backup::{Block, Blocks, Contents, ReadError, verify};
 use super::collections::SharedCollection;
 use super::linker::Background;
-use super::recovery::{Preparer, lock, recover};
+use super::recovery::{LOCK, Preparer, RESTORING, lock, recover_locked};
 use super::snapshot;
 use super::state::State;
 use super::wal::{self, Gap};
+use crate::disk;
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::CollectionName;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -58,15 +62,23 @@ pub enum RestoreError {
 /// error `dir` is as it was. Blocking.
 pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Result<Restored, RestoreError> {
     refuse_used(dir)?;
-    let existed = dir.exists();
     let contents = verify(file, |read, of| go_on(read, 2 * of))?.ok_or(RestoreError::Interrupted)?;
+    let existed = dir.exists();
+    let lock = lock(dir)?;
+    // The check took its time: others may have come and gone. From here on nobody does.
+    if !files_of(dir)?.iter().all(|path| path.ends_with(LOCK)) {
+        return Err(RestoreError::NotEmpty(dir.to_owned()));
+    }
     let paths = Paths::below(dir);
-    build(file, &paths, contents, go_on).inspect_err(|_| {
-        // Whatever cannot be removed is refused by the next restore, and by a start: there is no snapshot.
+    build(file, &paths, contents, &lock, go_on).inspect_err(|_| {
+        // What cannot be removed is refused by the next restore, and by a start as long as the mark is there.
         for part in [&paths.log, &paths.snapshots, &paths.vectors] {
-            std::fs::remove_dir_all(part).ok();
+            if std::fs::remove_dir_all(part).is_err_and(|error| error.kind() != ErrorKind::NotFound) {
+                return;
+            }
         }
-        std::fs::remove_file(dir.join("LOCK")).ok();
+        std::fs::remove_file(dir.join(RESTORING)).ok();
+        std::fs::remove_file(dir.join(LOCK)).ok();
         if !existed {
             std::fs::remove_dir(dir).ok();
         }
@@ -75,23 +87,30 @@ pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Res
 
 /// A restore fills nothing that holds something.
 pub fn refuse_used(dir: &Path) -> Result<(), RestoreError> {
-    if dir.exists() && std::fs::read_dir(dir).map_err(Error::io("cannot list", dir))?.next().is_some() {
+    if dir.exists() && !files_of(dir)?.is_empty() {
         return Err(RestoreError::NotEmpty(dir.to_owned()));
     }
     Ok(())
+}
+
+fn files_of(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    disk::list(dir).map_err(Error::io("cannot list", dir))
 }
 
 fn build(
     file: &Path,
     paths: &Paths,
     contents: Contents,
+    lock: &File,
     go_on: impl Fn(u64, u64) -> bool,
 ) -> Result<Restored, RestoreError> {
+    let mark = paths.dir.join(RESTORING);
+    File::create(&mark).map_err(Error::opening("cannot create", &mark))?;
+    // Syncs the directory, so that the mark is there before anything else.
     paths.create()?;
-    let lock = lock(&paths.dir)?;
     // Nothing is linked here: the server does it, as for any collection without a graph file.
     let background = Background::new();
-    let mut state = load(file, paths, contents, &background, go_on)?;
+    let state = load(file, paths, contents, &background, go_on)?;
     let revision = state.revision();
     for collection in state.take_dropped() {
         if let Some(dir) = collection.dir() {
@@ -112,9 +131,10 @@ fn build(
         collections: state.collections().len() as u64,
         vectors,
     };
-    state = State::default();
-    drop((state, lock));
-    check(paths, restored, gap)?;
+    drop(state);
+    check(paths, lock, restored, gap)?;
+    std::fs::remove_file(&mark).map_err(Error::io("cannot remove", &mark))?;
+    disk::sync_dir(&paths.dir).map_err(Error::io("cannot sync", &paths.dir))?;
     Ok(restored)
 }
 
@@ -202,8 +222,9 @@ fn load(
 }
 
 /// Opens the directory as a start would.
-fn check(paths: &Paths, restored: Restored, gap: Gap) -> Result<(), Error> {
-    let recovered = recover(Some(paths), u64::MAX, &Background::new())?;
+fn check(paths: &Paths, lock: &File, restored: Restored, gap: Gap) -> Result<(), Error> {
+    let lock = lock.try_clone().map_err(Error::io("cannot lock", &paths.dir))?;
+    let recovered = recover_locked(paths, lock, u64::MAX, &Background::new())?;
     let state = &recovered.state;
     let vectors: usize = state.collections().values().map(|c| c.read(|c| c.len())).sum();
     let counts = (state.key_counts().0 as u64, state.collections().len() as u64, vectors as u64);

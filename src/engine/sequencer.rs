@@ -491,7 +491,7 @@ impl Sequencer {
         self.inner.poisoned.store(true, Ordering::Release);
     }
 
-    /// Once a second: sync in `interval` mode, mark how far the log is durable, lean the clock.
+    /// Once a second: see that the log is still there, sync in `interval` mode, mark how far the log is durable, lean the clock.
     fn tick(&mut self) {
         if self.is_poisoned() || self.inner.is_making_room.load(Ordering::Relaxed) {
             self.last_tick = Instant::now();
@@ -501,6 +501,11 @@ impl Sequencer {
             return;
         }
         self.last_tick = Instant::now();
+        if let Some(path) = self.wal.removed() {
+            let cause = std::io::Error::other("it was removed while the server ran, and with it what it held");
+            self.poison(&Error::io("cannot write to", path)(cause));
+            return;
+        }
         self.inner.clock.lean();
         if self.unsynced && self.fsync == Fsync::Interval {
             self.unsynced = false;

@@ -976,6 +976,11 @@ impl Wal {
         Ok(())
     }
 
+    /// The newest segment, if it was removed.
+    pub fn removed(&self) -> Option<&Path> {
+        self.active.path.as_deref().filter(|_| self.active.file.is_removed())
+    }
+
     /// Whether there is nothing but zeros behind the last frame; for the lab. What is there could come back to life.
     #[cfg(test)]
     pub(crate) fn is_clean(&self) -> Result<bool, Error> {
