@@ -156,10 +156,15 @@ impl Resume {
 /// What a reconnecting `EventSource` sends.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
+/// An empty one is none, as an `EventSource` means it.
+fn last_event_id(headers: &Fields) -> Option<&HeaderValue> {
+    headers.first(LAST_EVENT_ID).filter(|value| !value.is_empty())
+}
+
 /// Where a client wants to resume, if it says so. `Last-Event-ID` beats `since`.
 async fn resume_point(app: &App, headers: &Fields, params: &Params) -> ApiResult<Option<Resume>> {
     let at = |revision| Some(Resume { after: Revision(revision), before_oldest: false });
-    if let Some(value) = headers.first(LAST_EVENT_ID).filter(|v| !v.is_empty()) {
+    if let Some(value) = last_event_id(headers) {
         let id = value.to_str().ok().filter(|v| v.bytes().all(|b| b.is_ascii_digit())).and_then(|v| v.parse().ok());
         let resume = id.map(at).ok_or_else(|| invalid("Last-Event-ID is not an id this server gave out"))?;
         // The id of an empty server: whoever has it has seen nothing, and is told when the first events are gone. As `since`, 0
@@ -229,7 +234,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         _ => feed.head(),
     };
     // A client that comes back by its last id has its snapshot; whoever asks anew, by `since` or not, gets one.
-    let resumes = headers.first(LAST_EVENT_ID).is_some() && resume.is_some() && reset.is_none();
+    let resumes = last_event_id(headers).is_some() && resume.is_some() && reset.is_none();
     let subscription = feed.subscribe(filter.clone(), after);
     let mut out = format!("retry: {RETRY_MS}\n");
     let phase = if wants_snapshot && !resumes {

@@ -102,14 +102,6 @@ impl Payload {
             Self::Coming(body) => body.size_hint().upper(),
         }
     }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        match self {
-            Self::Whole(bytes) => bytes.is_empty(),
-            Self::Coming(body) => body.is_end_stream(),
-        }
-    }
 }
 
 impl From<Payload> for Body {
@@ -448,10 +440,16 @@ async fn collect(mut body: Limited<Body>) -> Result<Bytes, BoxError> {
 
 /// Reads a JSON body's text, after checking its type and depth.
 pub async fn read_json(headers: &Fields, body: Payload, limit: usize) -> ApiResult<Bytes> {
-    if body_type(headers)? != BodyType::Json {
-        return Err(ApiError::UnsupportedMediaType("of Content-Type: application/json"));
-    }
+    must_be_json(headers)?;
     read_body(headers, body, limit).await
+}
+
+/// Refuses a body that is said to be something else.
+pub fn must_be_json(headers: &Fields) -> ApiResult<()> {
+    match body_type(headers)? {
+        BodyType::Json => Ok(()),
+        _ => Err(ApiError::UnsupportedMediaType("of Content-Type: application/json")),
+    }
 }
 
 /// Does work on so many bytes of text. A thread that serves requests first hands over those that wait behind a large one: a

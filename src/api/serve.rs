@@ -31,7 +31,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -59,12 +59,17 @@ const ASKS_FOR_EVENTS: &[u8] = b"GET /v1/events";
 /// How often, and how many times, it is looked whether a connection's first one or two bytes have become more.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const LOOKS: usize = 100;
-/// How long a client has to take the last answer of a connection, and to end its side.
+/// How long a client that sends no more has to take the last answer of a connection and to end its side, or one that is refused
+/// for there being too many.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a client that goes on sending what nobody wants, the rest of a large body, has to come to its end and read the answer.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also hyper's largest buffer, and the largest body that [`whole`] takes.
 pub const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Pieces in which an HTTP/2 answer is handed over.
+const WATCHED_BYTES: usize = 64 << 10;
 /// Streams one HTTP/2 connection may have open.
 const H2_STREAMS_MAX: u32 = 256;
 
@@ -176,17 +181,14 @@ pub async fn serve(
         match address {
             Ok(address) => connected.address = address,
             Err(NoPlace) => {
-                refuse(
-                    &refusals,
-                    tcp,
-                    ApiError::RateLimited { what: "connections from this address", retry_after_s: 1 },
-                );
+                let refusal = ApiError::RateLimited { what: "connections from this address", retry_after_s: 1 };
+                server.refuse(&refusals, tcp, refusal);
                 continue;
             }
         }
         if is_refused {
             app.engine.metrics().connections_refused.inc();
-            refuse(&refusals, tcp, Rejection::Overloaded("too many connections; retry in a moment").into());
+            server.refuse(&refusals, tcp, Rejection::Overloaded("too many connections; retry in a moment").into());
             continue;
         }
         tune(&tcp);
@@ -200,6 +202,20 @@ pub async fn serve(
 }
 
 impl Server {
+    /// Says that there are too many connections, without spending a request on it. While many are being told so, others are
+    /// closed without a word: those who are refused must not use up the files that refusing was to save. So are those who
+    /// expect TLS, whose handshake it would spoil.
+    fn refuse(&self, refusals: &Arc<Semaphore>, stream: TcpStream, refusal: ApiError) {
+        if let Ok(place) = Arc::clone(refusals).try_acquire_owned()
+            && self.tls.is_none()
+        {
+            tokio::spawn(async move {
+                tell_refusal(stream, refusal).await;
+                drop(place);
+            });
+        }
+    }
+
     /// Waits for a connection's first bytes, and for its turn.
     async fn begin(self: Arc<Self>, tcp: TcpStream, peer: IpAddr, connected: Connected) {
         let mut stop = self.stop.clone();
@@ -300,11 +316,12 @@ impl Server {
             _ = stop.wait_for(|stop| *stop) => return,
         };
         // A handshake that fails is the client's affair.
-        let Ok(Ok(stream)) = shaken else { return };
+        let Ok(Ok(mut stream)) = shaken else { return };
         if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
             Box::pin(self.http2(stream, service)).await;
         } else {
-            self.http1(stream, service).await;
+            self.http1(&mut stream, service).await;
+            Box::pin(close(&mut stream)).await;
         }
     }
 
@@ -366,7 +383,7 @@ impl Looks {
         }
         answers.push(Arc::downgrade(&last));
         drop(answers);
-        Body::new(Watched { body, last })
+        Body::new(Watched { body, left: Bytes::new(), last })
     }
 
     /// Ready when an answer has not been looked at for long. A stream that is well is looked at with each heartbeat.
@@ -382,9 +399,12 @@ impl Looks {
     }
 }
 
-/// An answer that notes when it is looked at.
+/// An answer that notes when it is looked at. It is handed over in pieces: hyper looks for the next when the client has room for
+/// it, and what it has been handed nobody can look after.
 struct Watched {
     body: Body,
+    /// The rest of what the body had ready.
+    left: Bytes,
     last: Arc<Mutex<Instant>>,
 }
 
@@ -397,15 +417,29 @@ impl http_body::Body for Watched {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, axum::Error>>> {
         *self.last.lock() = Instant::now();
-        Pin::new(&mut self.body).poll_frame(cx)
+        if self.left.is_empty() {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)).transpose()?.map(http_body::Frame::into_data) {
+                Some(Ok(data)) => self.left = data,
+                Some(Err(other)) => return Poll::Ready(Some(Ok(other))),
+                None => return Poll::Ready(None),
+            }
+        }
+        let count = self.left.len().min(WATCHED_BYTES);
+        Poll::Ready(Some(Ok(http_body::Frame::data(self.left.split_to(count)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.left.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
+        let (hint, left) = (self.body.size_hint(), self.left.len() as u64);
+        let mut sum = http_body::SizeHint::new();
+        sum.set_lower(hint.lower() + left);
+        if let Some(upper) = hint.upper() {
+            sum.set_upper(upper + left);
+        }
+        sum
     }
 }
 
@@ -486,36 +520,28 @@ pub fn set_patience(stream: &TcpStream, patience: Option<Duration>) {
     rustix::net::sockopt::set_tcp_user_timeout(stream, patience_ms).ok();
 }
 
-/// Says that there are too many connections, without spending a request on it. While many are being told so, others are
-/// closed without a word: those who are refused must not use up the files that refusing was to save.
-fn refuse(refusals: &Arc<Semaphore>, stream: TcpStream, refusal: ApiError) {
-    if let Ok(place) = Arc::clone(refusals).try_acquire_owned() {
-        tokio::spawn(async move {
-            tell_refusal(stream, refusal).await;
-            drop(place);
-        });
-    }
-}
-
 async fn tell_refusal(mut stream: TcpStream, refusal: ApiError) {
     let message = refusal.into_last_words();
-    // The client may be gone already.
-    if let Ok(Ok(())) = tokio::time::timeout(LAST_WORDS_TIMEOUT, stream.write_all(message.as_bytes())).await {
-        close(&mut stream).await;
-    }
+    let tell = async {
+        // The client may be gone already.
+        if stream.write_all(message.as_bytes()).await.is_ok() {
+            close(&mut stream).await;
+        }
+    };
+    tokio::time::timeout(LAST_WORDS_TIMEOUT, tell).await.ok();
 }
 
 /// Ends a connection whose last answer is sent. Closed while something is unread that its client has sent, it would be reset, and
 /// the answer might be lost on the way.
-pub async fn close(stream: &mut TcpStream) {
+pub async fn close<T: AsyncRead + AsyncWrite + Unpin>(stream: &mut T) {
     let close = async {
         stream.shutdown().await?;
-        let mut ignored = [0; 1024];
-        while stream.read(&mut ignored).await? > 0 {}
+        let mut ignored = [0; 4096];
+        while tokio::time::timeout(LAST_WORDS_TIMEOUT, stream.read(&mut ignored)).await?? > 0 {}
         std::io::Result::Ok(())
     };
     // What a client gone cannot be told is its own affair.
-    tokio::time::timeout(LAST_WORDS_TIMEOUT, close).await.ok();
+    tokio::time::timeout(LINGER_TIMEOUT, close).await.ok();
 }
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    BodyType, Head, Object, Params, Payload, aside, body_type, condition, etags, meta, parse_json, parse_list,
-    parse_object, path_tail, read_body, read_json, vector,
+    BodyType, Head, Object, Params, Payload, aside, body_type, condition, etags, meta, must_be_json, parse_json,
+    parse_list, parse_object, path_tail, read_body, read_json, vector,
 };
 use super::offer;
 use super::serve::HEAD_BYTES_MAX;
@@ -289,9 +289,13 @@ pub async fn delete(State(app): State<App>, head: Head, body: Payload) -> ApiRes
     let key = key_of(uri)?;
     let params = Params::parse(uri, &["if_revision"])?;
     let asked = params.revision("if_revision")?;
-    let bytes = if body.is_empty() { Bytes::new() } else { read_json(headers, body, app.max_body_bytes).await? };
-    // A condition in the body that was overlooked would delete what its sender wants to keep.
-    let body: DeleteBody = if bytes.is_empty() { DeleteBody::default() } else { parse_object(&bytes)? };
+    let bytes = read_body(headers, body, app.max_body_bytes).await?;
+    let mut body = DeleteBody::default();
+    if !bytes.is_empty() {
+        // A condition in the body that was overlooked would delete what its sender wants to keep.
+        must_be_json(headers)?;
+        body = parse_object(&bytes)?;
+    }
     if asked.is_some() && body.if_revision.is_some() {
         return Err(invalid("give if_revision in the query or in the body, not in both"));
     }

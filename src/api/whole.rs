@@ -313,6 +313,10 @@ fn parse(input: &mut BytesMut) -> Parsed {
     if !target.starts_with('/') {
         return Parsed::Other;
     }
+    if target.contains('#') {
+        // A fragment is no part of a request, and would be left out: another key, say.
+        return Parsed::Refused(NO_REQUEST);
+    }
     let mut body_bytes = None;
     let mut is_last = false;
     for field in &*head.headers {
@@ -576,6 +580,7 @@ mod tests {
             "nonsense\r\n\r\n",
             "GET /a<b HTTP/1.1\r\n\r\n",
             "GET /a b HTTP/1.1\r\n\r\n",
+            "GET /a#b HTTP/1.1\r\n\r\n",
             "\x16\x03\x01\x02\x00\x01",
         ] {
             assert!(matches!(parse(&mut BytesMut::from(request.as_bytes())), Parsed::Refused(_)), "{request:?}");

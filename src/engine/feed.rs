@@ -240,10 +240,18 @@ struct Read {
 
 #[derive(Debug)]
 struct Noted {
-    /// Positions of matching frames.
+    /// Positions of matching frames, all from `complete_from` on.
     positions: VecDeque<u64>,
     /// Nothing that matches is missing from here on.
     complete_from: u64,
+}
+
+impl Noted {
+    /// With what is noted from `position` on. Kept, what was noted before a gap would be taken for what comes behind it.
+    fn begin_anew(&mut self, position: u64) {
+        self.positions.clear();
+        self.complete_from = position;
+    }
 }
 
 #[derive(Debug, Default)]
@@ -509,7 +517,7 @@ impl Feed {
         let registry = self.registry.lock();
         if start > from {
             // The ring moved on before these were matched: streams must look for themselves.
-            registry.topics.values().for_each(|topic| topic.noted.lock().complete_from = start);
+            registry.topics.values().for_each(|topic| topic.noted.lock().begin_anew(start));
         }
         let mut touched: Topics = if start > from { registry.topics.values().cloned().collect() } else { Vec::new() };
         if !registry.topics.is_empty() {
@@ -657,9 +665,6 @@ impl Topic {
         if noted.complete_from != end {
             return false;
         }
-        // Of before the ring ran ahead of the matching once, with a gap behind.
-        let stale = noted.positions.partition_point(|&p| p < end);
-        noted.positions.drain(..stale);
         noted.complete_from = start;
         for position in found.into_iter().rev() {
             if noted.positions.len() == TOPIC_NOTED_MAX {
@@ -1098,6 +1103,25 @@ mod tests {
         assert!(misses > 2, "it was to read the log again and again: {misses}");
         writer.join().unwrap();
         feed.stop();
+    }
+
+    /// A topic that has noted as much as it may would forget that there is a gap, one old position after the other.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_ring_that_ran_ahead_of_the_matching_leaves_no_gap() {
+        const NOTED: u64 = TOPIC_NOTED_MAX as u64 + 100;
+        let (feed, mut wal) = start();
+        let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
+        (0..NOTED).for_each(|_| publish(&feed, &mut wal, 1));
+        while feed.matched.load(Ordering::Acquire) < NOTED {
+            std::thread::yield_now();
+        }
+        read(&mut subscription, NOTED).await;
+        // From here on matching is for this test to begin.
+        feed.stop();
+        (0..20).for_each(|_| publish(&feed, &mut wal, 1 << 20));
+        assert!(feed.ring.read().first > NOTED, "the ring still has what is to be missed");
+        while feed.match_some() {}
+        read(&mut subscription, NOTED + 20).await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
