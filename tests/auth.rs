@@ -492,6 +492,15 @@ fn tls_serves_both_protocols_and_takes_over_a_new_certificate() {
         let stream = curl(&[version, "-N", "--max-time", "1", &format!("{url}/v1/events?since=0")]);
         assert!(stream.starts_with("retry: 1000\nid: 0\n\nevent: state_updated\n"), "{stream}");
     }
+    // Refused before it is read: closed at once, the connection would be reset and the answer lost.
+    let large = dir.path().join("large");
+    std::fs::write(&large, vec![b'x'; 5 << 20]).unwrap();
+    let upload = format!("@{}", large.display());
+    let nowhere = format!("{url}/nowhere");
+    for _ in 0..10 {
+        let got = curl(&["--http1.1", "-H", "Expect:", "-w", " %{http_code}", "--data-binary", &upload, &nowhere]);
+        assert!(got.contains("route_not_found") && got.ends_with(" 404"), "{got:?}");
+    }
     make("second");
     let authority = url.strip_prefix("https://").unwrap().to_owned();
     let is_new = || {

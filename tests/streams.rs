@@ -658,6 +658,18 @@ async fn raw(server: &Server, request: &str) -> String {
     String::from_utf8(answer).unwrap()
 }
 
+/// Taken for that of one who comes back, it would leave a client with changes to a state it has not seen.
+#[tokio::test]
+async fn an_empty_last_event_id_is_none() {
+    let server = Server::start(&[]);
+    ok(&mut server.client(), r#"PUT /v1/state/a {"value":1}"#).await;
+    let begin = "GET /v1/events?since=1&snapshot=true HTTP/1.1\r\nhost: h\r\nlast-event-id:";
+    for (id, has_snapshot) in [("", true), ("1", false)] {
+        let answer = raw(&server, &format!("{begin}{id}\r\n\r\n")).await;
+        assert_eq!(answer.contains("event: snapshot_end"), has_snapshot, "{answer}");
+    }
+}
+
 #[tokio::test]
 async fn a_stream_begins_behind_its_head_however_the_request_came() {
     let server = Server::start(&[]);

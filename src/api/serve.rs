@@ -547,6 +547,8 @@ pub async fn close<T: AsyncRead + AsyncWrite + Unpin>(stream: &mut T) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http_body::Body as _;
+    use http_body_util::BodyExt;
 
     #[test]
     fn answers_that_are_over_are_not_looked_after() {
@@ -558,6 +560,22 @@ mod tests {
         let answers = looks.0.lock();
         let live = answers.iter().filter(|last| last.strong_count() > 0).count();
         assert!(live == kept.len() && answers.len() <= 2 * H2_STREAMS_MAX as usize, "{live} of {}", answers.len());
+    }
+
+    /// What is handed over whole would wait in hyper, where nobody sees that its reader stands still.
+    #[tokio::test]
+    async fn an_http2_answer_is_handed_over_in_pieces() {
+        let whole = Bytes::from((0..200_000_u32).map(|n| n as u8).collect::<Vec<_>>());
+        let mut body = Looks::default().watch(Body::from(whole.clone()));
+        let mut all = Vec::new();
+        while all.len() < whole.len() {
+            assert_eq!(body.size_hint().exact(), Some((whole.len() - all.len()) as u64));
+            assert!(!body.is_end_stream());
+            let piece = body.frame().await.unwrap().unwrap().into_data().unwrap();
+            assert!((1..=WATCHED_BYTES).contains(&piece.len()));
+            all.extend_from_slice(&piece);
+        }
+        assert!(body.is_end_stream() && body.frame().await.is_none() && all == whole);
     }
 
     #[test]
