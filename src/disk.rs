@@ -10,6 +10,7 @@
 use crate::faults::{self, Bug};
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
+use std::fs::Metadata;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -159,18 +160,22 @@ impl File {
         self.file.sync_data()
     }
 
-    /// Has the system begin with what [`Self::sync`] will do with a range, and does not wait for it. Nothing rests on it: of what
-    /// fails here the sync tells.
+    /// Has the system begin with what [`Self::sync`] will do with a range, and does not wait for it. Nothing rests on it: the sync
+    /// writes what is left, and tells of what the disk refused.
     pub fn begin_sync(&self, range: Range<u64>) {
+        // No length would be all of the file.
+        debug_assert!(!range.is_empty());
         let (from, length) = (range.start as libc::off64_t, (range.end - range.start) as libc::off64_t);
         // SAFETY: it takes and touches no memory.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), from, length, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
-    /// Whether it was removed: what is written to it goes when it is closed.
+    /// Whether it was removed from `path`, where it was made: what is written to it goes when it is closed. Some file systems count no
+    /// links, so its place is looked at too.
     #[must_use]
-    pub fn is_removed(&self) -> bool {
-        self.file.metadata().is_ok_and(|found| found.nlink() == 0)
+    pub fn is_removed(&self, path: &Path) -> bool {
+        let is_here = |held: &Metadata| path.metadata().is_ok_and(|found| found.ino() == held.ino());
+        self.file.metadata().is_ok_and(|held| held.nlink() == 0 && !is_here(&held))
     }
 
     /// Cuts, or grows by a hole.

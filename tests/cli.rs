@@ -1141,7 +1141,7 @@ fn a_restore_leaves_alone_what_others_made_meanwhile() {
         true
     };
     let refused = restore(&backup, &data, begin_other).unwrap_err().to_string();
-    assert!(refused.contains("in use by another server"), "{refused}");
+    assert!(refused.contains("in use by another server or a restore"), "{refused}");
     // It ends first, and only what it left is there.
     drop(other.into_inner());
     let ended = |_, _| {
@@ -1177,6 +1177,7 @@ fn no_server_starts_on_half_of_a_restore() {
                 if entry.file_type().unwrap().is_dir() { std::fs::create_dir(to) } else { std::fs::write(to, "") }
                     .unwrap();
             }
+            assert!(Server::try_start_in(&half, &[], None).is_none(), "a server starts on half of it");
             let ran = run("", &["serve", "--port", "0", "--data-dir", half.to_str().unwrap()]);
             assert!(ran.code == 1 && ran.err.contains("empty it and restore again"), "{ran:?}");
             std::fs::remove_dir_all(&half).unwrap();

@@ -586,7 +586,6 @@ async fn a_full_disk_refuses_growth_lets_deletes_pass_and_heals() {
     assert_eq!(call(c, "GET /v1/state/healed").await.status, 200);
 }
 
-/// A sync that fails in the kernel's name: the server poisons itself, reads go on, and what it acknowledged is there after a restart.
 /// What is written to a file without a name is on no disk, whatever a sync says.
 #[tokio::test]
 async fn a_log_removed_under_the_server_poisons_it() {
@@ -609,6 +608,7 @@ async fn a_log_removed_under_the_server_poisons_it() {
     assert_eq!(ok(c, "GET /v1/state/k").await["value"], 2, "reads go on");
 }
 
+/// A sync that fails in the kernel's name: the server poisons itself, reads go on, and what it acknowledged is there after a restart.
 /// Skipped where `fiu-run` is not installed; the lab makes every operation fail without it.
 #[tokio::test]
 async fn a_disk_that_fails_poisons_and_loses_nothing() {

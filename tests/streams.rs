@@ -666,6 +666,7 @@ async fn an_empty_last_event_id_is_none() {
     let begin = "GET /v1/events?since=1&snapshot=true HTTP/1.1\r\nhost: h\r\nlast-event-id:";
     for (id, has_snapshot) in [("", true), ("1", false)] {
         let answer = raw(&server, &format!("{begin}{id}\r\n\r\n")).await;
+        assert!(answer.contains("retry: 1000"), "{answer}");
         assert_eq!(answer.contains("event: snapshot_end"), has_snapshot, "{answer}");
     }
 }

@@ -3,7 +3,7 @@
 //! - Heads must arrive within [`HEAD_TIMEOUT`], bodies within a timeout of their own (`extract.rs`).
 //! - A reader that accepts no byte for [`STALL_TIMEOUT`] is cut, a stream's by `live.rs`, others by the kernel; over HTTP/2, where a connection
 //!   can live on while one of its answers stands still, the connection is cut after twice that.
-//! - Beyond `max_connections` a connection is answered 503 and closed, so that the rest goes on.
+//! - Beyond `max_connections` a connection is answered 503 and closed (with a certificate only closed), so that the rest goes on.
 //! - HTTP/1.1 and, by prior knowledge, HTTP/2 without TLS; with a certificate both over TLS, as ALPN says.
 //! - Connections are accepted, and wait for their first bytes, on a runtime of one thread. From there a few at a time go to the
 //!   threads that serve requests: when thousands of streams come back at once they wait in a line of their own, and
@@ -68,8 +68,8 @@ const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also hyper's largest buffer, and the largest body that [`whole`] takes.
 pub const HEAD_BYTES_MAX: usize = 64 << 10;
-/// Pieces in which an HTTP/2 answer is handed over.
-const WATCHED_BYTES: usize = 64 << 10;
+/// Pieces in which an HTTP/2 answer is handed over, those of its frames. One that moves on by less in twice [`STALL_TIMEOUT`] is cut.
+const WATCHED_BYTES: usize = 16 << 10;
 /// Streams one HTTP/2 connection may have open.
 const H2_STREAMS_MAX: u32 = 256;
 
@@ -197,7 +197,7 @@ pub async fn serve(
     drop((listener, alive));
     app.engine.feed().drain();
     if tokio::time::timeout(DRAIN_TIMEOUT, all_gone.recv()).await.is_err() {
-        tracing::warn!("some requests were still running and are cut off");
+        tracing::warn!("some connections were still at work and are cut off");
     }
 }
 
@@ -206,8 +206,8 @@ impl Server {
     /// closed without a word: those who are refused must not use up the files that refusing was to save. So are those who
     /// expect TLS, whose handshake it would spoil.
     fn refuse(&self, refusals: &Arc<Semaphore>, stream: TcpStream, refusal: ApiError) {
-        if let Ok(place) = Arc::clone(refusals).try_acquire_owned()
-            && self.tls.is_none()
+        if self.tls.is_none()
+            && let Ok(place) = Arc::clone(refusals).try_acquire_owned()
         {
             tokio::spawn(async move {
                 tell_refusal(stream, refusal).await;
@@ -344,7 +344,7 @@ impl Server {
     }
 
     async fn http2(&self, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: Service) {
-        // Each answer's last look by hyper, which looks only when the client has room for more.
+        // Each answer's last look by hyper, which looks again when the client has taken what there was.
         let looks = Looks::default();
         let noted = looks.clone();
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
@@ -399,8 +399,8 @@ impl Looks {
     }
 }
 
-/// An answer that notes when it is looked at. It is handed over in pieces: hyper looks for the next when the client has room for
-/// it, and what it has been handed nobody can look after.
+/// An answer that notes when it is looked at. It is handed over in pieces: hyper looks for the next when the one before is sent, and
+/// what it has been handed nobody can look after.
 struct Watched {
     body: Body,
     /// The rest of what the body had ready.

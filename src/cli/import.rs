@@ -294,7 +294,7 @@ async fn send_batches(
                 Ok(_) => break,
                 Err(error) if tries < TRIES && is_passing(&error) => {
                     if !std::mem::replace(&mut done.lock().has_told, true) {
-                        bar.suspend(|| eprintln!("kiss-vdb: {error:#}; tried again for half a minute"));
+                        bar.suspend(|| eprintln!("kiss-vdb: {error:#}; trying again for half a minute"));
                     }
                     tokio::time::sleep(RETRY * (1 << (tries - 1))).await;
                 }

@@ -52,6 +52,8 @@ const RING_SCAN_EVENTS: usize = 2048;
 const CATCH_UPS_MAX: usize = 8;
 /// Bytes of log read at a time for one stream.
 const CATCH_UP_BYTES: usize = 256 << 10;
+/// What a part of it counts for beside its records.
+const PART_BYTES: usize = 200;
 /// Decoded log that a topic keeps while streams of it are behind.
 const HISTORY_BYTES_MAX: usize = 8 << 20;
 /// Most keys, prefixes, collections, types, jobs and tags in one filter.
@@ -417,7 +419,10 @@ impl Feed {
     /// Drops the oldest of the recent events, for a batch that will be published. Called by the sequencer while the disk works:
     /// what is dropped is long out of the processor's caches.
     pub fn make_room(&self) {
-        self.ring.write().make_room();
+        // Looked at first: most batches need none, and streams are reading.
+        if self.ring.read().bytes > RING_BYTES_MAX {
+            self.ring.write().make_room();
+        }
     }
 
     /// Publishes committed records, in order. Called by the sequencer alone.
@@ -505,13 +510,14 @@ impl Feed {
     /// Notes new events in the topics that want them and wakes those topics' streams. False when there was nothing new.
     fn match_some(&self) -> bool {
         let from = self.matched.load(Ordering::Acquire);
-        let (start, events) = {
+        let (first, start, events) = {
             let ring = self.ring.read();
             let start = from.max(ring.first);
             let skip = usize::try_from(start - ring.first).unwrap_or(usize::MAX);
-            (start, ring.events.iter().skip(skip).take(RING_SCAN_EVENTS).cloned().collect::<Vec<_>>())
+            (ring.first, start, ring.events.iter().skip(skip).take(RING_SCAN_EVENTS).cloned().collect::<Vec<_>>())
         };
-        if events.is_empty() {
+        // Where nothing is left, what was there must still be looked for in the log.
+        if events.is_empty() && start == from {
             return false;
         }
         let registry = self.registry.lock();
@@ -525,7 +531,7 @@ impl Feed {
                 let facets = event.facets();
                 registry.candidates(&facets, |topic| {
                     if topic.filter.wants(&facets)
-                        && topic.note(position)
+                        && topic.note(position, first)
                         && !touched.last().is_some_and(|t| Arc::ptr_eq(t, topic))
                     {
                         touched.push(Arc::clone(topic));
@@ -633,16 +639,18 @@ impl Feed {
 }
 
 impl Topic {
-    /// Notes a matching position; false when it was noted already (two of the topic's terms matched).
-    fn note(&self, position: u64) -> bool {
+    /// Notes a matching position; false when it was noted already (two of the topic's terms matched). What the ring, which begins
+    /// at `first`, has no more is forgotten.
+    fn note(&self, position: u64, first: u64) -> bool {
         let mut noted = self.noted.lock();
         if noted.positions.back() == Some(&position) {
             return false;
         }
-        if noted.positions.len() == TOPIC_NOTED_MAX
-            && let Some(gone) = noted.positions.pop_front()
+        while let Some(&oldest) = noted.positions.front()
+            && (oldest < first || noted.positions.len() == TOPIC_NOTED_MAX)
         {
-            noted.complete_from = gone + 1;
+            noted.positions.pop_front();
+            noted.complete_from = oldest + 1;
         }
         noted.positions.push_back(position);
         true
@@ -652,6 +660,10 @@ impl Topic {
     /// through the ring once for all. False when the ring begins later, or another stream was faster.
     fn reach_back(&self, ring: &RwLock<Ring>, position: u64) -> bool {
         let end = self.noted.lock().complete_from;
+        if end <= position {
+            // Another stream was faster, and reached further.
+            return true;
+        }
         let start = position.max(end.saturating_sub(RING_SCAN_EVENTS as u64));
         let found: Vec<u64> = {
             let ring = ring.read();
@@ -677,8 +689,7 @@ impl Topic {
     }
 
     /// Keeps what was read for the other streams of this topic that are behind.
-    fn keep_history(&self, read: Read, frames: &[Arc<Frame>], reached: Revision, head: Revision) {
-        let bytes: usize = frames.iter().map(|frame| frame.weight).sum();
+    fn keep_history(&self, read: Read, frames: &[Arc<Frame>], bytes: usize, reached: Revision, head: Revision) {
         // What reaches the head may be more for the next one to read. Looked at under the lock, so that nothing is kept once
         // the last stream is level.
         let mut history = self.history.lock();
@@ -869,7 +880,7 @@ impl Subscription {
             if matched > position {
                 self.position = Some(matched);
             }
-            // `matched_revision` was read first, so it belongs to an earlier or the same moment as `matched`.
+            // Whichever of both is the newer: what matches up to it was noted before it was stored, and looked for after.
             if matched >= position {
                 self.revision = self.revision.max(matched_revision);
             }
@@ -902,7 +913,12 @@ impl Subscription {
 
     /// Whether an event of the ring has not been told yet. A snapshot may have shown what the ring only gets now.
     fn is_new(&self, event: &Recent, position: u64) -> bool {
-        if event.is_logged() { event.revision > self.revision } else { position >= self.began }
+        if event.is_logged() {
+            event.revision > self.revision
+        } else {
+            // One of before what its snapshot showed would take its id back.
+            position >= self.began && event.revision >= self.revision
+        }
     }
 
     /// Filters the ring itself: for a stream whose topic cannot reach back that far.
@@ -953,10 +969,14 @@ impl Subscription {
                 let Some(history) = feed.log.read_after(after, head, bytes_max.min(CATCH_UP_BYTES))? else {
                     return Ok(None);
                 };
-                let mut frames = Vec::new();
+                let mut frames: Vec<Arc<Frame>> = Vec::new();
                 let mut reached = history.reached;
+                let mut bytes = PART_BYTES;
                 'records: for record in &history.records {
+                    let before = frames.len();
+                    let mut weight = 0;
                     for event in Recent::of_record(record) {
+                        weight += event.weight;
                         if event.revision > after && topic.filter.wants(&event.facets()) {
                             if frames.len() == frames_max {
                                 reached = event.revision.prev();
@@ -965,8 +985,12 @@ impl Subscription {
                             frames.push(Arc::clone(event.frame()));
                         }
                     }
+                    if frames.len() > before {
+                        // A frame keeps all of its record.
+                        bytes += weight;
+                    }
                 }
-                topic.keep_history(read, &frames, reached, head);
+                topic.keep_history(read, &frames, bytes, reached, head);
                 Ok(Some((frames, reached)))
             })
             .await
@@ -1109,7 +1133,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_ring_that_ran_ahead_of_the_matching_leaves_no_gap() {
         const NOTED: u64 = TOPIC_NOTED_MAX as u64 + 100;
-        let (feed, mut wal) = start();
+        let OpenedWal { mut wal, log, .. } = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(())).unwrap();
+        let (feed, thread) = Feed::start(log, Revision::ZERO);
         let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
         (0..NOTED).for_each(|_| publish(&feed, &mut wal, 1));
         while feed.matched.load(Ordering::Acquire) < NOTED {
@@ -1118,10 +1143,69 @@ mod tests {
         read(&mut subscription, NOTED).await;
         // From here on matching is for this test to begin.
         feed.stop();
+        thread.join().unwrap();
         (0..20).for_each(|_| publish(&feed, &mut wal, 1 << 20));
         assert!(feed.ring.read().first > NOTED, "the ring still has what is to be missed");
         while feed.match_some() {}
         read(&mut subscription, NOTED + 20).await;
+    }
+
+    /// A value of half the ring's size and more goes at the next batch, matched or not.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_event_larger_than_the_ring_reaches_whoever_is_level() {
+        let OpenedWal { mut wal, log, .. } = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(())).unwrap();
+        let (feed, thread) = Feed::start(log, Revision::ZERO);
+        feed.stop();
+        thread.join().unwrap();
+        let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
+        let waiting = tokio::time::timeout(Duration::from_millis(1), step(&mut subscription)).await;
+        assert!(waiting.is_err(), "there is nothing yet");
+        publish(&feed, &mut wal, RING_BYTES_MAX / 2);
+        feed.make_room();
+        assert!(feed.ring.read().events.is_empty());
+        while feed.match_some() {}
+        read(&mut subscription, 1).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_id_never_goes_back_for_an_ephemeral_event() {
+        let (feed, mut wal) = start();
+        publish(&feed, &mut wal, 1);
+        // As read by who asked between a record's taking effect and its publishing.
+        let mut subscription = feed.subscribe(EventFilter::default(), Revision(2));
+        feed.publish_ephemeral(ephemeral());
+        publish(&feed, &mut wal, 1);
+        feed.publish_ephemeral(ephemeral());
+        publish(&feed, &mut wal, 1);
+        let mut all = Vec::new();
+        while all.len() < 2 {
+            all.append(&mut step(&mut subscription).await);
+        }
+        assert_eq!(all, [(2, false), (3, true)]);
+        feed.stop();
+    }
+
+    /// Streams of one topic that come back together, each to its own place.
+    #[tokio::test]
+    async fn what_is_noted_is_in_order_and_in_the_ring() {
+        let OpenedWal { mut wal, log, .. } = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(())).unwrap();
+        let (feed, thread) = Feed::start(log, Revision::ZERO);
+        feed.stop();
+        thread.join().unwrap();
+        (0..3000).for_each(|_| publish(&feed, &mut wal, 1));
+        while feed.match_some() {}
+        let subscription = feed.subscribe(EventFilter::default(), Revision(3000));
+        for position in [2500, 2200, 2700, 2200, 2100] {
+            subscription.topic.reach_back(&feed.ring, position);
+            let noted = subscription.topic.noted.lock();
+            assert!(noted.positions.iter().copied().eq(noted.complete_from..3000), "{position}");
+        }
+        (0..200).for_each(|_| {
+            publish(&feed, &mut wal, 100_000);
+            while feed.match_some() {}
+        });
+        let first = feed.ring.read().first;
+        assert!(first > 3000 && subscription.topic.noted.lock().positions.iter().all(|&noted| noted >= first));
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -76,7 +76,10 @@ pub struct Facets<'a> {
 
 fn weight(source: &Source) -> usize {
     const OVERHEAD: usize = 400;
+    let Facets { key, labels, .. } = source.facets();
+    let labels = labels.map_or(0, |l| l.job_id.iter().chain(&l.tags).map(|label| label.len()).sum());
     OVERHEAD
+        + 2 * (key.map_or(0, str::len) + labels)
         + match source {
             Source::Logged(record, at) => match &record.events[*at] {
                 // The value is the state's own as long as it is current; what is rendered from it is not.

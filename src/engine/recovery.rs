@@ -16,6 +16,7 @@ use crate::revision::Revision;
 use crate::vector::CollectionName;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +30,8 @@ const REVISION_DIGITS: usize = 20;
 
 /// The file in a data directory that whoever uses it holds a lock on.
 pub(super) const LOCK: &str = "LOCK";
+/// Tries to take it while others take it away.
+const LOCK_TRIES: usize = 100;
 /// The file in a data directory that says: a restore has begun here, and is not done.
 pub(super) const RESTORING: &str = "RESTORING";
 
@@ -74,10 +77,13 @@ impl Paths {
 /// ends.
 pub(super) fn lock(dir: &Path) -> Result<File, Error> {
     let path = dir.join(LOCK);
-    loop {
+    for _ in 0..LOCK_TRIES {
         disk::create_dir_all(dir).map_err(Error::opening("cannot create", dir))?;
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
-        let file = file.map_err(Error::opening("cannot open", &path))?;
+        let file = match OpenOptions::new().write(true).create(true).truncate(false).open(&path) {
+            // The directory went in between, like the lock below.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            opened => opened.map_err(Error::opening("cannot open", &path))?,
+        };
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(Error::Locked(dir.to_owned())),
@@ -89,6 +95,7 @@ pub(super) fn lock(dir: &Path) -> Result<File, Error> {
             return Ok(file);
         }
     }
+    Err(Error::Locked(dir.to_owned()))
 }
 
 /// Refuses a directory that somebody else fills, before anything is made or removed there: their files would be called
@@ -135,7 +142,8 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Backg
     };
     refuse_foreign(paths)?;
     let lock = lock(&paths.dir)?;
-    if paths.dir.join(RESTORING).exists() {
+    let mark = paths.dir.join(RESTORING);
+    if mark.try_exists().map_err(Error::io("cannot look for", &mark))? {
         return Err(Error::HalfRestored(paths.dir.clone()));
     }
     recover_locked(paths, lock, max_log_bytes, background)

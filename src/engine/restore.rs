@@ -4,7 +4,7 @@
 //! by the same `apply` as commit and recovery; vectors go to their files, the rest to a first snapshot. At the end the
 //! directory is opened as a start would, and counted.
 //!
-//! All the while the directory is locked, and a file in it says that it holds half of a restore: no server starts on that.
+//! From its first file on the directory is locked, and a file in it says that it holds half of a restore: no server starts on that.
 //!
 //! Revisions go on behind a gap, as after a crash of a relaxed mode, but a wide one: see [`super::wal::create_behind`].
 
@@ -64,11 +64,13 @@ pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Res
     refuse_used(dir)?;
     let contents = verify(file, |read, of| go_on(read, 2 * of))?.ok_or(RestoreError::Interrupted)?;
     let existed = dir.exists();
-    let lock = lock(dir)?;
+    let lock = lock(dir).inspect_err(|_| {
+        if !existed {
+            std::fs::remove_dir(dir).ok();
+        }
+    })?;
     // The check took its time: others may have come and gone. From here on nobody does.
-    if !files_of(dir)?.iter().all(|path| path.ends_with(LOCK)) {
-        return Err(RestoreError::NotEmpty(dir.to_owned()));
-    }
+    refuse_used(dir)?;
     let paths = Paths::below(dir);
     build(file, &paths, contents, &lock, go_on).inspect_err(|_| {
         // What cannot be removed is refused by the next restore, and by a start as long as the mark is there.
@@ -77,24 +79,24 @@ pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Res
                 return;
             }
         }
-        std::fs::remove_file(dir.join(RESTORING)).ok();
-        std::fs::remove_file(dir.join(LOCK)).ok();
+        if disk::sync_dir(dir).is_err() {
+            return;
+        }
+        disk::remove_file(&dir.join(RESTORING)).ok();
+        disk::remove_file(&dir.join(LOCK)).ok();
         if !existed {
             std::fs::remove_dir(dir).ok();
         }
     })
 }
 
-/// A restore fills nothing that holds something.
+/// A restore fills nothing that holds something, but for the lock's file of one that was killed before it began.
 pub fn refuse_used(dir: &Path) -> Result<(), RestoreError> {
-    if dir.exists() && !files_of(dir)?.is_empty() {
+    if dir.exists() && !disk::list(dir).map_err(Error::io("cannot list", dir))?.iter().all(|path| path.ends_with(LOCK))
+    {
         return Err(RestoreError::NotEmpty(dir.to_owned()));
     }
     Ok(())
-}
-
-fn files_of(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    disk::list(dir).map_err(Error::io("cannot list", dir))
 }
 
 fn build(
@@ -105,7 +107,7 @@ fn build(
     go_on: impl Fn(u64, u64) -> bool,
 ) -> Result<Restored, RestoreError> {
     let mark = paths.dir.join(RESTORING);
-    File::create(&mark).map_err(Error::opening("cannot create", &mark))?;
+    disk::File::create(&mark).map_err(Error::opening("cannot create", &mark))?;
     // Syncs the directory, so that the mark is there before anything else.
     paths.create()?;
     // Nothing is linked here: the server does it, as for any collection without a graph file.
@@ -133,7 +135,7 @@ fn build(
     };
     drop(state);
     check(paths, lock, restored, gap)?;
-    std::fs::remove_file(&mark).map_err(Error::io("cannot remove", &mark))?;
+    disk::remove_file(&mark).map_err(Error::io("cannot remove", &mark))?;
     disk::sync_dir(&paths.dir).map_err(Error::io("cannot sync", &paths.dir))?;
     Ok(restored)
 }

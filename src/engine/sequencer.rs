@@ -54,7 +54,7 @@ const EXPIRIES_MAX: usize = 1000;
 /// Who answered so many commands at once lets their senders go first. With fewer it would, beside programs that keep all cores busy,
 /// only give the core to one of these (`docs/benchmarks.md`).
 const MANY_COMMANDS: usize = 16;
-/// Housekeeping: a mark in the log, the clock, a sync in `interval` mode.
+/// Housekeeping: whether the log is still there, a mark in it, the clock, a sync in `interval` mode.
 const TICK: Duration = Duration::from_secs(1);
 /// How often a full disk is asked again whether it has room.
 const FULL_RETRY: Duration = Duration::from_millis(500);
@@ -433,7 +433,7 @@ impl Sequencer {
         if is_synced {
             self.wal.begin_sync();
         }
-        // What no client waits for is done here, while the disk works.
+        // What no client waits for is done here: in `always` mode, while the disk works.
         self.inner.feed.make_room();
         if is_synced {
             self.wal.sync()?;

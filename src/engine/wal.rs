@@ -978,7 +978,7 @@ impl Wal {
 
     /// The newest segment, if it was removed.
     pub fn removed(&self) -> Option<&Path> {
-        self.active.path.as_deref().filter(|_| self.active.file.is_removed())
+        self.active.path.as_deref().filter(|path| self.active.file.is_removed(path))
     }
 
     /// Whether there is nothing but zeros behind the last frame; for the lab. What is there could come back to life.
