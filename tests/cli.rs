@@ -1122,15 +1122,22 @@ fn a_damaged_backup_is_refused_and_leaves_nothing() {
     run_ok("", &["restore", whole.to_str().unwrap(), target.to_str().unwrap()]);
 }
 
+/// A backup of a key `k`, in a folder for what is made of it.
+fn backup_of_a_key() -> (tempfile::TempDir, PathBuf) {
+    let server = Server::start(&["--ephemeral"]);
+    let url = server.target.url();
+    run_ok(&url, &["put", "k", "1"]);
+    let dir = tempfile::tempdir().unwrap();
+    let backup = dir.path().join("backup");
+    run_ok(&url, &["backup", backup.to_str().unwrap()]);
+    (dir, backup)
+}
+
 /// A backup takes minutes to check, in which somebody may begin to use the directory.
 #[test]
 fn a_restore_leaves_alone_what_others_made_meanwhile() {
-    let server = Server::start(&["--ephemeral"]);
-    let url = server.target.url();
-    run_ok(&url, &["put", "from/backup", "1"]);
-    let dir = tempfile::tempdir().unwrap();
-    let (backup, data) = (dir.path().join("backup"), dir.path().join("data"));
-    run_ok(&url, &["backup", backup.to_str().unwrap()]);
+    let (dir, backup) = backup_of_a_key();
+    let data = dir.path().join("data");
     let other = RefCell::new(None);
     let begin_other = |_, _| {
         other.borrow_mut().get_or_insert_with(|| {
@@ -1161,12 +1168,8 @@ fn a_restore_leaves_alone_what_others_made_meanwhile() {
 /// A machine that starts its server by itself must not serve half of a backup as if it were all.
 #[test]
 fn no_server_starts_on_half_of_a_restore() {
-    let server = Server::start(&["--ephemeral"]);
-    let url = server.target.url();
-    run_ok(&url, &["put", "k", "1"]);
-    let dir = tempfile::tempdir().unwrap();
-    let (backup, data, half) = (dir.path().join("backup"), dir.path().join("data"), dir.path().join("half"));
-    run_ok(&url, &["backup", backup.to_str().unwrap()]);
+    let (dir, backup) = backup_of_a_key();
+    let (data, half) = (dir.path().join("data"), dir.path().join("half"));
     let starts = Cell::new(0);
     restore(&backup, &data, |_, _| {
         // As it is if the restore is killed now: its files, and nobody who holds the lock.
