@@ -498,8 +498,10 @@ pub fn run(args: &KeysArgs) -> anyhow::Result<()> {
             };
             row.parse()?;
             file.key.push(row);
-            write_file(&args.file, &file)?;
+            // Before it is kept: a key that nobody was shown would hold its name for nobody.
             writeln!(out, "{secret}")?;
+            out.flush()?;
+            write_file(&args.file, &file)?;
             eprintln!("This is the only time it is shown. {} holds its SHA-256.", args.file.display());
         }
         Verb::List => {

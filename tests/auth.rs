@@ -31,6 +31,7 @@ struct Setup {
     root: String,
     worker: String,
     reader: String,
+    writer: String,
     _dir: tempfile::TempDir,
 }
 
@@ -40,6 +41,7 @@ async fn setup(arguments: &[&str]) -> Setup {
     let root = keys(&file, &["create", "root", "--rights", "admin"]);
     let worker = keys(&file, &["create", "worker", "--prefix", "jobs/", "--collection", "docs", "--expires", "1d"]);
     let reader = keys(&file, &["create", "reader", "--rights", "read"]);
+    let writer = keys(&file, &["create", "writer", "--rights", "write"]);
     let mut all = vec!["--keys-file", file.to_str().unwrap()];
     all.extend(arguments);
     let server = Server::start_in(&dir.path().join("data"), &all);
@@ -54,7 +56,7 @@ async fn setup(arguments: &[&str]) -> Setup {
     ] {
         ok(c, line).await;
     }
-    Setup { server, file, root, worker, reader, _dir: dir }
+    Setup { server, file, root, worker, reader, writer, _dir: dir }
 }
 
 #[tokio::test]
@@ -104,6 +106,17 @@ async fn each_key_does_what_its_rights_and_limits_say() {
                 assert_eq!(answer.json().unwrap()["code"], "forbidden", "{line}");
             }
         }
+    }
+    // Who may only write is not told what is there, question by question.
+    let writer = &mut with_key(&s.server, &s.writer);
+    for (line, status) in [
+        ("GET /v1/state/other", 403),
+        (r#"PATCH /v1/state/other {"m":1}"#, 403),
+        (r#"POST /v1/vector/docs/delete {"filters":{"x":1}}"#, 403),
+        (r#"POST /v1/vector/docs/delete {"id":"x"}"#, 404),
+        (r#"PUT /v1/state/other {"value":1}"#, 200),
+    ] {
+        assert_eq!(call(writer, line).await.status, status, "{line}");
     }
     let [_, worker, _] = &mut clients;
     let listed = ok(worker, "GET /v1/vector").await;
@@ -217,6 +230,12 @@ fn keys_made_at_once_are_all_there() {
         .output()
         .unwrap();
     assert_eq!(odd.status.code(), Some(1), "{}", String::from_utf8_lossy(&odd.stderr));
+    // A key that nobody was shown is none.
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut unseen = Command::new(BINARY);
+    unseen.args(["keys", "create", "unseen", "--file"]).arg(&file).stdout(full);
+    assert_eq!(unseen.status().unwrap().code(), Some(1));
+    assert_eq!(keys(&file, &["list"]).lines().count(), 8);
 }
 
 #[tokio::test]
@@ -343,12 +362,26 @@ async fn pages_of_strangers_cannot_write_to_an_open_server() {
         ("GET", vec![("host", "127.0.0.1.evil.example")], 403),
         ("GET", vec![("host", "db.example")], 200),
         ("GET", vec![("host", "localhost:1")], 200),
+        // Parts of a page: a picture or an object of another site's, which would tell whether the key is there.
+        ("GET", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-dest", "object")], 403),
+        ("GET", vec![("sec-fetch-site", "cross-site"), ("referer", "https://evil.example/")], 403),
+        ("GET", vec![("sec-fetch-site", "cross-site"), ("referer", "https://app.example/a/b")], 200),
+        ("GET", vec![("sec-fetch-site", "same-site"), ("sec-fetch-dest", "image")], 200),
+        ("GET", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-dest", "document")], 200),
+        ("GET", vec![("sec-fetch-site", "cross-site"), ("origin", "https://evil.example")], 200),
     ];
     ok(c, r#"PUT /v1/state/a {"value":1}"#).await;
     for (method, headers, status) in rows {
         let body = if method == "PUT" { r#"{"value":1}"# } else { "" };
         let answer = c.send(method.parse().unwrap(), "/v1/state/a", &headers, body).await.unwrap();
         assert_eq!(answer.status.as_u16(), status, "{method} {headers:?}: {}", String::from_utf8_lossy(&answer.body));
+    }
+    // A backup costs, whoever looks at it.
+    for headers in
+        [[("origin", "https://evil.example"); 2], [("sec-fetch-site", "cross-site"), ("sec-fetch-dest", "document")]]
+    {
+        let answer = c.send("GET".parse().unwrap(), "/v1/admin/backup", &headers, "").await.unwrap();
+        assert_eq!(answer.status, 403, "{headers:?}");
     }
 }
 

@@ -134,6 +134,17 @@ fn every_command_prints_and_ends_as_documented() {
         (&["del", ""], "", 2, "", "a key is 1 to 1024 bytes"),
         (&["patch", "", "{}"], "", 2, "", "a key is 1 to 1024 bytes"),
         (&["watch", "--key", ""], "", 2, "", "a key is 1 to 1024 bytes"),
+        (
+            &["put", "j", "{\"value\":1}", "--content-type", "application/JSON; x=y"],
+            "",
+            2,
+            "",
+            "JSON is stored as a value",
+        ),
+        (&["put", "j", "1", "--content-type", ""], "", 2, "", "JSON is stored as a value"),
+        (&["put", "j", "1", "--content-type", "a\nb"], "", 2, "", "a type is a line of ASCII"),
+        (&["get", "j", "--api-key", "a\nb"], "", 2, "", "the key is a line of ASCII"),
+        (&["get", "j"], "", 3, "", "there is no key"),
         (&["search", "", "--id", "a"], "", 2, "", "a collection name is"),
         (&["export", "vectors", "a/b"], "", 2, "", "a collection name is"),
         (&["import", "-"], "{\"key\":\"a\"}\n", 2, "", "stdin: row 1: a key's row has value"),
@@ -741,6 +752,10 @@ async fn a_backup_that_is_given_up_is_no_whole_answer() {
     let mut socket = std::net::TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).unwrap();
     socket.write_all(b"GET /v1/admin/backup HTTP/1.1\r\nhost: h\r\n\r\n").unwrap();
     socket.read_exact(&mut [0]).unwrap();
+    // Only one is taken at a time, and HEAD takes none.
+    for (line, status) in [("GET /v1/admin/backup", 503), ("HEAD /v1/admin/backup", 200)] {
+        assert_eq!(call(&mut server.client(), line).await.status, status, "{line}");
+    }
     begin_stop(&server);
     let mut answer = Vec::new();
     socket.read_to_end(&mut answer).ok();
@@ -794,6 +809,25 @@ fn what_is_exported_is_imported_as_it_was() {
         let found: Vec<f32> = serde_json::from_value(row["vector"].clone()).unwrap();
         assert_eq!(found, numbers[at * 3..at * 3 + 3], "{collection}");
     }
+    // Values of which a batch holds none: in base64 larger than a body may be, and as large as one that is put may be.
+    std::fs::write(&bytes, vec![0xa5; 25 << 20]).unwrap();
+    let put = [
+        "put",
+        "large/a b",
+        "--file",
+        &bytes,
+        "--content-type",
+        "image/x",
+        "--job-id",
+        "7",
+        "--tag",
+        "x&y",
+        "--tag",
+        "z",
+    ];
+    run_ok(&from, &[&put[..], &["--ttl", "36h"]].concat());
+    std::fs::write(&bytes, vec![b'a'; (32 << 20) - r#"{"value":""}"#.len()]).unwrap();
+    run_ok(&from, &["put", "large/json", "--string", "--file", &bytes]);
     run_ok(&from, &["export", "--output", &path("all.ndjson")]);
     assert_eq!(run(&from, &["export", "--output", &path("all.ndjson")]).code, 2, "an existing file must stay");
     run_ok(&to, &["import", &path("all.ndjson"), "--batch", "7"]);

@@ -9,7 +9,7 @@ use crate::error::{Error, Rejection};
 use crate::keys::Right;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http_body::Frame;
@@ -78,8 +78,19 @@ const BACKUP_BLOCKS: usize = 4;
 const BACKUP_STALL: Duration = Duration::from_secs(60);
 
 /// `GET /v1/admin/backup`
-pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
+pub async fn backup(State(app): State<App>, method: Method, uri: Uri) -> ApiResult {
     Params::parse(&uri, &[])?;
+    let body = if method == Method::HEAD { Body::empty() } else { Body::new(begin_backup(app)?) };
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"kiss-vdb.backup\""));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Ok(response.into())
+}
+
+/// Has a thread take a backup, unless one is being taken.
+fn begin_backup(app: App) -> Result<BackupBody, Rejection> {
     let permit = Arc::clone(&app.backups).try_acquire_owned();
     let permit = permit.map_err(|_| Rejection::Overloaded("a backup is being taken; retry when it is done"))?;
     let (send, blocks) = mpsc::channel(BACKUP_BLOCKS);
@@ -104,12 +115,7 @@ pub async fn backup(State(app): State<App>, uri: Uri) -> ApiResult {
             Err(error) => tracing::error!(%error, "the backup failed"),
         }
     });
-    let mut response = Response::new(Body::new(BackupBody(blocks)));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-    headers.insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"kiss-vdb.backup\""));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    Ok(response.into())
+    Ok(BackupBody(blocks))
 }
 
 /// What the thread that takes a backup has ready: blocks, and behind the last `None`. Without that the answer is cut short, so

@@ -5,7 +5,8 @@
 //! ```
 //! A server is *open* when it has neither `API_KEY` nor `KEYS_FILE`. Then any page in a browser on the same machine could
 //! call it, so on loopback the `Host` must not be a name that an attacker's DNS could have pointed here (DNS rebinding),
-//! and a write may not come from a page of another origin. With a key neither is needed: browsers do not add it by
+//! a write may not come from a page of another origin, and a page of another site may not load a part from here, which
+//! would tell it what there is. With a key neither is needed: browsers do not add it by
 //! themselves.
 //!
 //! Locks: `keyring` (readers for a look-up; once a second at most to replace it), `streams` and `connections` (counts by
@@ -18,7 +19,7 @@ use crate::config::Config;
 use crate::error::{Error, Rejection};
 use crate::keys::{Digest, Grant, Keyring, Right, Within, digest_of, place_of};
 use axum::extract::State;
-use axum::http::{Method, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use governor::clock::{Clock as _, DefaultClock};
@@ -51,6 +52,11 @@ pub enum Client {
     Key(Box<str>),
     /// Whoever comes from there. Of an IPv6 address the first half: the rest is the client's to choose.
     Address(IpAddr),
+}
+
+/// `https://host:port` of an address that begins so.
+fn origin_of(url: &str) -> &str {
+    url.match_indices('/').nth(2).map_or(url, |(end, _)| &url[..end])
 }
 
 /// The part of an address that limits count by.
@@ -197,19 +203,26 @@ impl Auth {
                 .into());
             }
         }
-        let Some(origin) = headers.first(header::ORIGIN) else { return Ok(()) };
-        // What only reads shows a page of another origin nothing; a backup costs all the same.
         let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
-        if only_reads && !uri.path().starts_with("/v1/admin/") {
-            return Ok(());
-        }
-        let origin = origin.to_str().unwrap_or_default();
+        let is_about_server = uri.path().starts_with("/v1/admin/");
+        let fetch = |name| headers.first(HeaderName::from_static(name)).map_or(&[][..], HeaderValue::as_bytes);
+        let origin = match headers.first(header::ORIGIN) {
+            // Its page is shown nothing of what only reads; a backup costs all the same.
+            Some(_) if only_reads && !is_about_server => return Ok(()),
+            Some(origin) => origin.to_str().unwrap_or_default(),
+            // A picture or a frame in a page of another site comes without Origin. Its page sees none of it, but whether it was there.
+            // A link that was followed leaves the page.
+            None if fetch("sec-fetch-site") != b"cross-site" => return Ok(()),
+            None if fetch("sec-fetch-dest") == b"document" && !is_about_server => return Ok(()),
+            None => headers.first(header::REFERER).and_then(|url| url.to_str().ok()).map_or("", origin_of),
+        };
         let is_own =
             origin.split_once("://").is_some_and(|(_, place)| host.is_some_and(|h| h.eq_ignore_ascii_case(place)));
         if is_own || self.origins.iter().any(|o| o == origin || o == "*") {
             return Ok(());
         }
-        Err(Rejection::Forbidden(format!("pages of {origin:?} may not write here; list it in CORS_ORIGINS")).into())
+        let what = if only_reads { "look" } else { "write" };
+        Err(Rejection::Forbidden(format!("pages of {origin:?} may not {what} here; list it in CORS_ORIGINS")).into())
     }
 
     /// Whose request it is; `None` on an open server.

@@ -453,8 +453,8 @@ impl EventStream {
         let heartbeat = self.heartbeat;
         let ends_at = self.access.as_ref().and_then(|access| access.ends_at);
         let no_later = |due: Instant| ends_at.map_or(due, |at| due.min(at));
-        let first = no_later(Instant::now() + heartbeat);
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(first)));
+        let set = || Box::pin(tokio::time::sleep_until(no_later(Instant::now() + heartbeat)));
+        let timer = self.timer.get_or_insert_with(set);
         while timer.as_mut().poll(cx).is_ready() {
             if ends_at.is_some_and(|at| Instant::now() >= at) {
                 return Poll::Ready(Some(self.farewell()));

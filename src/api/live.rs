@@ -127,7 +127,6 @@ impl Live {
     /// Writes what is left of the chunk.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.chunk.is_empty() {
-            ready!(self.tcp.poll_write_ready(cx))?;
             let sent = self.tcp.try_write(&self.chunk);
             let count = *sent.as_ref().unwrap_or(&0);
             offer::note_sent(count);
@@ -136,7 +135,7 @@ impl Live {
                 // Freed here: a stream that is level keeps nothing.
                 Ok(count) if count == self.chunk.len() => self.chunk = Bytes::new(),
                 Ok(count) => self.chunk.advance(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(self.tcp.poll_write_ready(cx))?,
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }

@@ -315,6 +315,8 @@ pub async fn delete(State(app): State<App>, path: NamePath, head: Head, body: Pa
             Op::DeleteVectors { collection, selection: VectorSelection { ids, filter: None, deleted_before: 0 } }
         }
         (None, None, Some(filters)) => {
+            // Its answer tells what is written there, question by question.
+            head.need_collection(Right::Read, collection.as_str())?;
             return delete_matching(&app, &head, &bytes, collection, Filter::parse(&filters)?).await;
         }
         _ => return Err(invalid("give one of id, ids or filters")),

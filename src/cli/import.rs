@@ -1,7 +1,7 @@
 //! `import`: rows in batches, several under way, with a note of how far all is acknowledged.
 //!
 //! ```text
-//! a thread reads rows, makes batches ─▶ bounded queue ─▶ N connections ─▶ Done: the longest acknowledged beginning
+//! a thread reads rows, makes requests ─▶ bounded queue ─▶ N connections ─▶ Done: the longest acknowledged beginning
 //! ```
 //! Putting a row twice changes nothing but revisions, so what was under way when it broke is simply sent again.
 
@@ -9,9 +9,12 @@ use super::backup::{bytes_bar, is_stream};
 use super::output::Output;
 use super::rows::{Format, Naming, Row, Rows};
 use super::{Interrupted, ServerFlags, get, path, post, usage};
+use crate::api::extract::JSON;
 use crate::client::{CannotConnect, Client, Refused, Target};
 use anyhow::{Context, ensure};
+use bytes::Bytes;
 use clap::{Args, ValueEnum};
+use hyper::Method;
 use indicatif::ProgressBar;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashSet};
@@ -95,7 +98,7 @@ enum FormatFlag {
     Fvecs,
 }
 
-/// Rows on their way.
+/// Rows that are gathered for one request.
 struct Batch {
     /// Rows before it.
     first: u64,
@@ -103,6 +106,17 @@ struct Batch {
     body: String,
     /// Bytes of the file read up to its end.
     bytes: u64,
+}
+
+/// Rows on their way.
+struct Request {
+    first: u64,
+    rows: u64,
+    bytes: u64,
+    method: Method,
+    target: String,
+    content_type: String,
+    body: Bytes,
 }
 
 /// How far everything is acknowledged.
@@ -188,16 +202,16 @@ pub async fn import(args: ImportArgs) -> anyhow::Result<()> {
     };
     let (done, stop) = (Arc::clone(&guard.done), Arc::clone(&guard.stop));
     let started = Instant::now();
-    let (send, batches) = mpsc::channel(usize::from(args.in_flight));
-    let batches = Arc::new(tokio::sync::Mutex::new(batches));
+    let (send, requests) = mpsc::channel(usize::from(args.in_flight));
+    let requests = Arc::new(tokio::sync::Mutex::new(requests));
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..args.in_flight {
-        let (batches, done, client) = (Arc::clone(&batches), Arc::clone(&done), Client::new(&target));
-        tasks.spawn(send_batches(client, batches, done, bar.clone()));
+        let (requests, done, client) = (Arc::clone(&requests), Arc::clone(&done), Client::new(&target));
+        tasks.spawn(send_requests(client, requests, done, bar.clone()));
     }
-    drop(batches);
+    drop(requests);
     let json = args.server.json;
-    tasks.spawn_blocking(move || read_batches(&args, skip, &target, &send, &done, &stop));
+    tasks.spawn_blocking(move || read_rows(&args, skip, &target, &send, &done, &stop));
     // After a failure what is under way still counts: the note must not send again what the server has.
     let mut failure = None;
     while let Some(ended) = tasks.join_next().await {
@@ -275,20 +289,20 @@ impl Drop for Guard {
 }
 
 /// A connection's work.
-async fn send_batches(
+async fn send_requests(
     mut client: Client,
-    batches: Arc<tokio::sync::Mutex<mpsc::Receiver<Batch>>>,
+    requests: Arc<tokio::sync::Mutex<mpsc::Receiver<Request>>>,
     done: Arc<Mutex<Done>>,
     bar: ProgressBar,
 ) -> anyhow::Result<()> {
     loop {
-        let batch = batches.lock().await.recv().await;
-        let Some(Batch { first, rows, body, bytes }) = batch else { return Ok(()) };
-        let body = bytes::Bytes::from(body);
+        let request = requests.lock().await.recv().await;
+        let Some(Request { first, rows, bytes, method, target, content_type, body }) = request else { return Ok(()) };
+        let headers = [("content-type", &*content_type)];
         let mut tries = 0;
         loop {
             tries += 1;
-            let sent = client.call(hyper::Method::POST, "/v1/batch", body.clone()).await;
+            let sent = client.send(method.clone(), &target, &headers, body.clone()).await;
             let result = sent.and_then(|answer| Ok(answer.accepted()?));
             match result {
                 Ok(_) => break,
@@ -316,11 +330,11 @@ fn is_passing(error: &anyhow::Error) -> bool {
 }
 
 /// Reads the file, on a thread of its own.
-fn read_batches(
+fn read_rows(
     args: &ImportArgs,
     skip: u64,
     target: &Target,
-    send: &mpsc::Sender<Batch>,
+    send: &mpsc::Sender<Request>,
     done: &Mutex<Done>,
     stop: &AtomicBool,
 ) -> anyhow::Result<()> {
@@ -374,7 +388,7 @@ struct Maker<'a> {
     args: &'a ImportArgs,
     client: Client,
     runtime: Handle,
-    send: &'a mpsc::Sender<Batch>,
+    send: &'a mpsc::Sender<Request>,
     done: &'a Mutex<Done>,
     /// Collections that exist.
     known: HashSet<String>,
@@ -391,6 +405,11 @@ impl Maker<'_> {
             }
             Row::Expired => None,
             Row::Key(op) => Some(op),
+            Row::Large { target, content_type, body } => {
+                let (method, body) = (Method::PUT, body.into());
+                let request = Request { first, rows: 1, bytes, method, target, content_type, body };
+                return Ok(self.flush()? && self.send.blocking_send(request).is_ok());
+            }
             Row::Vector { collection, dim, op } => {
                 if !self.known.contains(&collection) {
                     self.make_sure_of(&collection, dim)?;
@@ -422,7 +441,10 @@ impl Maker<'_> {
             return Ok(true);
         }
         batch.body.push_str("]}");
-        Ok(self.send.blocking_send(batch).is_ok())
+        let Batch { first, rows, body, bytes } = batch;
+        let (method, target, content_type) = (Method::POST, "/v1/batch".to_owned(), JSON.to_owned());
+        let request = Request { first, rows, bytes, method, target, content_type, body: body.into() };
+        Ok(self.send.blocking_send(request).is_ok())
     }
 
     fn create(&mut self, name: &str, dim: usize, metric: &str) -> anyhow::Result<()> {

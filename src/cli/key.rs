@@ -149,7 +149,7 @@ pub struct PutArgs {
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Store bytes under this type; JSON goes without
-    #[arg(long, value_name = "TYPE", conflicts_with = "string")]
+    #[arg(long, value_name = "TYPE", value_parser = super::content_type, conflicts_with = "string")]
     content_type: Option<String>,
     /// Gone after this time: 30s, 10m, 1h30m, 7d
     #[arg(long, value_parser = duration)]

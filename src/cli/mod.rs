@@ -22,11 +22,12 @@ pub mod shell;
 pub mod top;
 pub mod vector;
 
+use crate::api::extract::JSON;
 use crate::client::{Answer, CannotConnect, Client, HungUp, Refused, Target, WrongServer};
 use crate::engine::command::Key;
 use crate::vector::CollectionName;
-use anyhow::Context;
 use clap::{Args, Subcommand};
+use hyper::header::HeaderValue;
 use hyper::{Method, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::io::Write;
@@ -325,6 +326,17 @@ fn collection(text: &str) -> Result<String, String> {
     CollectionName::new(text).map(|name| name.as_str().to_owned()).map_err(|rejection| rejection.to_string())
 }
 
+/// A type that bytes are stored under: with JSON's own, or none, what is sent is a request's JSON and says what to store.
+fn content_type(text: &str) -> Result<String, String> {
+    match text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
+        JSON | "" => {
+            Err("JSON is stored as a value, without --content-type; bytes have a type of their own".to_owned())
+        }
+        _ if HeaderValue::from_str(text).is_err() => Err("a type is a line of ASCII".to_owned()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
 /// A path with a key, name or id in it.
 fn path(prefix: &str, name: &str) -> String {
     format!("{prefix}{}", utf8_percent_encode(name, PATH))
@@ -356,7 +368,10 @@ async fn argument_or_stdin(argument: &str) -> anyhow::Result<String> {
         return Ok(argument.to_owned());
     }
     let read = || std::io::read_to_string(std::io::stdin());
-    tokio::task::spawn_blocking(read).await?.context("cannot read stdin as text")
+    tokio::task::spawn_blocking(read).await?.map_err(|error| match error.kind() {
+        std::io::ErrorKind::InvalidData => usage("what came from stdin is not UTF-8"),
+        _ => anyhow::Error::from(error).context("cannot read stdin"),
+    })
 }
 
 /// Checks that a text is JSON; it is sent as it stands, so that numbers stay as they were written.

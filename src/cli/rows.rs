@@ -1,7 +1,8 @@
 //! What is imported: rows of a file, whatever its format, one at a time.
 
 use super::key::present;
-use super::usage;
+use super::{content_type as content_type_of_bytes, path, query, usage};
+use crate::api::extract::JSON;
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use crate::npy;
@@ -14,6 +15,9 @@ use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::io::{BufRead, ErrorKind};
+
+/// Text of a value from which on it is sent by itself: well above a batch.
+const LARGE_BYTES: usize = 16 << 20;
 
 /// What a row asks for.
 #[derive(Debug)]
@@ -29,6 +33,15 @@ pub enum Row {
     },
     /// An operation of `POST /v1/batch` on a key.
     Key(String),
+    /// A value so large that only a `PUT` of its own may hold it.
+    Large {
+        /// Path and query.
+        target: String,
+        /// What the body is.
+        content_type: String,
+        /// The request's body.
+        body: Vec<u8>,
+    },
     /// A key that has expired since: nothing to do.
     Expired,
     /// An operation on a vector.
@@ -257,6 +270,9 @@ fn upsert(collection: &str, id: &str) -> String {
 }
 
 fn key_row(key: &str, line: &Line<'_>, now_ms: u64) -> anyhow::Result<Row> {
+    if let Some(row) = large_row(key, line, now_ms)? {
+        return Ok(row);
+    }
     let mut op = String::from("{\"op\":\"put\",\"key\":");
     push_string(&mut op, key);
     match (line.value, &line.value_base64) {
@@ -272,15 +288,67 @@ fn key_row(key: &str, line: &Line<'_>, now_ms: u64) -> anyhow::Result<Row> {
         }
         (None, None) => bail!("a key's row has value or value_base64"),
     }
+    if !push_rest(&mut op, line, now_ms) {
+        return Ok(Row::Expired);
+    }
+    Ok(Row::Key(op))
+}
+
+/// Ends what puts a key; false when it has expired.
+fn push_rest(out: &mut String, line: &Line<'_>, now_ms: u64) -> bool {
     if let Some(expires_at_ms) = line.expires_at_ms {
-        let Some(ttl_ms) = expires_at_ms.checked_sub(now_ms).filter(|ms| *ms > 0) else { return Ok(Row::Expired) };
-        push_fmt(&mut op, format_args!(",\"ttl_ms\":{ttl_ms}"));
+        let Some(ttl_ms) = ttl_ms(expires_at_ms, now_ms) else { return false };
+        push_fmt(out, format_args!(",\"ttl_ms\":{ttl_ms}"));
     }
     if let Some(meta) = line.meta {
-        push_fmt(&mut op, format_args!(",\"meta\":{}", meta.get()));
+        push_fmt(out, format_args!(",\"meta\":{}", meta.get()));
     }
-    op.push('}');
-    Ok(Row::Key(op))
+    out.push('}');
+    true
+}
+
+/// What is left of a deadline.
+fn ttl_ms(expires_at_ms: u64, now_ms: u64) -> Option<u64> {
+    expires_at_ms.checked_sub(now_ms).filter(|ms| *ms > 0)
+}
+
+/// The row as a request of its own, where it is large and can be one: bytes take a third more in a batch, and a server takes
+/// values up to its limit for bodies.
+fn large_row(key: &str, line: &Line<'_>, now_ms: u64) -> anyhow::Result<Option<Row>> {
+    let target = path("/v1/state/", key);
+    match (line.value, &line.value_base64) {
+        (Some(value), None) if value.get().len() >= LARGE_BYTES => {
+            let mut body = format!("{{\"value\":{}", value.get());
+            if !push_rest(&mut body, line, now_ms) {
+                return Ok(Some(Row::Expired));
+            }
+            Ok(Some(Row::Large { target, content_type: JSON.to_owned(), body: body.into() }))
+        }
+        (None, Some(data)) if data.len() >= LARGE_BYTES => {
+            let content_type = line.content_type.as_deref().unwrap_or("application/octet-stream");
+            let Ok(content_type) = content_type_of_bytes(content_type) else { return Ok(None) };
+            let ttl_ms = match line.expires_at_ms.map(|at| ttl_ms(at, now_ms)) {
+                Some(None) => return Ok(Some(Row::Expired)),
+                ttl_ms => ttl_ms.flatten(),
+            };
+            let meta = line.meta.map(|meta| serde_json::from_str::<Meta>(meta.get())).transpose().context("meta")?;
+            let Meta { job_id, tags } = meta.unwrap_or_default();
+            let parts = [("ttl_ms", ttl_ms.map(|ms| ms.to_string())), ("job_id", job_id)];
+            let query = query(parts.into_iter().chain(tags.into_iter().map(|tag| ("tag", Some(tag)))));
+            let body = BASE64.decode(data.as_bytes()).context("value_base64")?;
+            Ok(Some(Row::Large { target: target + &query, content_type, body }))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// A key's labels.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Meta {
+    job_id: Option<String>,
+    #[serde(default)]
+    tags: Vec<String>,
 }
 
 #[cfg(test)]

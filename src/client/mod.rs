@@ -52,6 +52,8 @@ impl Target {
         let is_plain = authority.as_str() == host || authority.port_u16().is_some();
         ensure!(is_plain && !host.is_empty() && !authority.as_str().contains('@'), wrong());
         ensure!(parsed.path() == "/" && parsed.query().is_none(), wrong());
+        let is_key = |key: &String| HeaderValue::from_str(key).is_ok();
+        ensure!(api_key.as_ref().is_none_or(is_key), "the key is a line of ASCII, without control characters");
         let tls = if default_port == 443 { Some(Tls::new(host, ca_cert)?) } else { None };
         Ok(Self { authority: format!("{host}:{}", authority.port_u16().unwrap_or(default_port)), api_key, tls })
     }

@@ -729,6 +729,10 @@ pub struct Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
+        // One that is in line for the log reads nothing more.
+        if let Some(task) = self.catching_up.take() {
+            task.abort();
+        }
         self.set_behind(false);
         self.feed.stats.streams.fetch_sub(1, Ordering::Relaxed);
         if self.watches_searches {
