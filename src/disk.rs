@@ -257,13 +257,33 @@ pub fn remove_dir_all(path: &Path) -> io::Result<()> {
     std::fs::remove_dir_all(path)
 }
 
-/// Makes the names in a directory durable: which files it holds, and under which name.
-pub fn sync_dir(path: &Path) -> io::Result<()> {
-    if faults::is_on(Bug::SkipDirSync) {
-        return Ok(());
+/// An open directory, to make its names durable.
+#[derive(Debug)]
+pub struct Dir<'a> {
+    path: &'a Path,
+    file: std::fs::File,
+}
+
+impl<'a> Dir<'a> {
+    /// It must exist.
+    pub fn open(path: &'a Path) -> io::Result<Self> {
+        tell(Op::Open(path))?;
+        Ok(Self { path, file: std::fs::File::open(path)? })
     }
-    tell(Op::SyncDir(path))?;
-    std::fs::File::open(path)?.sync_all()
+
+    /// Makes its names durable: which files it holds, and under which name.
+    pub fn sync(&self) -> io::Result<()> {
+        if faults::is_on(Bug::SkipDirSync) {
+            return Ok(());
+        }
+        tell(Op::SyncDir(self.path))?;
+        self.file.sync_all()
+    }
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_dir(path: &Path) -> io::Result<()> {
+    Dir::open(path)?.sync()
 }
 
 /// What a directory holds, by name.

@@ -19,6 +19,8 @@ pub enum Bug {
     PublishBeforeDurable,
     /// A failed sync of the log is taken for a good one.
     IgnoreFailedSync,
+    /// What a failed sync left in the page cache is taken for durable by the next process.
+    TrustCache,
     /// The relaxed modes hand revisions out without a reservation on disk.
     ReuseRevision,
     /// Replay leaves out the first record behind the snapshot.
@@ -43,12 +45,13 @@ pub enum Bug {
 
 impl Bug {
     /// All, with the names they are chosen by.
-    pub const ALL: [(Self, &str); 15] = [
+    pub const ALL: [(Self, &str); 16] = [
         (Self::SkipFsync, "skip_fsync"),
         (Self::SkipDirSync, "skip_dir_sync"),
         (Self::AnswerBeforeSync, "answer_before_sync"),
         (Self::PublishBeforeDurable, "publish_before_durable"),
         (Self::IgnoreFailedSync, "ignore_failed_sync"),
+        (Self::TrustCache, "trust_cache"),
         (Self::ReuseRevision, "reuse_revision"),
         (Self::ShortReplay, "short_replay"),
         (Self::SplitBatch, "split_batch"),

@@ -54,9 +54,14 @@ pub async fn health(State(app): State<App>, uri: Uri) -> ApiResult {
 /// `POST /v1/admin/snapshot`
 pub async fn snapshot(State(app): State<App>, uri: Uri) -> ApiResult {
     Params::parse(&uri, &[])?;
+    // Others wait here, and not on threads that are needed otherwise.
+    let place = Arc::clone(&app.snapshots).acquire_owned().await.map_err(|_| ApiError::Internal)?;
     let engine = app.engine.clone();
-    let taken =
-        tokio::task::spawn_blocking(move || engine.snapshot(Pace::Gentle)).await.map_err(|_| ApiError::Internal)?;
+    let take = move || {
+        let _place = place;
+        engine.snapshot(Pace::Gentle)
+    };
+    let taken = tokio::task::spawn_blocking(take).await.map_err(|_| ApiError::Internal)?;
     let taken = taken.map_err(|error| {
         tracing::error!(%error, "the snapshot failed");
         match error {

@@ -85,6 +85,8 @@ pub struct Shared {
     pub connections: AtomicU64,
     /// Snapshots being walked for streams, at most [`WALKS_MAX`].
     pub walks: Arc<Semaphore>,
+    /// Snapshots being taken on request, one at a time.
+    pub snapshots: Arc<Semaphore>,
     /// Backups being taken, one at a time.
     pub backups: Arc<Semaphore>,
     /// KiB of request bodies held in memory at a time; see [`App::admit`].
@@ -128,6 +130,7 @@ impl App {
             started: Instant::now(),
             connections: AtomicU64::new(0),
             walks: Arc::new(Semaphore::new(WALKS_MAX)),
+            snapshots: Arc::new(Semaphore::new(1)),
             backups: Arc::new(Semaphore::new(1)),
             bodies_kib: Arc::new(Semaphore::new(BODIES_BYTES_MIN.max(4 * config.max_body_bytes) >> 10)),
         })))

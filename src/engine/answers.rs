@@ -118,13 +118,15 @@ impl Answers {
         self.by_key.insert(new.retry.key.clone(), Arc::clone(&new));
         let share = self.by_sender.entry(sender.clone()).or_default();
         share.bytes += bytes;
-        share.answers.push_back(new);
+        share.answers.push_back(Arc::clone(&new));
         while self.oldest_of(&sender).is_some_and(|oldest| oldest.ts_ms.saturating_add(WINDOW_MS) <= now_ms) {
             self.forget_oldest_of(&sender);
         }
-        // The newest stays in any case: its sender is about to be told.
-        while self.bytes > BYTES_MAX && self.by_key.len() > 1 {
-            let Some((largest, _)) = self.by_sender.iter().max_by_key(|(_, share)| share.bytes) else { return };
+        // The newest stays in any case, also where it is by far the largest: its sender is about to be told.
+        while self.bytes > BYTES_MAX {
+            let may_go = |share: &Share| share.answers.front().is_some_and(|oldest| !Arc::ptr_eq(oldest, &new));
+            let shares = self.by_sender.iter().filter(|(_, share)| may_go(share));
+            let Some((largest, _)) = shares.max_by_key(|(_, share)| share.bytes) else { return };
             let largest = largest.clone();
             self.forget_oldest_of(&largest);
         }
@@ -164,6 +166,7 @@ impl Answers {
 mod tests {
     use super::*;
     use crate::revision::Revision;
+    use crate::vector::VectorId;
     use smallvec::smallvec;
 
     fn answer(key: &str, ts_ms: u64, print: u8) -> Arc<Remembered> {
@@ -216,5 +219,14 @@ mod tests {
         assert!(answers.memory_bytes() <= BYTES_MAX);
         assert!(answers.get("quiet\na", 2000).is_some());
         assert!(answers.get("loud\n0", 2000).is_none());
+        // One that is larger than all there may be is about to be told, and asked for again.
+        let huge = answer("huge\na", 2000, 1);
+        let mut huge = Arc::into_inner(huge).unwrap();
+        let missing = vec![VectorId::new("v").unwrap(); BYTES_MAX / size_of::<VectorId>()];
+        huge.committed.outcomes = smallvec![Outcome::VectorsDeleted { deleted: 0, missing, revision: Revision(1) }];
+        answers.remember(Arc::new(huge));
+        assert!(answers.get("huge\na", 2000).is_some() && answers.by_key.len() == 1);
+        answers.remember(answer("loud\na", 2001, 1));
+        assert!(answers.get("loud\na", 2001).is_some() && answers.get("huge\na", 2001).is_none());
     }
 }

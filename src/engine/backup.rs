@@ -166,13 +166,18 @@ impl Engine {
         for (name, collection) in &collections {
             contents.vectors += self.walk_vectors(out, name, collection)?;
         }
+        // A record of many vectors that was being applied while they were walked may be there in part: the log behind has all of
+        // it, once it counts.
+        for (_, collection) in &collections {
+            drop(collection.settled());
+        }
+        contents.revision = self.head();
         // In the relaxed modes what is in a backup should be no newer than what a crash leaves. A poisoned server cannot
         // sync, and is backed up as it shows itself.
         match self.inner.sync_log() {
             Ok(()) | Err(Error::Poisoned) => {}
             Err(error) => return Err(error.into()),
         }
-        contents.revision = self.head();
         contents.records = self.walk_log(out, walked_from, contents.revision)?;
         out.begin(kind::END);
         out.block.put_revision(contents.revision);

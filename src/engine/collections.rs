@@ -873,12 +873,20 @@ impl SharedCollection {
         if self.rows_failed.load(Ordering::Acquire) {
             return Err(Error::Poisoned);
         }
+        log.make_sure()?;
         // The head is read first: what is applied in between is then in both, the files and the replay.
         let revision = head();
-        let changes = self.inner.write().take_changes();
-        if changes.is_empty() {
-            return Ok(false);
-        }
+        let changes = {
+            let mut inner = self.inner.write();
+            let changes = inner.take_changes();
+            if changes.is_empty() {
+                // What changes from here on, a snapshot needs from here on, and not from the last checkpoint: the log may have
+                // been shortened since.
+                inner.set_complete(revision);
+                return Ok(false);
+            }
+            changes
+        };
         let result = self.write_checkpoint(log, revision, &changes, sync_log);
         let mut inner = self.inner.write();
         match result {
@@ -898,7 +906,7 @@ impl SharedCollection {
         let (previous, newest, rewrite, rows) = {
             let inner = self.inner.read();
             (
-                inner.checkpoint().0,
+                inner.checkpoint(),
                 inner.revision(),
                 log.is_old() || inner.wants_rewrite(log.bytes()),
                 inner.sync_handle()?,

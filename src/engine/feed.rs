@@ -1041,7 +1041,7 @@ mod tests {
     use std::time::Duration;
 
     fn start() -> (Arc<Feed>, Wal) {
-        let opened = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(()));
+        let opened = Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(()));
         let OpenedWal { wal, log, .. } = opened.unwrap();
         (Feed::start(log, Revision::ZERO).0, wal)
     }
@@ -1137,7 +1137,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_ring_that_ran_ahead_of_the_matching_leaves_no_gap() {
         const NOTED: u64 = TOPIC_NOTED_MAX as u64 + 100;
-        let OpenedWal { mut wal, log, .. } = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(())).unwrap();
+        let OpenedWal { mut wal, log, .. } =
+            Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(())).unwrap();
         let (feed, thread) = Feed::start(log, Revision::ZERO);
         let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
         (0..NOTED).for_each(|_| publish(&feed, &mut wal, 1));
@@ -1157,7 +1158,8 @@ mod tests {
     /// A value of half the ring's size and more goes at the next batch, matched or not.
     #[tokio::test(flavor = "multi_thread")]
     async fn an_event_larger_than_the_ring_reaches_whoever_is_level() {
-        let OpenedWal { mut wal, log, .. } = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(())).unwrap();
+        let OpenedWal { mut wal, log, .. } =
+            Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(())).unwrap();
         let (feed, thread) = Feed::start(log, Revision::ZERO);
         feed.stop();
         thread.join().unwrap();
@@ -1192,7 +1194,8 @@ mod tests {
     /// Streams of one topic that come back together, each to its own place.
     #[tokio::test]
     async fn what_is_noted_is_in_order_and_in_the_ring() {
-        let OpenedWal { mut wal, log, .. } = Wal::open(None, 64 << 20, Revision::ZERO, |_| Ok(())).unwrap();
+        let OpenedWal { mut wal, log, .. } =
+            Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(())).unwrap();
         let (feed, thread) = Feed::start(log, Revision::ZERO);
         feed.stop();
         thread.join().unwrap();

@@ -137,7 +137,7 @@ fn refuse_foreign(paths: &Paths) -> Result<(), Error> {
 /// Recovers a data directory, or starts empty in memory when there is none.
 pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Background>) -> Result<Recovered, Error> {
     let Some(paths) = paths else {
-        let wal = Wal::open(None, max_log_bytes, Revision::ZERO, |_| Ok(()))?;
+        let wal = Wal::open(None, max_log_bytes, Revision::ZERO, Revision::ZERO, |_| Ok(()))?;
         return Ok(Recovered { state: State::default(), wal, replay_needed: Vec::new(), lock: None });
     };
     refuse_foreign(paths)?;
@@ -172,7 +172,9 @@ pub(super) fn recover_locked(
     }
     let mut preparer = Preparer::new(Some(paths.vectors.clone()), background);
     let mut progress = Progress { started, last: started, records: 0 };
-    let wal = Wal::open(Some(&paths.log), max_log_bytes, replay_after, |record| {
+    let checkpoints = state.collections().values().map(|collection| collection.read(|c| c.checkpoint()));
+    let shown = checkpoints.max().unwrap_or(Revision::ZERO).max(revision);
+    let wal = Wal::open(Some(&paths.log), max_log_bytes, replay_after, shown, |record| {
         preparer.prepare(&state, record.first_revision, &record.events)?;
         preparer.hand_over(&mut state);
         state.apply(&record);
@@ -181,13 +183,6 @@ pub(super) fn recover_locked(
         progress.count(record.last_revision());
         Ok(())
     })?;
-    if wal.wal.head() < revision {
-        return Err(Error::corrupt(
-            &paths.log,
-            0,
-            format!("the log ends at revision {}, but a snapshot shows {revision}: its end is missing", wal.wal.head()),
-        ));
-    }
     wal.log.add_gaps(&gaps);
     if wal.torn_bytes > 0 {
         tracing::info!(bytes = wal.torn_bytes, "cut a torn tail off the log: writes that were never acknowledged");
@@ -218,7 +213,7 @@ fn check_checkpoints(state: &State, head: Revision, missing: &[Revision]) -> Res
             let path = Path::new("vectors").join(format!("{:020}", collection.created().0));
             return Err(Error::corrupt(&path, 0, "the collection's files are missing"));
         }
-        let (checkpoint, _) = collection.read(|c| c.checkpoint());
+        let checkpoint = collection.read(|c| c.checkpoint());
         if checkpoint > head
             && let Some(dir) = collection.dir()
         {
@@ -260,7 +255,7 @@ fn load(snapshot: Snapshot, vectors: &Path, background: &Arc<Background>) -> Res
             continue;
         }
         let collection = SharedCollection::open(Some(vectors), saved.spec, saved.created, background)?;
-        let (checkpoint, _) = collection.read(|c| c.checkpoint());
+        let checkpoint = collection.read(|c| c.checkpoint());
         // The files may show a later checkpoint than the snapshot saw, never an earlier one.
         if checkpoint < saved.checkpoint
             && let Some(dir) = collection.dir()
@@ -342,14 +337,24 @@ impl Preparer {
     /// Prepares for a record. What `state` already shows needs nothing. After an error nothing is prepared for it.
     pub fn prepare(&mut self, state: &State, first_revision: Revision, events: &[Event]) -> Result<(), Error> {
         let created_before = self.created.len();
-        let result = self.prepare_events(state, first_revision, events);
+        let mut added = Vec::new();
+        let result = self.prepare_events(state, first_revision, events, &mut added);
         if result.is_err() {
             self.created.drain(created_before..).for_each(|(_, collection)| remove_files(&collection));
+            // Or what was refused would be asked for again and again, and added up.
+            added.into_iter().for_each(|(created, count)| *self.pending.entry(created).or_default() -= count);
         }
         result
     }
 
-    fn prepare_events(&mut self, state: &State, first_revision: Revision, events: &[Event]) -> Result<(), Error> {
+    /// `added` gets what was added to `pending`.
+    fn prepare_events(
+        &mut self,
+        state: &State,
+        first_revision: Revision,
+        events: &[Event],
+        added: &mut Vec<(Revision, usize)>,
+    ) -> Result<(), Error> {
         let mut revision = first_revision;
         let mut events = events.iter().peekable();
         while let Some(event) = events.next() {
@@ -373,6 +378,7 @@ impl Preparer {
                     if let Some(collection) = created.or_else(|| state.collections().get(collection)) {
                         let pending = self.pending.entry(collection.created()).or_insert(0);
                         *pending += count;
+                        added.push((collection.created(), count));
                         collection.reserve(*pending)?;
                     }
                 }

@@ -100,6 +100,9 @@ pub struct Sequencer {
     ended: bool,
 }
 
+/// A clock that is behind by more is worth a word.
+const AHEAD_MS_MAX: u64 = 1000;
+
 impl Drop for Sequencer {
     fn drop(&mut self) {
         if !self.ended {
@@ -114,6 +117,14 @@ impl Sequencer {
     /// Ready to run on its thread.
     #[must_use]
     pub fn new(inner: Arc<Inner>, wal: Wal, preparer: Preparer, queue: Receiver<Request>, fsync: Fsync) -> Self {
+        let last_ts_ms = wal.newest_ts_ms();
+        let ahead_ms = last_ts_ms.saturating_sub(inner.clock.now_ms());
+        if ahead_ms > AHEAD_MS_MAX {
+            tracing::warn!(
+                ahead_ms,
+                "the clock is behind the log's last record, whose time events have until it has caught up"
+            );
+        }
         Self {
             inner,
             wal,
@@ -125,7 +136,7 @@ impl Sequencer {
             last_tick: Instant::now(),
             unsynced: false,
             full_since_check: None,
-            last_ts_ms: 0,
+            last_ts_ms,
             ended: false,
         }
     }

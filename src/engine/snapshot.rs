@@ -111,16 +111,22 @@ fn take_locked(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
     let started = Instant::now();
     let collections: Vec<_> = inner.state.read().collections().values().cloned().collect();
     for collection in collections {
-        collection.checkpoint(|| inner.state.read().revision(), || inner.sync_log())?;
+        let written = collection.checkpoint(|| inner.state.read().revision(), || inner.sync_log());
+        // One that was deleted meanwhile may have lost its files.
+        let is_live = || inner.state.read().collections().values().any(|live| Arc::ptr_eq(live, &collection));
+        if written.is_err() && is_live() {
+            written?;
+        }
     }
     let Some(dir) = inner.paths.as_ref().map(|p| p.snapshots.clone()) else {
         let revision = inner.state.read().revision();
         return Ok(Taken { revision, bytes: 0, took_ms: millis(started) });
     };
     let view = View::begin(&inner.state, vec![String::new()], usize::MAX);
-    // In the relaxed modes the log may be behind what is applied; a snapshot must not be ahead of it.
-    inner.sync_log()?;
     let (header, revision, replay_after) = header(inner, &view);
+    // In the relaxed modes the log may be behind what is applied; a snapshot must not be ahead of it. Behind the header: that a
+    // collection is not listed, as it was deleted since, must not be lost either.
+    inner.sync_log()?;
     let path = snapshot_path(&dir, revision);
     // A file of this revision is left alone only if it is known to be good and to say the same.
     let is_there = path.exists() && inner.replay_needed.lock().contains(&(revision, replay_after));
@@ -196,10 +202,8 @@ fn listed(state: &State, revision: Revision) -> (Vec<SavedCollection>, Revision)
         if collection.created() > revision {
             continue;
         }
-        let (checkpoint, is_behind) = collection.read(|c| c.checkpoint());
-        if is_behind {
-            replay_after = replay_after.min(checkpoint);
-        }
+        let (checkpoint, behind) = collection.read(|c| (c.checkpoint(), c.behind()));
+        replay_after = behind.map_or(replay_after, |behind| replay_after.min(behind));
         listed.push(SavedCollection {
             name: name.clone(),
             spec: collection.spec(),

@@ -27,6 +27,7 @@ use crate::turns;
 use crate::wire::{Put, Reader};
 use memmap2::MmapMut;
 use parking_lot::{Mutex, RwLock};
+use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -286,13 +287,15 @@ impl Segment {
                         (beside, file)
                     }
                 };
-                let file = file.map_err(|e| {
+                // The directory is opened before there is no way back: files may be what is missing.
+                let file = file.and_then(|file| Ok((file, disk::Dir::open(dir)?)));
+                let (file, named_in) = file.map_err(|e| {
                     // What is left of it would only take the space that is missing.
                     disk::remove_file(&beside).ok();
                     AppendError::before_anything(Error::io("cannot create", &path)(e))
                 })?;
                 // From here on a start may find it.
-                let named = disk::rename(&beside, &path).and_then(|()| disk::sync_dir(dir));
+                let named = disk::rename(&beside, &path).and_then(|()| named_in.sync());
                 named.map_err(Error::io("cannot name", &path)).map_err(AppendError::Failed)?;
                 (Some(path), file)
             }
@@ -369,6 +372,29 @@ impl Segment {
         written.map_err(Error::io("cannot seal", self.name()))?;
         self.end.store(at + seal.bytes.len() as u64, Ordering::Release);
         Ok(())
+    }
+
+    /// Writes what is there once more, and syncs it.
+    fn write_again(&self, from: u64, end: u64) -> Result<(), Error> {
+        let mut bytes = vec![0; 1 << 20];
+        let mut at = from;
+        let mut again = || {
+            while at < end && !faults::is_on(Bug::TrustCache) {
+                // The cast: at most the buffer's length.
+                let part = &mut bytes[..(end - at).min(1 << 20) as usize];
+                self.file.read_exact_at(part, at)?;
+                self.file.write_all_at(part, at)?;
+                at += part.len() as u64;
+            }
+            self.file.sync()
+        };
+        again().map_err(Error::io("cannot write again", self.name()))
+    }
+
+    /// The same for the seal, with which a sealed segment ends.
+    fn write_seal_again(&self) -> Result<(), Error> {
+        let end = self.end.load(Ordering::Acquire);
+        self.write_again(end.saturating_sub(FRAME_HEADER_BYTES as u64), end)
     }
 
     fn name(&self) -> &Path {
@@ -531,7 +557,9 @@ impl Log {
     /// writer left them.
     pub fn sync(&self) -> Result<(), Error> {
         let active = self.segments.read().last().cloned();
-        active.map_or(Ok(()), |s| s.file.sync().map_err(Error::io("cannot sync", s.name())))
+        let Some(path) = active.as_ref().and_then(|segment| segment.path.as_deref()) else { return Ok(()) };
+        // By a file of its own: the system tells a failed write once to each that is open, and the writer must hear of it.
+        File::open_to_write(path).and_then(|file| file.sync()).map_err(Error::io("cannot sync", path))
     }
 
     /// Adds lost ranges known from a snapshot: their frames may have gone with old segments.
@@ -650,12 +678,13 @@ impl Log {
             // One by one and synced, so that no older segment can outlive a newer one.
             if let Some(path) = &gone.path {
                 disk::remove_file(path).map_err(Error::io("cannot remove", path))?;
-                if let Some(dir) = path.parent() {
-                    disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
-                }
             }
+            // Gone, also where the sync fails: the next one's is for both.
             self.segments.write().remove(0);
             dropped += 1;
+            if let Some(dir) = gone.path.as_deref().and_then(Path::parent) {
+                disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+            }
         }
         Ok(dropped)
     }
@@ -703,6 +732,8 @@ pub struct Wal {
     /// The newest revision a frame on disk vouches for.
     vouched: Revision,
     reserved: Revision,
+    /// When the newest record that was found at the start was written, by its own account; zero where there was none.
+    newest_ts_ms: u64,
     segment_bytes: u64,
     frames: FrameBuffer,
 }
@@ -720,12 +751,13 @@ pub struct OpenedWal {
 
 impl Wal {
     /// Opens the log in `dir`, or a new one in memory when there is none. Every record after `replay_after` is handed
-    /// to `replay` in order. A torn tail is cut; anything else that is not as it was written is an error that names file
-    /// and offset, and leaves the files as they are.
+    /// to `replay` in order. A torn tail is cut; anything else that is not as it was written, or that ends before `shown`, which
+    /// other files show to have been durable, is an error that names file and offset, and leaves the files as they are.
     pub fn open(
         dir: Option<&Path>,
         max_log_bytes: u64,
         replay_after: Revision,
+        shown: Revision,
         mut replay: impl FnMut(Record) -> Result<(), Error>,
     ) -> Result<OpenedWal, Error> {
         let segment_bytes = (max_log_bytes / SEGMENTS_WANTED).clamp(*SEGMENT_BYTES.start(), *SEGMENT_BYTES.end());
@@ -766,9 +798,13 @@ impl Wal {
         }
         let mut scan = Scan {
             next: segments[first_needed - 1].first_revision,
+            shown,
             gaps: Vec::new(),
             reserved: Revision::ZERO,
             sealed: false,
+            vouched_end: 0,
+            unvouched: VecDeque::new(),
+            ts_ms: 0,
         };
         let mut at = 0;
         let mut torn_bytes = 0;
@@ -792,18 +828,32 @@ impl Wal {
             let next = segments.get(index + 1).map(|s| s.first_revision);
             (at, torn_bytes) = scan.segment(segment, next, replay_after, &mut replay)?;
         }
-        if let Some(last) = segments.last() {
-            // What is replayed may so far be in the page cache only, written by a process that was killed before its
-            // sync. It is about to be shown, so it must be durable first.
-            last.file.sync().map_err(Error::io("cannot sync", last.name()))?;
-        }
+        let last = segments.last().expect("there is at least one segment");
         if scan.sealed {
-            let last = segments.last().map_or(Path::new("log"), Segment::name);
-            return Err(Error::corrupt(last, at, "the segment is sealed, but the one after it is missing"));
+            return Err(Error::corrupt(last.name(), at, "the segment is sealed, but the one after it is missing"));
+        }
+        let head = scan.next.prev();
+        if head < shown {
+            let detail = format!(
+                "the log ends at revision {head}, but a snapshot or a collection's files show {shown}: its end is missing"
+            );
+            return Err(Error::corrupt(last.name(), at, detail));
+        }
+        // What is replayed may so far be in the page cache only, written by a process that was killed before its sync, or whose sync
+        // failed: then the system takes the pages for clean, and a sync alone would do nothing. It is about to be shown, so it is
+        // written again, and synced.
+        if let [.., before, last] = &segments[..]
+            && head < last.first_revision
+        {
+            before.write_seal_again()?;
+        }
+        last.write_again(scan.vouched_end as u64, at)?;
+        if let Some(dir) = dir {
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
         }
         let segments = segments.into_iter().map(Arc::new).collect();
-        let head = scan.next.prev();
         let mut opened = Self::assemble(dir, segments, scan.gaps, at, head, scan.reserved, segment_bytes, torn_bytes);
+        opened.wal.newest_ts_ms = scan.ts_ms;
         if scan.reserved > head {
             // A crash in a relaxed mode: revisions up to the reservation may have been seen, and are given up.
             opened.wal.give_up(Gap { from: head.next(), to: scan.reserved.next() })?;
@@ -835,6 +885,7 @@ impl Wal {
             durable: head,
             vouched: Revision::ZERO,
             reserved,
+            newest_ts_ms: 0,
             segment_bytes,
             frames: FrameBuffer { bytes: Vec::new() },
         };
@@ -856,6 +907,12 @@ impl Wal {
         self.reserved = gap.to;
         self.publish();
         Ok(())
+    }
+
+    /// Records that follow are no older: what comes after a time is looked for by that.
+    #[must_use]
+    pub fn newest_ts_ms(&self) -> u64 {
+        self.newest_ts_ms
     }
 
     /// The newest revision in the log, lost ones included.
@@ -1097,9 +1154,17 @@ fn list_segments(dir: &Path) -> Result<Vec<PathBuf>, Error> {
 struct Scan {
     /// The revision the next record must begin with.
     next: Revision,
+    /// Other files show that the log was durable up to here.
+    shown: Revision,
     gaps: Vec<Gap>,
     reserved: Revision,
     sealed: bool,
+    /// Where the last of the segment's frames ends that a later one vouches for.
+    vouched_end: usize,
+    /// Those behind it, by the revision that it takes, and where each ends.
+    unvouched: VecDeque<(Revision, usize)>,
+    /// The newest record's time.
+    ts_ms: u64,
 }
 
 impl Scan {
@@ -1116,10 +1181,21 @@ impl Scan {
         let (bytes, data_end) = segment.read_data()?;
         let mut at = SEGMENT_HEADER_BYTES;
         self.sealed = false;
+        // Its header too is durable only once a frame says so.
+        self.vouched_end = 0;
+        self.unvouched.clear();
         while !self.sealed {
             let Some(found) = frame_at(&bytes[at..], segment.salt) else { break };
             self.frame(&found, path, at as u64, replay_after, replay)?;
             at += found.header.frame_bytes();
+            while let Some(&(revision, end)) = self.unvouched.front()
+                && revision <= found.header.durable
+            {
+                self.vouched_end = end;
+                self.unvouched.pop_front();
+            }
+            let revision = if found.header.kind == Kind::Record { self.next.prev() } else { self.next };
+            self.unvouched.push_back((revision, at));
         }
         segment.end.store(at as u64, Ordering::Release);
         if self.sealed {
@@ -1147,6 +1223,13 @@ impl Scan {
             let detail = format!(
                 "revision {} does not match its checksum, and a later frame says that it was durable",
                 self.next
+            );
+            return Err(Error::corrupt(path, at as u64, detail));
+        }
+        if self.next <= self.shown {
+            let detail = format!(
+                "revision {} does not match its checksum, and a snapshot or a collection's files show {}",
+                self.next, self.shown
             );
             return Err(Error::corrupt(path, at as u64, detail));
         }
@@ -1192,6 +1275,7 @@ impl Scan {
                 let record = decode_record(header.first_revision, header.count, found.payload)
                     .map_err(|e| Error::corrupt(path, at, e.0))?;
                 self.next = record.last_revision().next();
+                self.ts_ms = record.ts_ms;
                 let is_left_out = faults::is_on(Bug::ShortReplay)
                     && record.first_revision == replay_after.next()
                     && replay_after > Revision::ZERO;
@@ -1253,11 +1337,7 @@ impl Segment {
 /// what could be a frame at or after `next` is worth its checksum: bytes of a value must not cost one each.
 fn durable_behind(bytes: &[u8], used: usize, salt: u32, next: Revision) -> Option<Revision> {
     let could_be = |at: &usize| {
-        FrameHeader::parse(&bytes[*at..]).is_some_and(|h| {
-            h.durable < h.first_revision
-                && h.first_revision >= next
-                && h.first_revision.0 - next.0 <= u64::from(u32::MAX)
-        })
+        FrameHeader::parse(&bytes[*at..]).is_some_and(|h| h.durable < h.first_revision && h.first_revision >= next)
     };
     let places = (0..used).step_by(FRAME_ALIGN).filter(could_be);
     places.filter_map(|at| frame_at(&bytes[at..], salt)).map(|found| found.header.durable).max()
@@ -1286,7 +1366,7 @@ mod tests {
 
     fn open(dir: &Path, after: u64) -> Result<(OpenedWal, Vec<u64>), Error> {
         let mut seen = Vec::new();
-        let opened = Wal::open(Some(dir), 8 << 20, Revision(after), |record| {
+        let opened = Wal::open(Some(dir), 8 << 20, Revision(after), Revision(after), |record| {
             seen.extend(record.iter().map(|(revision, _)| revision.0));
             Ok(())
         })?;

@@ -178,8 +178,8 @@ impl Failure {
             Op::Create(_) | Op::OpenOrCreate(_) => &[Self::Device, Self::Files, Self::Full],
             Op::Write { .. } => &[Self::Device, Self::Full, Self::Short],
             Op::Allocate { .. } | Op::Rename { .. } | Op::CreateDir(_) | Op::Sync => &[Self::Device, Self::Full],
-            Op::SyncDir(_) | Op::List(_) => &[Self::Device, Self::Files],
-            Op::Read | Op::SetLength(_) | Op::Remove(_) | Op::RemoveDir(_) => &[Self::Device],
+            Op::List(_) => &[Self::Device, Self::Files],
+            Op::Read | Op::SetLength(_) | Op::Remove(_) | Op::RemoveDir(_) | Op::SyncDir(_) => &[Self::Device],
         }
     }
 
@@ -294,7 +294,11 @@ impl Recording {
 impl Recorder {
     /// For a directory that holds what `image` says.
     fn new(root: &Path, image: &Image, plan: Option<Plan>) -> Arc<Self> {
-        let volume = Volume::holding(image);
+        Self::going_on(root, Volume::holding(image), plan)
+    }
+
+    /// For a directory on a disk that holds this, and may not have all of it for good.
+    fn going_on(root: &Path, volume: Volume, plan: Option<Plan>) -> Arc<Self> {
         let recording = Recording {
             steps: Vec::new(),
             volume,

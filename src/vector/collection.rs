@@ -56,8 +56,10 @@ pub struct Collection {
     spec: CollectionSpec,
     created: Revision,
     rows: RowStore,
-    /// Up to where the files are complete.
+    /// Up to where the files say that they are complete.
     checkpoint: Revision,
+    /// Up to where they are: later than that where nothing changed since.
+    complete: Revision,
     changes: Changes,
     ids: BTreeMap<VectorId, Slot>,
     slots: Chunks<SlotState>,
@@ -285,6 +287,7 @@ impl Collection {
             created,
             rows: RowStore::open(dir.map(|d| d.join("rows.f32")), spec.dim)?,
             checkpoint: created,
+            complete: created,
             changes: Changes::default(),
             ids: BTreeMap::new(),
             slots: Chunks::new(),
@@ -309,6 +312,7 @@ impl Collection {
         let opened = SlotLog::open(dir.join("slots.log"), spec, created)?;
         collection.load(opened.entries)?;
         collection.checkpoint = collection.checkpoint.max(opened.checkpoint);
+        collection.complete = collection.checkpoint;
         collection.revision = collection.revision.max(opened.newest);
         Ok((collection, Some(opened.log)))
     }
@@ -371,10 +375,16 @@ impl Collection {
         self.revision
     }
 
-    /// Up to where its files are complete, and whether anything changed since.
+    /// Up to where its files say that they are complete.
     #[must_use]
-    pub fn checkpoint(&self) -> (Revision, bool) {
-        (self.checkpoint, !self.changes.is_empty())
+    pub fn checkpoint(&self) -> Revision {
+        self.checkpoint
+    }
+
+    /// From where on the log has what the files have not; `None` when that is nothing.
+    #[must_use]
+    pub fn behind(&self) -> Option<Revision> {
+        (!self.changes.is_empty()).then_some(self.complete)
     }
 
     /// Live vectors.
@@ -1022,9 +1032,15 @@ impl Collection {
         self.rows.sync_handle()
     }
 
-    /// The files are complete up to here.
+    /// The files are complete up to here, and say so.
     pub fn set_checkpoint(&mut self, revision: Revision) {
         self.checkpoint = revision;
+        self.complete = revision;
+    }
+
+    /// The files are complete up to here, as nothing has changed: they say what they said.
+    pub fn set_complete(&mut self, revision: Revision) {
+        self.complete = self.complete.max(revision);
     }
 }
 

@@ -273,6 +273,8 @@ pub struct SlotLog {
     version: u32,
     /// Bytes up to the end of the last whole frame; zero while there is not even a header.
     bytes: u64,
+    /// What it was opened with may be in the page cache only, written by a process that was killed before its sync.
+    is_sure: bool,
 }
 
 /// What opening a slot log found.
@@ -319,7 +321,7 @@ impl SlotLog {
         if bytes.len() < HEADER_BYTES {
             // New, or its creation was cut short, or it lost all but that: which of them, the caller knows. The header is
             // written with the first frame, so that a refused start changes nothing.
-            let log = Self { path, file, header: expected, version: VERSION, bytes: 0 };
+            let log = Self { path, file, header: expected, version: VERSION, bytes: 0, is_sure: false };
             return Ok(Opened { log, checkpoint: Revision::ZERO, newest: Revision::ZERO, entries: Vec::new() });
         }
         let old = header(MAGIC, VERSION_WITHOUT_ROW_CRC, spec, created);
@@ -335,7 +337,7 @@ impl SlotLog {
                 decode_frame(frame, version, &mut entries).map_err(|e| Error::corrupt(&path, at as u64, e.0))?;
             at += FRAME_HEADER_BYTES + frame.len();
         }
-        let log = Self { path, file, header: expected, version, bytes: at as u64 };
+        let log = Self { path, file, header: expected, version, bytes: at as u64, is_sure: false };
         Ok(Opened { log, checkpoint, newest, entries })
     }
 
@@ -349,6 +351,18 @@ impl SlotLog {
     #[must_use]
     pub fn is_old(&self) -> bool {
         self.version != VERSION
+    }
+
+    /// Makes what it was opened with durable, and its name: before anything else relies on that.
+    pub fn make_sure(&mut self) -> Result<(), Error> {
+        if !self.is_sure {
+            self.file.sync().map_err(Error::io("cannot sync", &self.path))?;
+            if let Some(dir) = self.path.parent() {
+                disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+            }
+            self.is_sure = true;
+        }
+        Ok(())
     }
 
     /// Appends frames and syncs them. After an error the file may end in a torn frame, which the next append, or the
