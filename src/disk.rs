@@ -8,7 +8,7 @@
 //! Writes to the mapped rows of a collection pass by: the lab looks at that file itself.
 
 use crate::faults::{self, Bug};
-use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
+use rustix::fs::{Advice, FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::Metadata;
 use std::io::{self, Read, Write};
@@ -168,6 +168,14 @@ impl File {
         let (from, length) = (range.start as libc::off64_t, (range.end - range.start) as libc::off64_t);
         // SAFETY: it takes and touches no memory.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), from, length, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+
+    /// Makes what is written durable, and forgets what is not: a process before may have been told by a failed sync that some is not on
+    /// the disk, where the system goes on to show it. ext4 is worse: what is written where it once failed to write to blocks got ahead
+    /// of time never counts, whatever later syncs say, as long as it remembers these pages. The system is asked; it may keep some.
+    pub fn refresh(&self) -> io::Result<()> {
+        self.sync()?;
+        Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
 
     /// Whether it was removed from `path`, where it was made: what is written to it goes when it is closed. Some file systems count no

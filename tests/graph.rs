@@ -780,8 +780,8 @@ fn vectors_too_long_or_short_for_f32_distances_are_searched_exactly() {
             }
             live.work(usize::MAX);
             let mut same = 0;
-            for _ in 0..20 {
-                let query = scaled();
+            for far in [1.0, 1e5].into_iter().cycle().take(20) {
+                let query: Vec<f32> = scaled().into_iter().map(|n| n * far).collect();
                 let [walked, exact] = [false, true].map(|is_exact| live.search(&query, 10, None, is_exact, None));
                 same += hits(&walked).iter().filter(|hit| hits(&exact).iter().any(|h| h.id == hit.id)).count();
             }
@@ -847,6 +847,75 @@ fn a_filter_never_misses_a_vector_whose_other_metadata_changes() {
         stop.store(true, Ordering::Relaxed);
         assert_eq!(counts, BTreeSet::from([500]));
     });
+}
+
+/// Of metadata that changes while a search runs it sees what there was: in its filter, in groups and in what it shows.
+#[test]
+fn a_search_sees_metadata_as_it_was_when_it_began() {
+    let mut random = Random(1);
+    let mut live = Live::open(None, Metric::L2, DIM);
+    for id in 0..300 {
+        live.put(&format!("v{id}"), random.vector(DIM, 4), json!({ "state": "a", "n": id }));
+    }
+    live.work(usize::MAX);
+    let filter = |filter: Value| Filter::parse(&filter).unwrap();
+    let query = random.vector(DIM, 4);
+    let of_a = json!({ "state": "a" });
+    for is_exact in [false, true] {
+        let searches = [Search { filter: Some(filter(of_a.clone())), is_exact, ..search(live.spec, &query, 300) }];
+        let before = live.collection.begin_search(Revision(live.revision), &searches);
+        // Once before the index has taken the change over, once after, and changed twice.
+        for id in 0..100 {
+            live.set_meta(&format!("v{id}"), json!({ "state": "b", "n": 1000 - id }));
+        }
+        let between = live.collection.begin_search(Revision(live.revision), &searches);
+        for id in 50..100 {
+            live.set_meta(&format!("v{id}"), json!({ "state": "c", "n": -id }));
+        }
+        for work in [0, usize::MAX] {
+            live.work(work);
+            for (ticket, wanted) in [(&before, 300), (&between, 200)] {
+                assert_eq!(ticket.count_matching(&filter(of_a.clone())), wanted);
+                let answer = ticket.run(&searches).remove(0);
+                assert_eq!(hits(&answer).len(), wanted);
+                assert!(hits(&answer).iter().all(|hit| hit.meta.text().contains("\"a\"")));
+            }
+            // Whatever a vector is, it is one of these.
+            for always in [
+                json!({ "state": { "$in": ["a", "b", "c"] } }),
+                json!({ "$or": [{ "state": "a" }, { "state": { "$ne": "a" } }] }),
+                json!({ "n": { "$gte": -100 } }),
+            ] {
+                assert_eq!(between.count_matching(&filter(always)), 300);
+            }
+        }
+        drop((before, between));
+        live.work(usize::MAX);
+        let unindexed = live.collection.read(|c| c.not_indexed(c.live()).len());
+        assert_eq!(unindexed, 0, "what waited for the searches is indexed behind them");
+        (0..100).for_each(|id| live.set_meta(&format!("v{id}"), json!({ "state": "a", "n": id })));
+        live.work(usize::MAX);
+        live.check(&query, 10, Some(&of_a), false);
+    }
+}
+
+/// A collection in which nothing happened needs nothing of the log but what comes behind.
+#[test]
+fn a_snapshot_needs_of_a_quiet_collection_only_what_came_since() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut live = Live::open(Some(dir.path()), Metric::L2, 2);
+    live.put("a", vec![1.0, 2.0], json!({}));
+    let checkpoint = |live: &Live, at| live.collection.checkpoint(|| Revision(at), || Ok(())).unwrap();
+    let told = |live: &Live| live.collection.read(|c| (c.checkpoint().0, c.behind().map(|revision| revision.0)));
+    assert_eq!(told(&live), (1, Some(1)));
+    assert!(checkpoint(&live, 2));
+    assert_eq!(told(&live), (2, None));
+    assert!(!checkpoint(&live, 50), "nothing to write");
+    live.revision = 50;
+    live.put("a", vec![2.0, 2.0], json!({}));
+    assert_eq!(told(&live), (2, Some(50)), "the log may have been shortened up to 50");
+    assert!(checkpoint(&live, 51));
+    assert_eq!(told(&live), (51, None));
 }
 
 /// The budget counts what there is, after background work and restarts too.

@@ -100,6 +100,8 @@ pub struct SharedCollection {
     background: Arc<Background>,
     /// In the background's queue.
     is_queued: AtomicBool,
+    /// [`Collection::has_replaced`] as of the last change.
+    has_replaced: AtomicBool,
     /// A sync of the rows failed: no more checkpoints until a restart.
     rows_failed: AtomicBool,
     /// Slots the tail may hold before vector writes wait: [`TAIL_MAX`], or more while the graph catches up with vectors that
@@ -115,6 +117,17 @@ pub struct SharedCollection {
 struct Searches {
     next: SearchNumber,
     running: BTreeSet<SearchNumber>,
+    /// Those of them that look at metadata: no linker's job does.
+    reading: BTreeSet<SearchNumber>,
+}
+
+impl Searches {
+    fn begin(&mut self) -> SearchNumber {
+        let number = self.next;
+        self.next += 1;
+        self.running.insert(number);
+        number
+    }
 }
 
 /// Where the background work on a collection stands.
@@ -276,6 +289,7 @@ impl SharedCollection {
             dir,
             background: Arc::clone(background),
             is_queued: AtomicBool::new(false),
+            has_replaced: AtomicBool::new(false),
             rows_failed: AtomicBool::new(false),
             tail_limit: AtomicUsize::new(usize::MAX),
             charged: AtomicUsize::new(0),
@@ -399,7 +413,7 @@ impl SharedCollection {
 
     /// Applies one write of metadata alone.
     pub fn set_meta(&self, id: &VectorId, meta: &VectorMeta, revision: Revision) {
-        self.write(|inner, _| inner.set_meta(id, meta, revision));
+        self.write(|inner, horizon| inner.set_meta(id, meta, revision, horizon));
         self.wake();
     }
 
@@ -418,7 +432,9 @@ impl SharedCollection {
                         Event::VectorWritten { id, vector: Some(vector), meta, .. } => {
                             inner.put(id, vector.as_slice(), meta, revision, horizon);
                         }
-                        Event::VectorWritten { id, vector: None, meta, .. } => inner.set_meta(id, meta, revision),
+                        Event::VectorWritten { id, vector: None, meta, .. } => {
+                            inner.set_meta(id, meta, revision, horizon)
+                        }
                         Event::VectorDeleted { id, .. } => inner.delete(id, revision, horizon),
                         _ => {}
                     }
@@ -435,6 +451,7 @@ impl SharedCollection {
         let mut inner = self.inner.write();
         let result = apply(&mut inner, self.horizon());
         self.charged.store(inner.charged_bytes(), Ordering::Relaxed);
+        self.has_replaced.store(inner.has_replaced(), Ordering::Relaxed);
         result
     }
 
@@ -457,19 +474,32 @@ impl SharedCollection {
     fn horizon(&self) -> Horizon {
         let durable = Revision(self.background.durable.load(Ordering::Acquire));
         let searches = self.searches.lock();
-        Horizon { next: searches.next, oldest: searches.running.first().copied().unwrap_or(searches.next), durable }
+        let oldest = |running: &BTreeSet<SearchNumber>| running.first().copied().unwrap_or(searches.next);
+        let (oldest, oldest_search) = (oldest(&searches.running), oldest(&searches.reading));
+        Horizon { next: searches.next, oldest, oldest_search, durable }
     }
 
     fn begin(&self) -> SearchNumber {
+        self.searches.lock().begin()
+    }
+
+    /// The same for a search, which looks at metadata.
+    fn begin_reading(&self) -> SearchNumber {
         let mut searches = self.searches.lock();
-        let number = searches.next;
-        searches.next += 1;
-        searches.running.insert(number);
+        let number = searches.begin();
+        searches.reading.insert(number);
         number
     }
 
     pub(super) fn end_search(&self, number: SearchNumber) {
-        self.searches.lock().running.remove(&number);
+        let mut searches = self.searches.lock();
+        searches.running.remove(&number);
+        let has_read = searches.reading.remove(&number);
+        drop(searches);
+        if has_read && self.has_replaced.load(Ordering::Relaxed) {
+            // The index may go on where it waited for this search.
+            self.wake();
+        }
     }
 
     /// Keeps everything visible at `at` in place until the ticket is dropped. The caller has it [`settled`](Self::settled) and holds
@@ -486,7 +516,7 @@ impl SharedCollection {
 
     fn ticket(&self, at: Revision, needs_live: impl FnOnce(usize) -> bool) -> SearchTicket {
         let collection = self.me.upgrade().expect("whoever calls holds it");
-        let number = self.begin();
+        let number = self.begin_reading();
         self.read(|c| {
             let live = needs_live(c.len()).then(|| c.live().clone());
             SearchTicket { collection, at, number, graph: c.searchable(), vectors: c.len(), live }
@@ -508,14 +538,25 @@ impl SharedCollection {
         }
     }
 
-    /// Does a linker's job, if there is one.
+    /// Does a linker's job, if there is one that shortens a tail: memory made ready would not.
     pub fn help(&self) {
+        self.help_with(|job| !job.is_populating());
+    }
+
+    fn help_with(&self, will_do: impl Fn(&Job) -> bool) {
         thread_local! {
             static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
         }
-        // Memory made ready would shorten no tail.
-        if let Some(job) = self.background.take_job(|job| !job.is_populating()) {
+        if let Some(job) = self.background.take_job(will_do) {
             SCRATCH.with_borrow_mut(|scratch| job.run(scratch));
+        }
+    }
+
+    /// The same for who waits for the linkers: beside programs that keep all cores busy these may get no time at all. One at a
+    /// time, as at this priority they would keep others from their cores.
+    pub fn help_alone(&self) {
+        if let Some(_alone) = self.background.begin_helping() {
+            self.help_with(|_| true);
         }
     }
 
@@ -641,6 +682,7 @@ impl SharedCollection {
         }
         let has_moved = self.read(Collection::has_upkeep)
             && self.write(|inner, horizon| {
+                inner.forget_replaced(horizon);
                 let has_more = inner.index_some();
                 inner.reclaim(RECLAIM_SLOTS, horizon) || has_more
             });

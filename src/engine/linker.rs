@@ -6,7 +6,7 @@
 //!   jobs.
 //! - `linker-N`, one for each core, at idle priority: the jobs, which take milliseconds and no lock that anything else waits
 //!   for. When writes and searches want all cores, linking waits and the tail grows; at [`TAIL_MAX`] vector writes wait for
-//!   it, and searches that meet a long tail do a job each. At a low but not idle priority linkers kept the cores long enough
+//!   it, and after a moment do jobs themselves, one at a time; searches that meet a long tail do a job each. At a low but not idle priority linkers kept the cores long enough
 //!   to multiply the latency of key writes.
 //!
 //! Queues: `waiting` holds each collection that has work once; `jobs` what collections have given out. Their locks are held
@@ -16,7 +16,7 @@ use super::collections::{Job, SharedCollection};
 use crate::turns::{self, Turn};
 use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
@@ -36,6 +36,8 @@ pub struct Background {
     pub graph_from: usize,
     waiting: Queue<Weak<SharedCollection>>,
     jobs: Queue<Job>,
+    /// Held by the one who does a job because it waits for room.
+    helping: Mutex<()>,
 }
 
 /// What one thread gives and another takes, until it is stopped.
@@ -104,7 +106,13 @@ impl Background {
     #[must_use]
     pub fn with_graph_from(graph_from: usize) -> Arc<Self> {
         let durable = AtomicU64::new(u64::MAX);
-        Arc::new(Self { durable, graph_from, waiting: Queue::default(), jobs: Queue::default() })
+        Arc::new(Self {
+            durable,
+            graph_from,
+            waiting: Queue::default(),
+            jobs: Queue::default(),
+            helping: Mutex::default(),
+        })
     }
 
     /// A collection has work; it must not be in the queue already.
@@ -115,6 +123,11 @@ impl Background {
     /// Gives a job to the linkers.
     pub fn give_job(&self, job: Job) {
         if job.is_populating() { self.jobs.push_first(job) } else { self.jobs.push(job) }
+    }
+
+    /// To do a job in place of the linkers; `None` while another does.
+    pub fn begin_helping(&self) -> Option<MutexGuard<'_, ()>> {
+        self.helping.try_lock()
     }
 
     /// A job that no linker has taken yet and that will do.

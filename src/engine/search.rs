@@ -280,7 +280,7 @@ impl SearchTicket {
         let slots = slots_of(slots);
         let check = |slice: &[u32]| {
             let mut slice = slice.to_vec();
-            self.collection.read(|c| c.retain_matching(&mut slice, filter));
+            self.collection.read(|c| c.retain_matching(&mut slice, filter, self.at));
             slice
         };
         let kept: Vec<Vec<u32>> = if slots.len() <= 4 * SLICE_METAS {
@@ -328,7 +328,7 @@ impl SearchTicket {
         }
         let found = SCRATCH.with_borrow_mut(|(probe, scratch)| {
             probe.of_query(graph.metric(), search.query.numbers(), graph.centre());
-            if plan.way == Way::Exact {
+            if plan.way == Way::Exact || !probe.is_fit() {
                 return None;
             }
             if plan.way != Way::Scan {
@@ -477,7 +477,7 @@ impl SearchTicket {
         let at_a_time = if search.include_vector { self.collection.rows_at_a_time() } else { SLICE_METAS };
         let mut hits = Vec::with_capacity(found.len());
         for some in found.chunks(at_a_time) {
-            let hit = |inner: &Collection, c: &Candidate| inner.hit(c.slot, c.score, search.include_vector);
+            let hit = |inner: &Collection, c: &Candidate| inner.hit(c.slot, c.score, search.include_vector, self.at);
             self.collection.read(|inner| hits.extend(some.iter().map(|c| hit(inner, c))));
         }
         hits

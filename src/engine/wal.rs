@@ -633,6 +633,11 @@ impl Log {
     /// The newest revision written at or before a time: what `since=<time>` resumes after. `None` when everything in the
     /// log is later. Blocking.
     pub fn revision_at(&self, ts_ms: u64) -> Result<Option<Revision>, Error> {
+        Ok(self.newest_at(ts_ms)?.map(|(revision, _)| revision))
+    }
+
+    /// The same, and when it was written.
+    fn newest_at(&self, ts_ms: u64) -> Result<Option<(Revision, u64)>, Error> {
         let segments = self.segments.read().clone();
         for segment in segments.iter().rev() {
             let from = segment.seek(|entry| entry.ts_ms <= ts_ms)?;
@@ -645,7 +650,7 @@ impl Log {
                 if record_ts > ts_ms {
                     return Ok(false);
                 }
-                newest = Some(Revision(found.header.first_revision.0 + u64::from(found.header.count) - 1));
+                newest = Some((Revision(found.header.first_revision.0 + u64::from(found.header.count) - 1), record_ts));
                 Ok(true)
             })?;
             if newest.is_some() {
@@ -806,6 +811,9 @@ impl Wal {
             unvouched: VecDeque::new(),
             ts_ms: 0,
         };
+        // Those before were synced when the next one was begun.
+        let last = segments.last().expect("there is at least one segment");
+        last.file.refresh().map_err(Error::io("cannot sync", last.name()))?;
         let mut at = 0;
         let mut torn_bytes = 0;
         for (index, segment) in segments.iter().enumerate() {
@@ -828,7 +836,6 @@ impl Wal {
             let next = segments.get(index + 1).map(|s| s.first_revision);
             (at, torn_bytes) = scan.segment(segment, next, replay_after, &mut replay)?;
         }
-        let last = segments.last().expect("there is at least one segment");
         if scan.sealed {
             return Err(Error::corrupt(last.name(), at, "the segment is sealed, but the one after it is missing"));
         }
@@ -839,9 +846,8 @@ impl Wal {
             );
             return Err(Error::corrupt(last.name(), at, detail));
         }
-        // What is replayed may so far be in the page cache only, written by a process that was killed before its sync, or whose sync
-        // failed: then the system takes the pages for clean, and a sync alone would do nothing. It is about to be shown, so it is
-        // written again, and synced.
+        // Of what is replayed the end may so far be in the page cache only, if the system kept it, and taken for clean after a sync
+        // that failed: another alone would do nothing. It is about to be shown, so it is written again, and synced.
         if let [.., before, last] = &segments[..]
             && head < last.first_revision
         {
@@ -853,7 +859,11 @@ impl Wal {
         }
         let segments = segments.into_iter().map(Arc::new).collect();
         let mut opened = Self::assemble(dir, segments, scan.gaps, at, head, scan.reserved, segment_bytes, torn_bytes);
-        opened.wal.newest_ts_ms = scan.ts_ms;
+        opened.wal.newest_ts_ms = match scan.ts_ms {
+            // The newest segment has none yet.
+            0 => opened.log.newest_at(u64::MAX)?.map_or(0, |(_, ts_ms)| ts_ms),
+            ts_ms => ts_ms,
+        };
         if scan.reserved > head {
             // A crash in a relaxed mode: revisions up to the reservation may have been seen, and are given up.
             opened.wal.give_up(Gap { from: head.next(), to: scan.reserved.next() })?;
@@ -1468,6 +1478,42 @@ mod tests {
         }
         std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         assert!(open(dir.path(), 0).is_err(), "a file cut short is not a torn tail");
+    }
+
+    /// What follows on a restored history is far away: it is behind the frame all the same.
+    #[test]
+    fn a_bad_gap_before_something_durable_stops_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let gap = create_behind(dir.path(), Revision(5)).unwrap();
+        let (mut opened, _) = open(dir.path(), 5).unwrap();
+        append(&mut opened.wal, &record(gap.to.0 + 1, 1, 10));
+        append(&mut opened.wal, &record(gap.to.0 + 2, 1, 10));
+        drop(opened);
+        let path = only_segment(dir.path());
+        let mut damaged = std::fs::read(&path).unwrap();
+        damaged[SEGMENT_HEADER_BYTES + FRAME_HEADER_BYTES] ^= 1;
+        std::fs::write(&path, &damaged).unwrap();
+        assert!(matches!(open(dir.path(), 5), Err(Error::Corrupt { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), damaged, "the file was changed");
+    }
+
+    /// No frame vouches for the last record; a snapshot does.
+    #[test]
+    fn a_bad_tail_that_a_snapshot_shows_is_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        append(&mut opened.wal, &record(1, 1, 10));
+        let at = usize::try_from(opened.wal.at).unwrap();
+        append(&mut opened.wal, &record(2, 1, 10));
+        drop(opened);
+        let path = only_segment(dir.path());
+        let mut damaged = std::fs::read(&path).unwrap();
+        damaged[at + FRAME_HEADER_BYTES] ^= 1;
+        std::fs::write(&path, &damaged).unwrap();
+        assert!(matches!(open(dir.path(), 2), Err(Error::Corrupt { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), damaged, "the file was changed");
+        // Shown by nothing, nobody was told of it.
+        assert_eq!(open(dir.path(), 1).unwrap().0.wal.head(), Revision(1));
     }
 
     #[test]

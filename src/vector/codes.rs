@@ -20,6 +20,7 @@
 
 use super::Metric;
 use super::distance::{BIAS, STEPS, Steps, kernels};
+use super::graph::SQUARE_MAX;
 use super::nodes::{Figures, Nodes};
 
 /// Writes the bytes of a row and returns its figures. `centre` is taken off first; empty for none.
@@ -136,6 +137,13 @@ impl Probe {
             }
             scratch.keys.extend_from_slice(&keys[..slots.len()]);
         }
+    }
+
+    /// Whether f32 holds what it is compared by, as [`Graph::is_unfit`](super::graph::Graph::is_unfit) says of rows: else all would
+    /// lie as far as each other.
+    #[must_use]
+    pub fn is_fit(&self) -> bool {
+        self.square <= SQUARE_MAX && self.figures.square <= SQUARE_MAX
     }
 
     /// The distance of one row.

@@ -75,6 +75,13 @@ pub struct Collection {
     meta_index: MetaIndex,
     /// Slots whose metadata is not in the index yet, or is there as it was before: a filter looks at it itself.
     unindexed: RoaringBitmap,
+    /// Those of them that may be put into it: not while a search runs that began before they changed. It would find them in
+    /// the index neither as they were nor as they are.
+    due: RoaringBitmap,
+    /// Metadata that was replaced while searches ran that see it, of each slot the oldest first, with what replaced it.
+    replaced: HashMap<u32, VecDeque<(Revision, VectorMeta)>>,
+    /// The slots of those, in the order of the changes, each with the first search that does not see it.
+    replaced_order: VecDeque<(SearchNumber, u32)>,
     /// What the index holds of slots that are in `unindexed` all the same. Edits of the index are left to background work:
     /// they take microseconds and more, and the writer does not wait for them.
     outdated: HashMap<u32, VectorMeta>,
@@ -120,8 +127,10 @@ pub type SearchNumber = u64;
 pub struct Horizon {
     /// The number the next search gets.
     pub next: SearchNumber,
-    /// The oldest search that is running; `next` when none is.
+    /// The oldest search or linker's job that is running; `next` when none is.
     pub oldest: SearchNumber,
+    /// The same of searches alone, who look at metadata.
+    pub oldest_search: SearchNumber,
     /// What was freed after this revision could come back in a crash.
     pub durable: Revision,
 }
@@ -298,6 +307,9 @@ impl Collection {
             live: RoaringBitmap::new(),
             meta_index: MetaIndex::default(),
             unindexed: RoaringBitmap::new(),
+            due: RoaringBitmap::new(),
+            replaced: HashMap::new(),
+            replaced_order: VecDeque::new(),
             outdated: HashMap::new(),
             unindexable: RoaringBitmap::new(),
             graph: None,
@@ -350,6 +362,7 @@ impl Collection {
         self.free = free.into_iter().rev().collect();
         self.live = live.iter().map(|slot| slot.0).collect();
         self.unindexed = self.live.clone();
+        self.due = self.live.clone();
         let mut sorted: Vec<(VectorId, Slot)> = places.into_iter().collect();
         sorted.par_sort_unstable();
         // Sorted, a map is built in one go.
@@ -493,6 +506,7 @@ impl Collection {
         self.text_bytes += id.as_str().len() + meta.text().len();
         self.live.insert(slot.0);
         self.unindexed.insert(slot.0);
+        self.due.insert(slot.0);
         self.code(slot);
         if let Some(old) = old {
             self.bury(old, revision, horizon);
@@ -535,7 +549,7 @@ impl Collection {
     }
 
     /// Applies a change of metadata alone; the row stays where it is.
-    pub fn set_meta(&mut self, id: &VectorId, meta: &VectorMeta, revision: Revision) {
+    pub fn set_meta(&mut self, id: &VectorId, meta: &VectorMeta, revision: Revision, horizon: Horizon) {
         let Some(&slot) = self.ids.get(id) else { return };
         if self.is_known(Some(slot), revision) {
             return;
@@ -545,8 +559,46 @@ impl Collection {
         self.text_bytes = self.text_bytes + meta.text().len() - state.meta.text().len();
         let old = std::mem::replace(&mut state.meta, meta.clone());
         state.revision = revision;
+        self.forget_replaced(horizon);
+        if horizon.oldest_search < horizon.next {
+            self.replaced.entry(slot.0).or_default().push_back((revision, old.clone()));
+            self.replaced_order.push_back((horizon.next, slot.0));
+        }
         self.outdate(slot, old);
         self.changes.slots.insert(slot.0);
+    }
+
+    /// Forgets metadata that no search sees any more.
+    pub fn forget_replaced(&mut self, horizon: Horizon) {
+        while let Some(&(first_without, slot)) = self.replaced_order.front()
+            && first_without <= horizon.oldest_search
+        {
+            self.replaced_order.pop_front();
+            let Some(versions) = self.replaced.get_mut(&slot) else { continue };
+            versions.pop_front();
+            if versions.is_empty() {
+                self.replaced.remove(&slot);
+                if self.unindexed.contains(slot) {
+                    self.due.insert(slot);
+                }
+            }
+        }
+    }
+
+    /// Whether some of it is kept.
+    #[must_use]
+    pub fn has_replaced(&self) -> bool {
+        !self.replaced_order.is_empty()
+    }
+
+    /// A slot's metadata as a search sees it that began at `at`.
+    fn meta_at(&self, slot: Slot, at: Revision) -> &VectorMeta {
+        let state = &self.slots[slot.index()];
+        if state.revision <= at {
+            return &state.meta;
+        }
+        let versions = self.replaced.get(&slot.0).into_iter().flatten();
+        versions.into_iter().find(|(replaced_by, _)| *replaced_by > at).map_or(&state.meta, |(_, meta)| meta)
     }
 
     /// Applies a delete.
@@ -620,14 +672,20 @@ impl Collection {
         if self.unindexed.insert(slot.0) && !self.unindexable.remove(slot.0) {
             self.outdated.insert(slot.0, meta);
         }
+        if self.replaced.contains_key(&slot.0) {
+            self.due.remove(slot.0);
+        } else {
+            self.due.insert(slot.0);
+        }
     }
 
-    /// Brings some slots of the index up to date; false when all are. One hold of the lock takes what was there of a slot
+    /// Brings some slots of the index up to date; false when all are that may be. One hold of the lock takes what was there of a slot
     /// out and puts what is there in, so that a filter on a field that did not change never misses it.
     pub fn index_some(&mut self) -> bool {
         let mut bytes = 0;
         while bytes < SLICE_META_BYTES {
-            let Some(slot) = self.unindexed.min() else { return false };
+            let Some(slot) = self.due.min() else { return false };
+            self.due.remove(slot);
             self.unindexed.remove(slot);
             if let Some(old) = self.outdated.remove(&slot) {
                 bytes += old.text().len();
@@ -657,7 +715,7 @@ impl Collection {
     /// Whether the index is behind, or dead slots wait to be freed.
     #[must_use]
     pub fn has_upkeep(&self) -> bool {
-        !self.unindexed.is_empty() || !self.dead.is_empty()
+        !self.due.is_empty() || !self.dead.is_empty() || self.has_replaced()
     }
 
     /// Live slots.
@@ -666,9 +724,9 @@ impl Collection {
         &self.live
     }
 
-    /// Of some slots, removes those whose metadata does not satisfy a filter.
-    pub fn retain_matching(&self, slots: &mut Vec<u32>, filter: &Filter) {
-        slots.retain(|&slot| filter.matches(&self.slots[slot as usize].meta.parse()));
+    /// Of some slots, removes those whose metadata did not satisfy a filter at `at`.
+    pub fn retain_matching(&self, slots: &mut Vec<u32>, filter: &Filter, at: Revision) {
+        slots.retain(|&slot| filter.matches(&self.meta_at(Slot(slot), at).parse()));
     }
 
     /// Some live slots, evenly: enough to tell where the vectors lie.
@@ -918,7 +976,7 @@ impl Collection {
         }
         let score = self.score(&scan.query, slot);
         match &mut scan.groups {
-            Some(groups) => groups.offer(&state.meta.parse(), score, slot, &state.id),
+            Some(groups) => groups.offer(&self.meta_at(slot, at).parse(), score, slot, &state.id),
             None => scan.top.offer(score, slot, &state.id),
         }
     }
@@ -959,14 +1017,14 @@ impl Collection {
         score.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
     }
 
-    /// A found slot as a hit. The slot must have been visible to the search and still be guarded by it.
+    /// A found slot as a hit. The slot must have been visible to the search, which began at `at`, and still be guarded by it.
     #[must_use]
-    pub fn hit(&self, slot: Slot, score: f32, include_vector: bool) -> Hit {
+    pub fn hit(&self, slot: Slot, score: f32, include_vector: bool, at: Revision) -> Hit {
         let state = &self.slots[slot.index()];
         Hit {
             id: state.id.clone(),
             score,
-            meta: state.meta.clone(),
+            meta: self.meta_at(slot, at).clone(),
             vector: include_vector.then(|| self.rows.row(slot).to_vec()),
         }
     }

@@ -86,7 +86,7 @@ const MATCHES_PER_HOP: usize = 2;
 /// Of the candidates of a new slot, so many must be the nearest; for those further out it is enough to be near.
 const LINK_WANTED: usize = 40;
 /// Largest squared length of a row: sums of a few of them are still finite.
-const SQUARE_MAX: f32 = f32::MAX / 16.0;
+pub const SQUARE_MAX: f32 = f32::MAX / 16.0;
 /// Slots that are one piece of a pass: milliseconds.
 const PASS_SLOTS: usize = 64;
 
