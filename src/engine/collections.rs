@@ -180,13 +180,15 @@ struct SearchParty {
     parties_left: usize,
 }
 
-/// Work on a graph that takes no lock which writes or searches wait for.
+/// Work on a graph that takes no lock which writes or searches wait for, slot by slot, and what came of it so far.
 #[derive(Debug)]
 enum Piece {
     Populate(std::ops::Range<usize>),
-    Link(Vec<u32>),
-    Repair(Arc<Repair>, std::ops::Range<usize>),
-    Find(Vec<u32>, usize, Arc<OnceLock<Vec<bool>>>),
+    Link(Vec<(u32, bool)>),
+    /// Of so many slots.
+    Repair(Arc<Repair>, usize),
+    /// Of so many slots; those that were lost.
+    Find(Arc<OnceLock<Vec<bool>>>, usize, usize),
 }
 
 /// What became of it.
@@ -209,6 +211,8 @@ pub struct Job {
     graph: Arc<Graph>,
     number: SearchNumber,
     piece: Piece,
+    /// Slots it has yet to come to.
+    left: std::vec::IntoIter<u32>,
 }
 
 impl Job {
@@ -217,41 +221,43 @@ impl Job {
         matches!(self.piece, Piece::Populate(_))
     }
 
-    /// Does it and reports.
-    pub fn run(self, scratch: &mut Scratch) {
-        let Self { collection, graph, number, piece } = self;
-        let done = match piece {
+    /// Does it and reports; `must_stop` is asked after each slot, and has what is left go to another.
+    pub fn run(mut self, scratch: &mut Scratch, must_stop: impl Fn() -> bool) -> Option<Self> {
+        let graph = &*self.graph;
+        while let Some(slot) = self.left.next() {
+            match &mut self.piece {
+                // Of slots that nobody lives in yet.
+                Piece::Populate(_) => {}
+                Piece::Link(linked) => {
+                    // A quarter of a millisecond each. Idle priority alone does not have it give way: beside a bulk load the p99 of
+                    // sixteen connections' key writes was 1.0 to 1.2 ms without this, 0.84 to 1.05 with it.
+                    std::thread::yield_now();
+                    linked.push((slot, graph.link(slot, scratch)));
+                }
+                Piece::Repair(repair, _) if repair.is_condemned(slot) => {}
+                Piece::Repair(repair, _) => graph.repair(slot, |slot| repair.is_condemned(slot), scratch),
+                Piece::Find(reached, _, lost) => {
+                    let reached = reached.get_or_init(|| graph.reach(graph.nodes().capacity()));
+                    let was_reached = reached.get(slot as usize).is_none_or(|&reached| reached);
+                    *lost += usize::from(graph.nodes().is_live(slot) && graph.find_again(slot, was_reached, scratch));
+                }
+            }
+            if !self.left.as_slice().is_empty() && must_stop() {
+                return Some(self);
+            }
+        }
+        let done = match self.piece {
             Piece::Populate(slots) => {
                 graph.nodes().populate(slots);
                 Done::Populated
             }
-            Piece::Link(slots) => {
-                let link = |slot| {
-                    // A quarter of a millisecond each. Idle priority alone does not have it give way: beside a bulk load the p99 of
-                    // sixteen connections' key writes was 1.0 to 1.2 ms without this, 0.84 to 1.05 with it.
-                    std::thread::yield_now();
-                    (slot, graph.link(slot, scratch))
-                };
-                Done::Linked(slots.into_iter().map(link).collect())
-            }
-            Piece::Repair(repair, piece) => {
-                let count = piece.len();
-                // The cast: slots are counted in u32.
-                for slot in piece.map(|slot| slot as u32).filter(|&slot| !repair.is_condemned(slot)) {
-                    graph.repair(slot, |slot| repair.is_condemned(slot), scratch);
-                }
-                Done::Repaired(count)
-            }
-            Piece::Find(slots, count, reached) => {
-                let reached = reached.get_or_init(|| graph.reach(graph.nodes().capacity()));
-                let was_reached = |slot: u32| reached.get(slot as usize).is_none_or(|&reached| reached);
-                let is_lost =
-                    |&slot: &u32| graph.nodes().is_live(slot) && graph.find_again(slot, was_reached(slot), scratch);
-                Done::Found(count, slots.into_iter().filter(is_lost).count())
-            }
+            Piece::Link(linked) => Done::Linked(linked),
+            Piece::Repair(_, count) => Done::Repaired(count),
+            Piece::Find(_, count, lost) => Done::Found(count, lost),
         };
-        collection.done.lock().push((number, done));
-        collection.wake();
+        self.collection.done.lock().push((self.number, done));
+        self.collection.wake();
+        None
     }
 }
 
@@ -538,26 +544,21 @@ impl SharedCollection {
         }
     }
 
-    /// Does a linker's job, if there is one that shortens a tail: memory made ready would not.
+    /// Does a linker's job, if there is one.
     pub fn help(&self) {
-        self.help_with(|job| !job.is_populating());
-    }
-
-    fn help_with(&self, will_do: impl Fn(&Job) -> bool) {
         thread_local! {
             static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
         }
-        if let Some(job) = self.background.take_job(will_do) {
-            SCRATCH.with_borrow_mut(|scratch| job.run(scratch));
+        // Memory made ready would shorten no tail.
+        if let Some(job) = self.background.take_job(|job| !job.is_populating()) {
+            SCRATCH.with_borrow_mut(|scratch| job.run(scratch, || false));
         }
     }
 
-    /// The same for who waits for the linkers: beside programs that keep all cores busy these may get no time at all. One at a
-    /// time, as at this priority they would keep others from their cores.
-    pub fn help_alone(&self) {
-        if let Some(_alone) = self.background.begin_helping() {
-            self.help_with(|_| true);
-        }
+    /// What the linkers are behind with, as numbers that change when they get on.
+    pub fn backlog(&self) -> (usize, usize) {
+        let counts = self.read(Collection::graph_counts);
+        (counts.tail, counts.garbage)
     }
 
     /// Does what is due, or a linker's job; false when there is neither. For tests and measurements without threads.
@@ -567,7 +568,7 @@ impl SharedCollection {
         }
         let job = self.background.take_job(|_| true);
         let has_job = job.is_some();
-        job.into_iter().for_each(|job| job.run(scratch));
+        job.and_then(|job| job.run(scratch, || false));
         has_job
     }
 
@@ -704,35 +705,44 @@ impl SharedCollection {
         while upkeep.jobs_out < JOBS_OUT {
             // Before the slots are looked at: from here on none that is live now is reused.
             let number = self.begin();
-            let Some(piece) = self.next_piece(upkeep, &graph) else {
+            let Some((piece, left)) = self.next_piece(upkeep, &graph) else {
                 self.end_search(number);
                 break;
             };
             upkeep.jobs_out += 1;
             has_handed_out = true;
             let collection = self.me.upgrade().expect("whoever calls holds it");
-            self.background.give_job(Job { collection, graph: Arc::clone(&graph), number, piece });
+            self.background.give_job(Job {
+                collection,
+                graph: Arc::clone(&graph),
+                number,
+                piece,
+                left: left.into_iter(),
+            });
         }
         has_handed_out
     }
 
-    fn next_piece(&self, upkeep: &mut Upkeep, graph: &Graph) -> Option<Piece> {
+    /// The next piece of work, and its slots.
+    fn next_piece(&self, upkeep: &mut Upkeep, graph: &Graph) -> Option<(Piece, Vec<u32>)> {
         if let Some(slots) = self.graph_to_populate(upkeep, graph) {
-            return Some(Piece::Populate(slots));
+            return Some((Piece::Populate(slots), Vec::new()));
         }
         if let Some((repair, walk)) = &mut upkeep.repair
             && let Some(piece) = walk.claim()
         {
-            return Some(Piece::Repair(Arc::clone(repair), piece));
+            let count = piece.len();
+            // The cast: slots are counted in u32.
+            return Some((Piece::Repair(Arc::clone(repair), count), piece.map(|slot| slot as u32).collect()));
         }
         let slots = self.inner.write().claim_links(LINK_SLOTS);
         if !slots.is_empty() {
-            return Some(Piece::Link(slots));
+            return Some((Piece::Link(Vec::with_capacity(slots.len())), slots));
         }
         let party = upkeep.search_party.as_mut()?;
         let piece = party.walk.claim()?;
         let slots = self.read(|c| c.linked_slots(piece.clone())).into_iter().map(|(slot, _)| slot).collect();
-        Some(Piece::Find(slots, piece.len(), Arc::clone(&party.reached)))
+        Some((Piece::Find(Arc::clone(&party.reached), piece.len(), 0), slots))
     }
 
     fn begin_repair(&self, graph: &Graph) -> (Arc<Repair>, Walk) {

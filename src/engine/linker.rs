@@ -6,25 +6,31 @@
 //!   jobs.
 //! - `linker-N`, one for each core, at idle priority: the jobs, which take milliseconds and no lock that anything else waits
 //!   for. When writes and searches want all cores, linking waits and the tail grows; at [`TAIL_MAX`] vector writes wait for
-//!   it, and after a moment do jobs themselves, one at a time; searches that meet a long tail do a job each. At a low but not idle priority linkers kept the cores long enough
+//!   it, and searches that meet a long tail do a job each. At a low but not idle priority linkers kept the cores long enough
 //!   to multiply the latency of key writes.
+//! - `stand-in`, one, as batch work: their jobs, while vector writes wait and linkers get nowhere, as other programs keep all
+//!   cores busy.
 //!
-//! Queues: `waiting` holds each collection that has work once; `jobs` what collections have given out. Their locks are held
-//! to push or pop. A shutdown waits for one job.
+//! Queues: `waiting` holds each collection that has work once; `jobs` and `stood_in` what collections have given out. Their
+//! locks are held to push or pop. A shutdown waits for one job.
 
 use super::collections::{Job, SharedCollection};
 use crate::turns::{self, Turn};
 use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Vectors waiting to be linked before vector writes wait for them. A search scans the tail: at 384 numbers 50,000 take
 /// it half a millisecond.
 pub const TAIL_MAX: usize = 50_000;
+
+/// How long one stands in for linkers that had no core: each time they are given jobs again, vector writes first wait for those.
+const STANDS_IN: Duration = Duration::from_secs(60);
 
 /// What collections share with the engine.
 #[derive(Debug)]
@@ -36,8 +42,9 @@ pub struct Background {
     pub graph_from: usize,
     waiting: Queue<Weak<SharedCollection>>,
     jobs: Queue<Job>,
-    /// Held by the one who does a job because it waits for room.
-    helping: Mutex<()>,
+    /// What the one that stands in for the linkers has to do, and until when jobs go there.
+    stood_in: Queue<Job>,
+    stands_in_until: Mutex<Option<Instant>>,
 }
 
 /// What one thread gives and another takes, until it is stopped.
@@ -111,7 +118,8 @@ impl Background {
             graph_from,
             waiting: Queue::default(),
             jobs: Queue::default(),
-            helping: Mutex::default(),
+            stood_in: Queue::default(),
+            stands_in_until: Mutex::default(),
         })
     }
 
@@ -122,17 +130,32 @@ impl Background {
 
     /// Gives a job to the linkers.
     pub fn give_job(&self, job: Job) {
-        if job.is_populating() { self.jobs.push_first(job) } else { self.jobs.push(job) }
+        let jobs = if self.stands_in() { &self.stood_in } else { &self.jobs };
+        if job.is_populating() { jobs.push_first(job) } else { jobs.push(job) }
     }
 
-    /// To do a job in place of the linkers; `None` while another does.
-    pub fn begin_helping(&self) -> Option<MutexGuard<'_, ()>> {
-        self.helping.try_lock()
+    fn stands_in(&self) -> bool {
+        let mut until = self.stands_in_until.lock();
+        *until = until.filter(|until| Instant::now() < *until);
+        until.is_some()
     }
 
-    /// A job that no linker has taken yet and that will do.
+    /// Has one thread, as batch work, do what linkers would, for a while: programs that keep all cores busy leave them nothing, and
+    /// vector writes wait for them. Linkers give up what they have in their hands, after a slot.
+    pub fn stand_in(&self) {
+        let mut until = self.stands_in_until.lock();
+        if until.is_none() {
+            tracing::info!("the linkers get no core: one thread of a higher priority stands in for them");
+        }
+        *until = Some(Instant::now() + STANDS_IN);
+        while let Some(job) = self.jobs.try_pop(|_| true) {
+            self.stood_in.push(job);
+        }
+    }
+
+    /// A job that nobody has taken yet and that will do.
     pub fn take_job(&self, will_do: impl Fn(&Job) -> bool) -> Option<Job> {
-        self.jobs.try_pop(will_do)
+        self.jobs.try_pop(&will_do).or_else(|| self.stood_in.try_pop(&will_do))
     }
 
     /// Starts the threads.
@@ -141,11 +164,13 @@ impl Background {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let linker = |number| {
             let background = Arc::clone(self);
-            super::spawn(&format!("linker-{number}"), move || background.run_jobs())
+            super::spawn(&format!("linker-{number}"), move || background.link())
         };
         let background = Arc::clone(self);
         let upkeep = super::spawn("upkeep", move || background.keep_up());
-        std::iter::once(upkeep).chain((0..threads).map(linker)).collect()
+        let background = Arc::clone(self);
+        let stand_in = super::spawn("stand-in", move || background.link_in_their_place());
+        [upkeep, stand_in].into_iter().chain((0..threads).map(linker)).collect()
     }
 
     fn keep_up(&self) {
@@ -160,11 +185,21 @@ impl Background {
         }
     }
 
-    fn run_jobs(&self) {
+    fn link(&self) {
         turns::take(Turn::Last);
         let mut scratch = Scratch::default();
         while let Some(job) = self.jobs.pop() {
-            job.run(&mut scratch);
+            if let Some(rest) = job.run(&mut scratch, || self.stands_in()) {
+                self.give_job(rest);
+            }
+        }
+    }
+
+    fn link_in_their_place(&self) {
+        turns::take(Turn::Behind);
+        let mut scratch = Scratch::default();
+        while let Some(job) = self.stood_in.pop() {
+            job.run(&mut scratch, || false);
         }
     }
 
@@ -172,5 +207,6 @@ impl Background {
     pub fn stop(&self) {
         self.waiting.stop();
         self.jobs.stop();
+        self.stood_in.stop();
     }
 }

@@ -92,8 +92,8 @@ pub const SEARCHES_WAITING_MAX: usize = 1024;
 /// How often a vector write looks whether there is room, and for how long.
 const ROOM_POLL: Duration = Duration::from_millis(2);
 const ROOM_TIMEOUT: Duration = Duration::from_secs(30);
-/// From then on it does what it waits for.
-const HELP_AFTER: Duration = Duration::from_millis(100);
+/// Linkers that got nowhere for so long have no core.
+const STARVED_AFTER: Duration = Duration::from_millis(500);
 /// Old versions a stream's snapshot may make the state keep; a slower one starts over.
 const STREAM_PREIMAGES_MAX: usize = 200_000;
 
@@ -284,14 +284,18 @@ impl Engine {
             last = Some(collection);
             // An unknown collection is for the sequencer to refuse: this command may create it.
             let Ok(shared) = self.collection(collection.as_str()) else { continue };
-            let began = Instant::now();
+            let deadline = Instant::now() + ROOM_TIMEOUT;
+            let mut seen = (shared.backlog(), Instant::now());
             while !shared.has_room() {
-                if began.elapsed() >= ROOM_TIMEOUT {
+                let now = Instant::now();
+                if now >= deadline {
                     return Err(Rejection::Overloaded("the vector index is behind; retry in a moment"));
                 }
-                if began.elapsed() >= HELP_AFTER {
-                    let shared = Arc::clone(&shared);
-                    tokio::task::spawn_blocking(move || shared.help_alone()).await.ok();
+                let backlog = shared.backlog();
+                if backlog != seen.0 {
+                    seen = (backlog, now);
+                } else if now >= seen.1 + STARVED_AFTER {
+                    self.inner.background.stand_in();
                 }
                 tokio::time::sleep(ROOM_POLL).await;
             }
