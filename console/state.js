@@ -208,9 +208,12 @@ const fetchPreviews = lazily(async () => {
         Object.assign(row, { preview: preview(e), isStale: false, revision: number(e.revision), expires: number(e.expires_at_ms) });
         isNews = true;
       }
+      // A page of large values ends early: what lies behind its last is asked for next.
+      let stop = isNext ? end : i;
+      if (isNext && r.next_cursor !== null && r.items.length < wanted.size) while (stop > i && rows[stop].key !== r.items.at(-1)?.key) stop--;
       // What was asked for and did not come is gone; the stream says so too.
-      for (const row of isNext ? wanted.values() : [first]) if (row.revision <= number(r.revision)) row.preview ??= '';
-      if (isNext) i = end;
+      for (const row of rows.slice(i, stop + 1)) if (row.revision <= number(r.revision)) row.preview ??= '';
+      i = stop;
     }
   } catch { /* the next draw asks again */ } finally {
     isFetching = false;

@@ -182,6 +182,8 @@ function gist(meta) {
 function searchBy(id) {
   nodes.search.elements.by.value = 'id';
   nodes.search.elements.what.value = id;
+  // The field shows it without line breaks.
+  nodes.search.picked = { id, shown: nodes.search.elements.what.value };
   nodes.search.requestSubmit();
 }
 /** Numbers, however they were pasted: JSON, or with commas or spaces between. */
@@ -196,7 +198,8 @@ async function search(e) {
   say(nodes.searchError, '');
   try {
     const k = Number(f.k.value) || 10, body = { k, include_meta: true, explain: true, include_vector: k <= 100 };
-    if (f.by.value === 'id') body.id = f.what.value;
+    const { picked } = nodes.search;
+    if (f.by.value === 'id') body.id = picked?.shown === f.what.value ? picked.id : f.what.value;
     else body.vector = numbers(f.what.value, 'The vector');
     if (f.filters.value.trim()) body.filters = field(f.filters.value, 'The filter');
     if (f.ef.value) body.ef = Number(f.ef.value);

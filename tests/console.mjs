@@ -319,6 +319,18 @@ const tests = {
     await until('a count goes up', async () => /0\/\s*101/.test(await branch('0/').innerText()));
     await api('DELETE', '/v1/state/video%2F0%2Fnew');
     await until('and down', async () => /0\/\s*100/.test(await branch('0/').innerText()));
+    // A branch whose name leaves no room in a key: what comes behind it is there all the same.
+    const long = Array.from({ length: 600 }, (_, i) => `${'p'.repeat(1018)}:${String(i).padStart(4, '0')}`);
+    await api('POST', '/v1/batch', { ops: long.map((key) => ({ op: 'put', key, value: 1 })) });
+    await prefix('');
+    await page.reload();
+    await until('the last key behind a long branch', async () => await row('zz').count() === 1);
+    await api('POST', '/v1/batch', { ops: long.map((key) => ({ op: 'delete', key })) });
+    // More than a page of the list holds: it ends early, and the rest is asked for.
+    for (let i = 10; i < 34; i++) await put(`mb:${i}`, 'x'.repeat(2 << 20));
+    await prefix('mb:');
+    await until('all previews', () => page.evaluate(() => { const r = [...document.querySelectorAll('#tree .node .peek')]; return r.length > 18 && r.every((n) => n.textContent.startsWith('"xxx')); }), 30000);
+    for (let i = 10; i < 34; i++) await api('DELETE', `/v1/state/mb:${i}`);
     for (const key of ['..', 'odd/é 🙂?#%']) {
       await prefix(key);
       await keyName(key).click();
@@ -484,6 +496,17 @@ const tests = {
     await page.click('.hit >> text=really?');
     await shows('#collection-facts', /^3 vectors/);
     await until('off the map', async () => /^Map of 3 vectors/.test(await page.getAttribute('.map canvas', 'aria-label')));
+    // An id that a field cannot show as it is.
+    await api('POST', '/v1/vector/docs/upsert', { id: 'line\nbreak', vector: [0, 1, 0.2], meta: { year: 2025 } });
+    await page.fill('#search [name=filters]', '');
+    await page.keyboard.press('Enter');
+    await until('it is found', async () => await page.locator('.hit').first().getAttribute('data-id') === 'line\nbreak');
+    await page.locator('.hit summary').first().click();
+    await page.click('.hit >> text=more like it');
+    await until('by its id', async () => await page.inputValue('#search [name=by]') === 'id' && await page.locator('.hit').first().getAttribute('data-id') === 'line\nbreak');
+    assert.equal(await text('#search-error'), '');
+    await api('POST', '/v1/vector/docs/delete', { id: 'line\nbreak' });
+    await shows('#collection-facts', /^3 vectors/);
   },
 
   async 'vectors: the approximate answer beside the exact one'() {
@@ -679,6 +702,9 @@ const tests = {
     const say = (selector) => other.locator(selector).first().innerText();
     await other.locator('#auth').waitFor();
     assert.match(await say('#auth p'), /kiss-vdb keys create.*API_KEY/);
+    await other.fill('#auth [name=key]', 'ключ');
+    await other.click('#auth button.main');
+    assert(await other.$eval('#auth [name=key]', (input) => input.validity.patternMismatch), 'no header may hold it');
     await other.fill('#auth [name=key]', 'wrong');
     await other.click('#auth button.main');
     await until('asked again', async () => /not accepted: the key is not known/.test(await say('#auth-error')));

@@ -313,12 +313,16 @@ async fn listing_pages_by_key_bytes() {
     assert_eq!(seen, ["a/1", "a/2", "a/3"]);
     let keys_only = ok(c, "GET /v1/state?keys_only=true&limit=1").await;
     assert!(keys_only["items"][0].get("value").is_none());
+    // Behind all keys that begin with the longest there may be, and further than that.
+    let behind = format!("GET /v1/state?cursor={}", "enp6".repeat(1032 / 3));
     check(
         c,
         vec![
             row("limit 0", "GET /v1/state?limit=0", 400, code("invalid_argument")),
             row("limit too large", "GET /v1/state?limit=1001", 400, code("invalid_argument")),
             row("bad cursor", "GET /v1/state?cursor=%25", 400, code("invalid_argument")),
+            row("behind a longest key", &behind, 200, json!({"next_cursor":null})),
+            row("too long a cursor", &format!("{behind}eg"), 400, code("invalid_argument")),
             row("twice", "GET /v1/state?limit=1&limit=2", 400, code("invalid_argument")),
             row("unknown", "GET /v1/state?pre=a", 400, code("invalid_argument")),
             row("empty page", "GET /v1/state?prefix=nothing", 200, json!({"items":[],"next_cursor":null})),

@@ -308,10 +308,15 @@ pub fn encode_cursor(last: &str) -> String {
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(last)
 }
 
+/// Bytes a cursor may have beyond a key: two of the last character, to go on behind all keys that begin so.
+const CURSOR_BYTES_MORE: usize = 8;
+
 /// Reads a cursor back.
 pub fn decode_cursor(cursor: &str) -> ApiResult<String> {
     let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(cursor).ok();
-    let text = bytes.and_then(|b| String::from_utf8(b).ok()).filter(|t| !t.is_empty() && t.len() <= KEY_BYTES_MAX);
+    let text = bytes
+        .and_then(|b| String::from_utf8(b).ok())
+        .filter(|t| !t.is_empty() && t.len() <= KEY_BYTES_MAX + CURSOR_BYTES_MORE);
     text.ok_or_else(|| invalid("cursor is not one this server gave out; start again without"))
 }
 
