@@ -19,7 +19,7 @@ const stream = new Stream({
     if (!f.type) return;
     const ev = JSON.parse(f.data);
     if (ev.collection === name && ev.id !== undefined) {
-      if (f.type === 'vector_deleted') { map.points.delete(ev.id); map.draw(); } else if (changed.size < 50) changed.add(ev.id);
+      if (f.type === 'vector_deleted') { changed.delete(ev.id); map.points.delete(ev.id); map.draw(); } else if (changed.size < 50) changed.add(ev.id);
       place();
     }
     if (f.type === 'collection_deleted' && ev.collection === name) { map.points.clear(); map.light([], null); base = null; }

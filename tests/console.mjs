@@ -505,6 +505,7 @@ const tests = {
     await page.click('.hit >> text=more like it');
     await until('by its id', async () => await page.inputValue('#search [name=by]') === 'id' && await page.locator('.hit').first().getAttribute('data-id') === 'line\nbreak');
     assert.equal(await text('#search-error'), '');
+    await until('on the map', async () => /^Map of 4 vectors/.test(await page.getAttribute('.map canvas', 'aria-label')));
     await api('POST', '/v1/vector/docs/delete', { id: 'line\nbreak' });
     await shows('#collection-facts', /^3 vectors/);
   },
