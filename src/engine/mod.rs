@@ -171,11 +171,16 @@ impl Inner {
         }
         let applied = self.state.read().revision();
         let result = self.log.sync();
-        if let Err(error) = &result {
-            tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
-            self.poisoned.store(true, Ordering::Release);
-        } else {
-            self.background.durable.fetch_max(applied.0, Ordering::AcqRel);
+        match &result {
+            Ok(()) => {
+                self.background.durable.fetch_max(applied.0, Ordering::AcqRel);
+            }
+            // Nothing was tried.
+            Err(error) if error.is_out_of_files() => {}
+            Err(error) => {
+                tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
+                self.poisoned.store(true, Ordering::Release);
+            }
         }
         result
     }
