@@ -15,6 +15,9 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
+/** A name with what would not be seen, or would turn its letters round, written out. */
+export const visible = (name) => name.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`);
+
 const SVG = 'http://www.w3.org/2000/svg';
 /** A line icon from one path, 16 by 16. */
 export function icon(path) {

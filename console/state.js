@@ -5,7 +5,7 @@
 // and not a thousand pages. Values are read for the rows in sight. From the first page's revision on a stream brings every
 // change; what a page or a value knew already is told by its revision.
 
-import { byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, jsonView, lazily, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast } from './lib.js';
+import { byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, jsonView, lazily, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast, visible } from './lib.js';
 import { keysWords, limits, reachesKey, writes } from './key.js';
 import { VirtualList } from './list.js';
 import { keyCount } from './overview.js';
@@ -257,12 +257,12 @@ function row(i) {
   const up = r.depth === 0 ? root.prefix.slice(0, 1 + Math.max(root.prefix.lastIndexOf(':'), root.prefix.lastIndexOf('/'))) : parentOf(r);
   if (r.prefix !== undefined) {
     node.setAttribute('aria-expanded', String(r.isOpen));
-    node.append(Object.assign(icon(ICONS.right)), el('span', { class: 'name' }, r.prefix.slice(up.length)), el('span', { class: 'count' }, `${int(r.count)}${r.isMore ? '+' : ''}`));
+    node.append(Object.assign(icon(ICONS.right)), el('span', { class: 'name' }, visible(r.prefix.slice(up.length))), el('span', { class: 'count' }, `${int(r.count)}${r.isMore ? '+' : ''}`));
     return node;
   }
   node.setAttribute('aria-selected', String(open?.key === r.key));
   if (isUnread(r)) fetchPreviews();
-  node.append(el('span', { class: 'name key', title: r.key }, r.key.slice(up.length) || '(the prefix itself)'), el('span', { class: 'peek' }, r.preview ?? ''));
+  node.append(el('span', { class: 'name key', title: r.key }, visible(r.key.slice(up.length)) || '(the prefix itself)'), el('span', { class: 'peek' }, r.preview ?? ''));
   if (r.expires) {
     const left = r.expires - serverNow();
     node.append(el('span', { class: left < 10_000 ? 'ends soon' : 'ends', title: 'time to live' }, endsIn(r.expires)));

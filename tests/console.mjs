@@ -319,6 +319,10 @@ const tests = {
     await until('a count goes up', async () => /0\/\s*101/.test(await branch('0/').innerText()));
     await api('DELETE', '/v1/state/video%2F0%2Fnew');
     await until('and down', async () => /0\/\s*100/.test(await branch('0/').innerText()));
+    // What cannot be seen, or turns letters round, is written out.
+    await put('bidi\u202egnp.exe', 1);
+    await prefix('bidi');
+    await until('written out', async () => (await page.locator('#tree .name.key').first().innerText()) === 'bidi\\u202egnp.exe');
     // A branch whose name leaves no room in a key: what comes behind it is there all the same.
     const long = Array.from({ length: 600 }, (_, i) => `${'p'.repeat(1018)}:${String(i).padStart(4, '0')}`);
     await api('POST', '/v1/batch', { ops: long.map((key) => ({ op: 'put', key, value: 1 })) });
