@@ -197,7 +197,8 @@ const fetchPreviews = lazily(async () => {
       if (!first?.key || !isUnread(first)) continue;
       let end = i;
       while (end < list.to && rows[end + 1]?.key && rows[end + 1].depth === first.depth) end++;
-      const wanted = new Map(rows.slice(i, end + 1).map((r) => [r.key, r]));
+      // Held: the tree may be another by the time of the answer.
+      const asked = rows.slice(i, end + 1), wanted = new Map(asked.map((r) => [r.key, r]));
       const before = rows[i - 1]?.key, isNext = before !== undefined && rows[i - 1].depth === first.depth;
       const r = isNext
         ? await get(`/v1/state?${query({ prefix: root.prefix, limit: wanted.size, cursor: cursorAfter(before) })}`)
@@ -209,11 +210,11 @@ const fetchPreviews = lazily(async () => {
         isNews = true;
       }
       // A page of large values ends early: what lies behind its last is asked for next.
-      let stop = isNext ? end : i;
-      if (isNext && r.next_cursor !== null && r.items.length < wanted.size) while (stop > i && rows[stop].key !== r.items.at(-1)?.key) stop--;
+      let told = isNext ? asked.length : 1;
+      if (isNext && r.next_cursor !== null && r.items.length < wanted.size) while (told > 1 && asked[told - 1].key !== r.items.at(-1)?.key) told--;
       // What was asked for and did not come is gone; the stream says so too.
-      for (const row of rows.slice(i, stop + 1)) if (row.revision <= number(r.revision)) row.preview ??= '';
-      i = stop;
+      for (const row of asked.slice(0, told)) if (row.revision <= number(r.revision)) row.preview ??= '';
+      i += told - 1;
     }
   } catch { /* the next draw asks again */ } finally {
     isFetching = false;

@@ -367,7 +367,8 @@ async fn pages_of_strangers_cannot_write_to_an_open_server() {
         ("GET", vec![("sec-fetch-site", "cross-site"), ("referer", "https://evil.example/")], 403),
         ("GET", vec![("sec-fetch-site", "cross-site"), ("referer", "https://app.example/a/b")], 200),
         ("GET", vec![("sec-fetch-site", "same-site"), ("sec-fetch-dest", "image")], 200),
-        ("GET", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-dest", "document")], 200),
+        // Nor a window that is opened: a download leaves it readable.
+        ("GET", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-dest", "document")], 403),
         ("GET", vec![("sec-fetch-site", "cross-site"), ("origin", "https://evil.example")], 200),
     ];
     ok(c, r#"PUT /v1/state/a {"value":1}"#).await;

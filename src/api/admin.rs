@@ -85,8 +85,9 @@ const BACKUP_STALL: Duration = Duration::from_secs(60);
 /// `GET /v1/admin/backup`
 pub async fn backup(State(app): State<App>, method: Method, uri: Uri) -> ApiResult {
     Params::parse(&uri, &[])?;
-    let body = if method == Method::HEAD { Body::empty() } else { Body::new(begin_backup(app)?) };
-    let mut response = Response::new(body);
+    // Nobody knows its length before.
+    let body = if method == Method::HEAD { BackupBody(mpsc::channel(1).1) } else { begin_backup(app)? };
+    let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment; filename=\"kiss-vdb.backup\""));

@@ -206,15 +206,22 @@ impl Auth {
         let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
         let is_about_server = uri.path().starts_with("/v1/admin/");
         let fetch = |name| headers.first(HeaderName::from_static(name)).map_or(&[][..], HeaderValue::as_bytes);
+        let referring = headers.first(header::REFERER).and_then(|url| url.to_str().ok()).map_or("", origin_of);
         let origin = match headers.first(header::ORIGIN) {
             // Its page is shown nothing of what only reads; a backup costs all the same.
             Some(_) if only_reads && !is_about_server => return Ok(()),
             Some(origin) => origin.to_str().unwrap_or_default(),
             // A picture or a frame in a page of another site comes without Origin. Its page sees none of it, but whether it was there.
-            // A link that was followed leaves the page.
-            None if fetch("sec-fetch-site") != b"cross-site" => return Ok(()),
-            None if fetch("sec-fetch-dest") == b"document" && !is_about_server => return Ok(()),
-            None => headers.first(header::REFERER).and_then(|url| url.to_str().ok()).map_or("", origin_of),
+            // A link to the console that was followed leaves the page.
+            None => match fetch("sec-fetch-site") {
+                b"cross-site" if fetch("sec-fetch-dest") == b"document" && !uri.path().starts_with("/v1/") => {
+                    return Ok(());
+                }
+                b"cross-site" => referring,
+                // Another port of this machine, say.
+                b"same-site" if is_about_server => referring,
+                _ => return Ok(()),
+            },
         };
         let is_own =
             origin.split_once("://").is_some_and(|(_, place)| host.is_some_and(|h| h.eq_ignore_ascii_case(place)));

@@ -37,7 +37,7 @@ use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 /// Ids encoded under one hold of the lock during a checkpoint, and bytes of rows read there for their checksums.
@@ -102,6 +102,8 @@ pub struct SharedCollection {
     is_queued: AtomicBool,
     /// [`Collection::has_replaced`] as of the last change.
     has_replaced: AtomicBool,
+    /// See [`SharedCollection::slots_done`].
+    slots_done: AtomicU64,
     /// A sync of the rows failed: no more checkpoints until a restart.
     rows_failed: AtomicBool,
     /// Slots the tail may hold before vector writes wait: [`TAIL_MAX`], or more while the graph catches up with vectors that
@@ -221,8 +223,9 @@ impl Job {
         matches!(self.piece, Piece::Populate(_))
     }
 
-    /// Does it and reports; `must_stop` is asked after each slot, and has what is left go to another.
-    pub fn run(mut self, scratch: &mut Scratch, must_stop: impl Fn() -> bool) -> Option<Self> {
+    /// Does it and reports. A linker gives `must_stop`, which is asked after each slot, and has what is left go to another; whoever
+    /// has a higher priority waits for none.
+    pub fn run(mut self, scratch: &mut Scratch, must_stop: Option<&dyn Fn() -> bool>) -> Option<Self> {
         let graph = &*self.graph;
         while let Some(slot) = self.left.next() {
             match &mut self.piece {
@@ -237,12 +240,17 @@ impl Job {
                 Piece::Repair(repair, _) if repair.is_condemned(slot) => {}
                 Piece::Repair(repair, _) => graph.repair(slot, |slot| repair.is_condemned(slot), scratch),
                 Piece::Find(reached, _, lost) => {
-                    let reached = reached.get_or_init(|| graph.reach(graph.nodes().capacity()));
+                    let reach = || graph.reach(graph.nodes().capacity());
+                    if must_stop.is_none() && reached.get().is_none() {
+                        reached.set(reach()).ok();
+                    }
+                    let reached = reached.get_or_init(reach);
                     let was_reached = reached.get(slot as usize).is_none_or(|&reached| reached);
                     *lost += usize::from(graph.nodes().is_live(slot) && graph.find_again(slot, was_reached, scratch));
                 }
             }
-            if !self.left.as_slice().is_empty() && must_stop() {
+            self.collection.slots_done.fetch_add(1, Ordering::Relaxed);
+            if !self.left.as_slice().is_empty() && must_stop.is_some_and(|must_stop| must_stop()) {
                 return Some(self);
             }
         }
@@ -296,6 +304,7 @@ impl SharedCollection {
             background: Arc::clone(background),
             is_queued: AtomicBool::new(false),
             has_replaced: AtomicBool::new(false),
+            slots_done: AtomicU64::new(0),
             rows_failed: AtomicBool::new(false),
             tail_limit: AtomicUsize::new(usize::MAX),
             charged: AtomicUsize::new(0),
@@ -551,14 +560,13 @@ impl SharedCollection {
         }
         // Memory made ready would shorten no tail.
         if let Some(job) = self.background.take_job(|job| !job.is_populating()) {
-            SCRATCH.with_borrow_mut(|scratch| job.run(scratch, || false));
+            SCRATCH.with_borrow_mut(|scratch| job.run(scratch, None));
         }
     }
 
-    /// What the linkers are behind with, as numbers that change when they get on.
-    pub fn backlog(&self) -> (usize, usize) {
-        let counts = self.read(Collection::graph_counts);
-        (counts.tail, counts.garbage)
+    /// Slots that jobs have come to the end of: whether linkers get on.
+    pub fn slots_done(&self) -> u64 {
+        self.slots_done.load(Ordering::Relaxed)
     }
 
     /// Does what is due, or a linker's job; false when there is neither. For tests and measurements without threads.
@@ -568,7 +576,7 @@ impl SharedCollection {
         }
         let job = self.background.take_job(|_| true);
         let has_job = job.is_some();
-        job.and_then(|job| job.run(scratch, || false));
+        job.and_then(|job| job.run(scratch, None));
         has_job
     }
 

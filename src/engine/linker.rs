@@ -20,17 +20,17 @@ use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Vectors waiting to be linked before vector writes wait for them. A search scans the tail: at 384 numbers 50,000 take
 /// it half a millisecond.
 pub const TAIL_MAX: usize = 50_000;
 
 /// How long one stands in for linkers that had no core: each time they are given jobs again, vector writes first wait for those.
-const STANDS_IN: Duration = Duration::from_secs(60);
+const STANDS_IN_MS: u64 = 60_000;
 
 /// What collections share with the engine.
 #[derive(Debug)]
@@ -44,7 +44,9 @@ pub struct Background {
     jobs: Queue<Job>,
     /// What the one that stands in for the linkers has to do, and until when jobs go there.
     stood_in: Queue<Job>,
-    stands_in_until: Mutex<Option<Instant>>,
+    /// In milliseconds since `started`.
+    stands_in_until: AtomicU64,
+    started: Instant,
 }
 
 /// What one thread gives and another takes, until it is stopped.
@@ -119,7 +121,8 @@ impl Background {
             waiting: Queue::default(),
             jobs: Queue::default(),
             stood_in: Queue::default(),
-            stands_in_until: Mutex::default(),
+            stands_in_until: AtomicU64::new(0),
+            started: Instant::now(),
         })
     }
 
@@ -134,20 +137,21 @@ impl Background {
         if job.is_populating() { jobs.push_first(job) } else { jobs.push(job) }
     }
 
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     fn stands_in(&self) -> bool {
-        let mut until = self.stands_in_until.lock();
-        *until = until.filter(|until| Instant::now() < *until);
-        until.is_some()
+        self.now_ms() < self.stands_in_until.load(Ordering::Relaxed)
     }
 
     /// Has one thread, as batch work, do what linkers would, for a while: programs that keep all cores busy leave them nothing, and
     /// vector writes wait for them. Linkers give up what they have in their hands, after a slot.
     pub fn stand_in(&self) {
-        let mut until = self.stands_in_until.lock();
-        if until.is_none() {
+        let now_ms = self.now_ms();
+        if self.stands_in_until.swap(now_ms + STANDS_IN_MS, Ordering::Relaxed) <= now_ms {
             tracing::info!("the linkers get no core: one thread of a higher priority stands in for them");
         }
-        *until = Some(Instant::now() + STANDS_IN);
         while let Some(job) = self.jobs.try_pop(|_| true) {
             self.stood_in.push(job);
         }
@@ -189,7 +193,7 @@ impl Background {
         turns::take(Turn::Last);
         let mut scratch = Scratch::default();
         while let Some(job) = self.jobs.pop() {
-            if let Some(rest) = job.run(&mut scratch, || self.stands_in()) {
+            if let Some(rest) = job.run(&mut scratch, Some(&|| self.stands_in())) {
                 self.give_job(rest);
             }
         }
@@ -199,7 +203,7 @@ impl Background {
         turns::take(Turn::Behind);
         let mut scratch = Scratch::default();
         while let Some(job) = self.stood_in.pop() {
-            job.run(&mut scratch, || false);
+            job.run(&mut scratch, None);
         }
     }
 

@@ -171,16 +171,11 @@ impl Inner {
         }
         let applied = self.state.read().revision();
         let result = self.log.sync();
-        match &result {
-            Ok(()) => {
-                self.background.durable.fetch_max(applied.0, Ordering::AcqRel);
-            }
-            // Nothing was tried.
-            Err(error) if error.is_out_of_files() => {}
-            Err(error) => {
-                tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
-                self.poisoned.store(true, Ordering::Release);
-            }
+        if let Err(error) = &result {
+            tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
+            self.poisoned.store(true, Ordering::Release);
+        } else {
+            self.background.durable.fetch_max(applied.0, Ordering::AcqRel);
         }
         result
     }
@@ -290,15 +285,15 @@ impl Engine {
             // An unknown collection is for the sequencer to refuse: this command may create it.
             let Ok(shared) = self.collection(collection.as_str()) else { continue };
             let deadline = Instant::now() + ROOM_TIMEOUT;
-            let mut seen = (shared.backlog(), Instant::now());
+            let mut seen = (shared.slots_done(), Instant::now());
             while !shared.has_room() {
                 let now = Instant::now();
                 if now >= deadline {
                     return Err(Rejection::Overloaded("the vector index is behind; retry in a moment"));
                 }
-                let backlog = shared.backlog();
-                if backlog != seen.0 {
-                    seen = (backlog, now);
+                let done = shared.slots_done();
+                if done != seen.0 {
+                    seen = (done, now);
                 } else if now >= seen.1 + STARVED_AFTER {
                     self.inner.background.stand_in();
                 }

@@ -187,6 +187,10 @@ pub struct Segment {
     /// `None` when the segment lives in memory.
     path: Option<PathBuf>,
     file: File,
+    /// The newest segment's file by a description of its own, from before anything was written: for [`Log::sync`]. The system tells each
+    /// of a failed write once, and none that comes later, so the writer and whoever syncs beside it have one each. The lock is
+    /// held to copy or drop it.
+    aside: Mutex<Option<Arc<File>>>,
     salt: u32,
     /// Bytes allocated.
     size: u64,
@@ -271,6 +275,7 @@ impl Segment {
             write_zeros(file, end, (end + FIRST_ZEROS_BYTES).min(size))?;
             begin(file)
         };
+        let mut aside = None;
         let (path, file) = match dir {
             None => {
                 let path = Path::new("in-memory log");
@@ -288,8 +293,8 @@ impl Segment {
                     }
                 };
                 // The directory is opened before there is no way back: files may be what is missing.
-                let file = file.and_then(|file| Ok((file, disk::Dir::open(dir)?)));
-                let (file, named_in) = file.map_err(|e| {
+                let file = file.and_then(|file| Ok((file, File::open_to_write(&beside)?, disk::Dir::open(dir)?)));
+                let (file, beside_it, named_in) = file.map_err(|e| {
                     // What is left of it would only take the space that is missing.
                     disk::remove_file(&beside).ok();
                     AppendError::before_anything(Error::io("cannot create", &path)(e))
@@ -297,6 +302,7 @@ impl Segment {
                 // From here on a start may find it.
                 let named = disk::rename(&beside, &path).and_then(|()| named_in.sync());
                 named.map_err(Error::io("cannot name", &path)).map_err(AppendError::Failed)?;
+                aside = Some(Arc::new(beside_it));
                 (Some(path), file)
             }
         };
@@ -307,9 +313,15 @@ impl Segment {
             salt,
             size,
             end: AtomicU64::new(end),
+            aside: Mutex::new(aside),
             index: Mutex::new(Index { entries: Vec::new(), walked: SEGMENT_HEADER_BYTES as u64 }),
         };
         Ok((segment, end))
+    }
+
+    /// The file by a description of its own; see `aside`.
+    fn open_aside(path: &Path) -> Result<Arc<File>, Error> {
+        File::open_to_write(path).map(Arc::new).map_err(Error::io("cannot open", path))
     }
 
     fn open(path: &Path) -> Result<Self, Error> {
@@ -359,6 +371,7 @@ impl Segment {
             salt,
             size,
             end: AtomicU64::new(0),
+            aside: Mutex::default(),
             index: Mutex::new(Index { entries: Vec::new(), walked: SEGMENT_HEADER_BYTES as u64 }),
         })
     }
@@ -556,10 +569,9 @@ impl Log {
     /// Syncs the newest segment, beside the writer: for snapshots in the relaxed modes. Older ones were synced when the
     /// writer left them.
     pub fn sync(&self) -> Result<(), Error> {
-        let active = self.segments.read().last().cloned();
-        let Some(path) = active.as_ref().and_then(|segment| segment.path.as_deref()) else { return Ok(()) };
-        // By a file of its own: the system tells a failed write once to each that is open, and the writer must hear of it.
-        File::open_to_write(path).and_then(|file| file.sync()).map_err(Error::io("cannot sync", path))
+        let Some(active) = self.segments.read().last().cloned() else { return Ok(()) };
+        let aside = active.aside.lock().clone();
+        aside.map_or(Ok(()), |file| file.sync().map_err(Error::io("cannot sync", active.name())))
     }
 
     /// Adds lost ranges known from a snapshot: their frames may have gone with old segments.
@@ -681,13 +693,18 @@ impl Log {
                 Arc::clone(&segments[0])
             };
             // One by one and synced, so that no older segment can outlive a newer one.
+            let dir = gone.path.as_deref().and_then(Path::parent);
+            if let (Some(dir), 0) = (dir, dropped) {
+                // A sync that failed, the last time, may have left the removal of one before to be made durable.
+                disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+            }
             if let Some(path) = &gone.path {
                 disk::remove_file(path).map_err(Error::io("cannot remove", path))?;
             }
-            // Gone, also where the sync fails: the next one's is for both.
+            // Gone, also where the sync fails.
             self.segments.write().remove(0);
             dropped += 1;
-            if let Some(dir) = gone.path.as_deref().and_then(Path::parent) {
+            if let Some(dir) = dir {
                 disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
             }
         }
@@ -814,6 +831,10 @@ impl Wal {
         // Those before were synced when the next one was begun.
         let last = segments.last().expect("there is at least one segment");
         last.file.refresh().map_err(Error::io("cannot sync", last.name()))?;
+        *last.aside.lock() = last.path.as_deref().map(Segment::open_aside).transpose()?;
+        if let Some(dir) = dir {
+            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
+        }
         let mut at = 0;
         let mut torn_bytes = 0;
         for (index, segment) in segments.iter().enumerate() {
@@ -854,14 +875,11 @@ impl Wal {
             before.write_seal_again()?;
         }
         last.write_again(scan.vouched_end as u64, at)?;
-        if let Some(dir) = dir {
-            disk::sync_dir(dir).map_err(Error::io("cannot sync", dir))?;
-        }
         let segments = segments.into_iter().map(Arc::new).collect();
         let mut opened = Self::assemble(dir, segments, scan.gaps, at, head, scan.reserved, segment_bytes, torn_bytes);
         opened.wal.newest_ts_ms = match scan.ts_ms {
-            // The newest segment has none yet.
-            0 => opened.log.newest_at(u64::MAX)?.map_or(0, |(_, ts_ms)| ts_ms),
+            // The newest segment has none yet. Whoever reads the others is told of damage there.
+            0 => opened.log.newest_at(u64::MAX).ok().flatten().map_or(0, |(_, ts_ms)| ts_ms),
             ts_ms => ts_ms,
         };
         if scan.reserved > head {
@@ -1110,6 +1128,8 @@ impl Wal {
             }
             segments.push(Arc::clone(&segment));
         }
+        // It was synced, and is not written to any more.
+        *self.active.aside.lock() = None;
         self.active = segment;
         self.at = at;
         self.synced = at;
