@@ -104,6 +104,8 @@ pub struct SharedCollection {
     has_replaced: AtomicBool,
     /// See [`SharedCollection::slots_done`].
     slots_done: AtomicU64,
+    /// Jobs that are not done.
+    jobs_out: AtomicUsize,
     /// A sync of the rows failed: no more checkpoints until a restart.
     rows_failed: AtomicBool,
     /// Slots the tail may hold before vector writes wait: [`TAIL_MAX`], or more while the graph catches up with vectors that
@@ -263,6 +265,7 @@ impl Job {
             Piece::Repair(_, count) => Done::Repaired(count),
             Piece::Find(_, count, lost) => Done::Found(count, lost),
         };
+        self.collection.jobs_out.fetch_sub(1, Ordering::Relaxed);
         self.collection.done.lock().push((self.number, done));
         self.collection.wake();
         None
@@ -305,6 +308,7 @@ impl SharedCollection {
             is_queued: AtomicBool::new(false),
             has_replaced: AtomicBool::new(false),
             slots_done: AtomicU64::new(0),
+            jobs_out: AtomicUsize::new(0),
             rows_failed: AtomicBool::new(false),
             tail_limit: AtomicUsize::new(usize::MAX),
             charged: AtomicUsize::new(0),
@@ -564,9 +568,9 @@ impl SharedCollection {
         }
     }
 
-    /// Slots that jobs have come to the end of: whether linkers get on.
-    pub fn slots_done(&self) -> u64 {
-        self.slots_done.load(Ordering::Relaxed)
+    /// Slots that jobs have come to the end of: whether linkers get on. `None` while they have nothing to do.
+    pub fn slots_done(&self) -> Option<u64> {
+        (self.jobs_out.load(Ordering::Relaxed) > 0).then(|| self.slots_done.load(Ordering::Relaxed))
     }
 
     /// Does what is due, or a linker's job; false when there is neither. For tests and measurements without threads.
@@ -718,6 +722,7 @@ impl SharedCollection {
                 break;
             };
             upkeep.jobs_out += 1;
+            self.jobs_out.fetch_add(1, Ordering::Relaxed);
             has_handed_out = true;
             let collection = self.me.upgrade().expect("whoever calls holds it");
             self.background.give_job(Job {

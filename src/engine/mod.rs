@@ -292,7 +292,7 @@ impl Engine {
                     return Err(Rejection::Overloaded("the vector index is behind; retry in a moment"));
                 }
                 let done = shared.slots_done();
-                if done != seen.0 {
+                if done.is_none() || done != seen.0 {
                     seen = (done, now);
                 } else if now >= seen.1 + STARVED_AFTER {
                     self.inner.background.stand_in();

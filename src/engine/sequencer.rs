@@ -58,6 +58,8 @@ const MANY_COMMANDS: usize = 16;
 const TICK: Duration = Duration::from_secs(1);
 /// How often a full disk is asked again whether it has room.
 const FULL_RETRY: Duration = Duration::from_millis(500);
+/// A clock that is behind the log by more is worth a word.
+const AHEAD_MS_MAX: u64 = 1000;
 
 /// A command and where its answer goes.
 #[derive(Debug)]
@@ -99,9 +101,6 @@ pub struct Sequencer {
     /// Ended as told, rather than in a panic.
     ended: bool,
 }
-
-/// A clock that is behind by more is worth a word.
-const AHEAD_MS_MAX: u64 = 1000;
 
 impl Drop for Sequencer {
     fn drop(&mut self) {
