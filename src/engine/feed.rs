@@ -1041,9 +1041,23 @@ mod tests {
     use std::time::Duration;
 
     fn start() -> (Arc<Feed>, Wal) {
+        let (feed, wal, _) = start_with_thread();
+        (feed, wal)
+    }
+
+    fn start_with_thread() -> (Arc<Feed>, Wal, std::thread::JoinHandle<()>) {
         let opened = Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(()));
         let OpenedWal { wal, log, .. } = opened.unwrap();
-        (Feed::start(log, Revision::ZERO).0, wal)
+        let (feed, thread) = Feed::start(log, Revision::ZERO);
+        (feed, wal, thread)
+    }
+
+    /// Matching is for the test to begin.
+    fn start_stopped() -> (Arc<Feed>, Wal) {
+        let (feed, wal, thread) = start_with_thread();
+        feed.stop();
+        thread.join().unwrap();
+        (feed, wal)
     }
 
     /// As the writer does.
@@ -1137,9 +1151,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_ring_that_ran_ahead_of_the_matching_leaves_no_gap() {
         const NOTED: u64 = TOPIC_NOTED_MAX as u64 + 100;
-        let OpenedWal { mut wal, log, .. } =
-            Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(())).unwrap();
-        let (feed, thread) = Feed::start(log, Revision::ZERO);
+        let (feed, mut wal, thread) = start_with_thread();
         let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
         (0..NOTED).for_each(|_| publish(&feed, &mut wal, 1));
         while feed.matched.load(Ordering::Acquire) < NOTED {
@@ -1158,11 +1170,7 @@ mod tests {
     /// A value of half the ring's size and more goes at the next batch, matched or not.
     #[tokio::test(flavor = "multi_thread")]
     async fn an_event_larger_than_the_ring_reaches_whoever_is_level() {
-        let OpenedWal { mut wal, log, .. } =
-            Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(())).unwrap();
-        let (feed, thread) = Feed::start(log, Revision::ZERO);
-        feed.stop();
-        thread.join().unwrap();
+        let (feed, mut wal) = start_stopped();
         let mut subscription = feed.subscribe(EventFilter::default(), Revision::ZERO);
         let waiting = tokio::time::timeout(Duration::from_millis(1), step(&mut subscription)).await;
         assert!(waiting.is_err(), "there is nothing yet");
@@ -1194,11 +1202,7 @@ mod tests {
     /// Streams of one topic that come back together, each to its own place.
     #[tokio::test]
     async fn what_is_noted_is_in_order_and_in_the_ring() {
-        let OpenedWal { mut wal, log, .. } =
-            Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(())).unwrap();
-        let (feed, thread) = Feed::start(log, Revision::ZERO);
-        feed.stop();
-        thread.join().unwrap();
+        let (feed, mut wal) = start_stopped();
         (0..3000).for_each(|_| publish(&feed, &mut wal, 1));
         while feed.match_some() {}
         let subscription = feed.subscribe(EventFilter::default(), Revision(3000));

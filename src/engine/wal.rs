@@ -1500,6 +1500,16 @@ mod tests {
         assert!(open(dir.path(), 0).is_err(), "a file cut short is not a torn tail");
     }
 
+    /// Flips a bit at `at`.
+    fn assert_damage_stops_the_start(dir: &Path, shown: u64, at: usize) {
+        let path = only_segment(dir);
+        let mut damaged = std::fs::read(&path).unwrap();
+        damaged[at] ^= 1;
+        std::fs::write(&path, &damaged).unwrap();
+        assert!(matches!(open(dir, shown), Err(Error::Corrupt { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), damaged, "the file was changed");
+    }
+
     /// What follows on a restored history is far away: it is behind the frame all the same.
     #[test]
     fn a_bad_gap_before_something_durable_stops_the_start() {
@@ -1509,12 +1519,7 @@ mod tests {
         append(&mut opened.wal, &record(gap.to.0 + 1, 1, 10));
         append(&mut opened.wal, &record(gap.to.0 + 2, 1, 10));
         drop(opened);
-        let path = only_segment(dir.path());
-        let mut damaged = std::fs::read(&path).unwrap();
-        damaged[SEGMENT_HEADER_BYTES + FRAME_HEADER_BYTES] ^= 1;
-        std::fs::write(&path, &damaged).unwrap();
-        assert!(matches!(open(dir.path(), 5), Err(Error::Corrupt { .. })));
-        assert_eq!(std::fs::read(&path).unwrap(), damaged, "the file was changed");
+        assert_damage_stops_the_start(dir.path(), 5, SEGMENT_HEADER_BYTES + FRAME_HEADER_BYTES);
     }
 
     /// No frame vouches for the last record; a snapshot does.
@@ -1526,12 +1531,7 @@ mod tests {
         let at = usize::try_from(opened.wal.at).unwrap();
         append(&mut opened.wal, &record(2, 1, 10));
         drop(opened);
-        let path = only_segment(dir.path());
-        let mut damaged = std::fs::read(&path).unwrap();
-        damaged[at + FRAME_HEADER_BYTES] ^= 1;
-        std::fs::write(&path, &damaged).unwrap();
-        assert!(matches!(open(dir.path(), 2), Err(Error::Corrupt { .. })));
-        assert_eq!(std::fs::read(&path).unwrap(), damaged, "the file was changed");
+        assert_damage_stops_the_start(dir.path(), 2, at + FRAME_HEADER_BYTES);
         // Shown by nothing, nobody was told of it.
         assert_eq!(open(dir.path(), 1).unwrap().0.wal.head(), Revision(1));
     }
