@@ -206,7 +206,7 @@ impl Auth {
         let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
         let is_about_server = uri.path().starts_with("/v1/admin/");
         let fetch = |name| headers.first(HeaderName::from_static(name)).map_or(&[][..], HeaderValue::as_bytes);
-        let referring = headers.first(header::REFERER).and_then(|url| url.to_str().ok()).map_or("", origin_of);
+        let referring = || headers.first(header::REFERER).and_then(|url| url.to_str().ok()).map_or("", origin_of);
         let origin = match headers.first(header::ORIGIN) {
             // Its page is shown nothing of what only reads; a backup costs all the same.
             Some(_) if only_reads && !is_about_server => return Ok(()),
@@ -217,9 +217,9 @@ impl Auth {
                 b"cross-site" if fetch("sec-fetch-dest") == b"document" && !uri.path().starts_with("/v1/") => {
                     return Ok(());
                 }
-                b"cross-site" => referring,
+                b"cross-site" => referring(),
                 // Another port of this machine, say.
-                b"same-site" if is_about_server => referring,
+                b"same-site" if is_about_server => referring(),
                 _ => return Ok(()),
             },
         };

@@ -200,9 +200,10 @@ impl Head {
         let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
         let target = self.uri.path_and_query().map_or("", |target| target.as_str());
         let headers = [header::CONTENT_TYPE, header::IF_MATCH, header::IF_NONE_MATCH];
-        let all = |name: &'_ _| self.headers.all(HeaderName::clone(name)).map(|value| value.as_bytes());
         // By name too: the same value under another is another condition.
-        let fields = headers.iter().flat_map(|name| all(name).flat_map(|value| [name.as_str().as_bytes(), value]));
+        let fields = headers.iter().flat_map(|name| {
+            self.headers.all(name.clone()).flat_map(|value| [name.as_str().as_bytes(), value.as_bytes()])
+        });
         for part in [self.method.as_str().as_bytes(), target.as_bytes()].into_iter().chain(fields).chain([body]) {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);

@@ -315,14 +315,14 @@ fn ttl_ms(expires_at_ms: u64, now_ms: u64) -> Option<u64> {
 /// The row as a request of its own, where it is large and can be one: bytes take a third more in a batch, and a server takes
 /// values up to its limit for bodies.
 fn large_row(key: &str, line: &Line<'_>, now_ms: u64) -> anyhow::Result<Option<Row>> {
-    let target = path("/v1/state/", key);
+    let target = || path("/v1/state/", key);
     match (line.value, &line.value_base64) {
         (Some(value), None) if value.get().len() >= LARGE_BYTES => {
             let mut body = format!("{{\"value\":{}", value.get());
             if !push_rest(&mut body, line, now_ms) {
                 return Ok(Some(Row::Expired));
             }
-            Ok(Some(Row::Large { target, content_type: JSON.to_owned(), body: body.into() }))
+            Ok(Some(Row::Large { target: target(), content_type: JSON.to_owned(), body: body.into() }))
         }
         (None, Some(data)) if data.len() >= LARGE_BYTES => {
             let content_type = line.content_type.as_deref().unwrap_or("application/octet-stream");
@@ -336,7 +336,7 @@ fn large_row(key: &str, line: &Line<'_>, now_ms: u64) -> anyhow::Result<Option<R
             let parts = [("ttl_ms", ttl_ms.map(|ms| ms.to_string())), ("job_id", job_id)];
             let query = query(parts.into_iter().chain(tags.into_iter().map(|tag| ("tag", Some(tag)))));
             let body = BASE64.decode(data.as_bytes()).context("value_base64")?;
-            Ok(Some(Row::Large { target: target + &query, content_type, body }))
+            Ok(Some(Row::Large { target: target() + &query, content_type, body }))
         }
         _ => Ok(None),
     }
