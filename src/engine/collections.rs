@@ -38,7 +38,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 
 /// Ids encoded under one hold of the lock during a checkpoint, and bytes of rows read there for their checksums.
 const CHECKPOINT_IDS: usize = 1000;
@@ -176,12 +176,19 @@ impl Walk {
 #[derive(Debug)]
 struct SearchParty {
     walk: Walk,
-    /// By slot, whether links lead there; the first who looks finds out, once for all. Waiting for that, some nanoseconds a
-    /// link, costs linkers less than a queue for it would.
-    reached: Arc<OnceLock<Vec<bool>>>,
+    reached: Reached,
     found: usize,
     /// A party that found some is followed by another, but not for ever.
     parties_left: usize,
+}
+
+/// By slot, whether links led there when a search party set out.
+#[derive(Debug)]
+enum Reached {
+    Unknown,
+    /// A job is out that finds it.
+    Sought,
+    Known(Arc<[bool]>),
 }
 
 /// Work on a graph that takes no lock which writes or searches wait for, slot by slot, and what came of it so far.
@@ -191,8 +198,10 @@ enum Piece {
     Link(Vec<(u32, bool)>),
     /// Of so many slots.
     Repair(Arc<Repair>, usize),
+    /// Some nanoseconds a link, all of them.
+    Reach,
     /// Of so many slots; those that were lost.
-    Find(Arc<OnceLock<Vec<bool>>>, usize, usize),
+    Find(Arc<[bool]>, usize, usize),
 }
 
 /// What became of it.
@@ -204,6 +213,8 @@ enum Done {
     Linked(Vec<(u32, bool)>),
     /// So many slots looked at.
     Repaired(usize),
+    /// Whether links lead to each slot.
+    Reached(Vec<bool>),
     /// So many slots looked at, and found to be lost.
     Found(usize, usize),
 }
@@ -231,8 +242,8 @@ impl Job {
         let graph = &*self.graph;
         while let Some(slot) = self.left.next() {
             match &mut self.piece {
-                // Of slots that nobody lives in yet.
-                Piece::Populate(_) => {}
+                // These come without slots.
+                Piece::Populate(_) | Piece::Reach => {}
                 Piece::Link(linked) => {
                     // A quarter of a millisecond each. Idle priority alone does not have it give way: beside a bulk load the p99 of
                     // sixteen connections' key writes was 1.0 to 1.2 ms without this, 0.84 to 1.05 with it.
@@ -242,11 +253,6 @@ impl Job {
                 Piece::Repair(repair, _) if repair.is_condemned(slot) => {}
                 Piece::Repair(repair, _) => graph.repair(slot, |slot| repair.is_condemned(slot), scratch),
                 Piece::Find(reached, _, lost) => {
-                    let reach = || graph.reach(graph.nodes().capacity());
-                    if must_stop.is_none() && reached.get().is_none() {
-                        reached.set(reach()).ok();
-                    }
-                    let reached = reached.get_or_init(reach);
                     let was_reached = reached.get(slot as usize).is_none_or(|&reached| reached);
                     *lost += usize::from(graph.nodes().is_live(slot) && graph.find_again(slot, was_reached, scratch));
                 }
@@ -263,6 +269,10 @@ impl Job {
             }
             Piece::Link(linked) => Done::Linked(linked),
             Piece::Repair(_, count) => Done::Repaired(count),
+            Piece::Reach => match graph.reach(|| must_stop.is_some_and(|must_stop| must_stop())) {
+                Some(reached) => Done::Reached(reached),
+                None => return Some(self),
+            },
             Piece::Find(_, count, lost) => Done::Found(count, lost),
         };
         self.collection.jobs_out.fetch_sub(1, Ordering::Relaxed);
@@ -610,6 +620,11 @@ impl SharedCollection {
                         }
                     }
                 }
+                Done::Reached(reached) => {
+                    if let Some(party) = &mut upkeep.search_party {
+                        party.reached = Reached::Known(reached.into());
+                    }
+                }
                 Done::Found(count, lost) => {
                     if let Some(party) = &mut upkeep.search_party {
                         party.walk.done += count;
@@ -753,9 +768,18 @@ impl SharedCollection {
             return Some((Piece::Link(Vec::with_capacity(slots.len())), slots));
         }
         let party = upkeep.search_party.as_mut()?;
-        let piece = party.walk.claim()?;
-        let slots = self.read(|c| c.linked_slots(piece.clone())).into_iter().map(|(slot, _)| slot).collect();
-        Some((Piece::Find(Arc::clone(&party.reached), piece.len(), 0), slots))
+        match &party.reached {
+            Reached::Unknown => {
+                party.reached = Reached::Sought;
+                Some((Piece::Reach, Vec::new()))
+            }
+            Reached::Sought => None,
+            Reached::Known(reached) => {
+                let piece = party.walk.claim()?;
+                let slots = self.read(|c| c.linked_slots(piece.clone())).into_iter().map(|(slot, _)| slot).collect();
+                Some((Piece::Find(Arc::clone(reached), piece.len(), 0), slots))
+            }
+        }
     }
 
     fn begin_repair(&self, graph: &Graph) -> (Arc<Repair>, Walk) {
@@ -790,7 +814,7 @@ impl SharedCollection {
 
     fn search_party(&self, parties_left: usize) -> SearchParty {
         let walk = Walk::over(self.read(Collection::slot_count));
-        SearchParty { walk, reached: Arc::default(), found: 0, parties_left }
+        SearchParty { walk, reached: Reached::Unknown, found: 0, parties_left }
     }
 
     /// Does all background work there is, on this thread, and looks for lost vectors whether it is time or not: for tests and

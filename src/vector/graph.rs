@@ -89,6 +89,8 @@ const LINK_WANTED: usize = 40;
 pub const SQUARE_MAX: f32 = f32::MAX / 16.0;
 /// Slots that are one piece of a pass: milliseconds.
 const PASS_SLOTS: usize = 64;
+/// Slots whose links are followed, some tens of microseconds, before it is asked whether to go on.
+const REACH_SLOTS: usize = 1024;
 
 /// A graph over the slots of one collection.
 #[derive(Debug)]
@@ -872,15 +874,20 @@ impl Graph {
         scratch.chosen = kept;
     }
 
-    /// What a walk over the links from the entry points reaches, as one flag for each of `slots` slots.
-    #[must_use]
-    pub fn reach(&self, slots: usize) -> Vec<bool> {
-        let mut reached = vec![false; slots];
+    /// What a walk over the links from the entry points reaches, as one flag for each slot there is room for; `None` when it had to
+    /// stop, which it asks after each [`REACH_SLOTS`].
+    pub fn reach(&self, must_stop: impl Fn() -> bool) -> Option<Vec<bool>> {
+        let mut reached = vec![false; self.nodes.capacity()];
+        let mut followed = 0;
         let mut waiting: Vec<u32> = self.entries.read().to_vec();
         for &slot in &waiting {
             reached[slot as usize] = true;
         }
         while let Some(slot) = waiting.pop() {
+            followed += 1;
+            if followed % REACH_SLOTS == 0 && must_stop() {
+                return None;
+            }
             for to in self.nodes.neighbours(slot) {
                 if let Some(seen) = reached.get_mut(to as usize)
                     && !*seen
@@ -890,7 +897,7 @@ impl Graph {
                 }
             }
         }
-        reached
+        Some(reached)
     }
 
     /// The metric it compares by.

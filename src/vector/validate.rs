@@ -48,7 +48,7 @@ pub fn validate(graph: &Graph, linked: &[u32], slots: usize, may_be_linked: impl
             report.doubled.push(slot);
         }
     }
-    let reached = graph.reach(slots);
+    let reached = graph.reach(|| false).unwrap_or_default();
     report.unreachable = linked.iter().copied().filter(|&slot| !reached[slot as usize]).collect();
     report.lost = linked
         .par_iter()
