@@ -62,8 +62,19 @@ pub enum Rejection {
         actual: Revision,
     },
     /// History older than the log holds.
-    #[error("the log reaches back to revision {oldest} only; start from there or from a snapshot")]
+    #[error("the log reaches back to revision {oldest} only; start after the one before it, {}, or from a snapshot", oldest.prev())]
     RevisionCompacted {
+        /// Oldest readable revision.
+        oldest: Revision,
+        /// Newest durable revision.
+        head: Revision,
+    },
+    /// History after a revision that was given up.
+    #[error(
+        "what had this revision was lost in a crash, or came after the backup that this server was restored from; look at the \
+         state anew and start after the head, {head}"
+    )]
+    RevisionLost {
         /// Oldest readable revision.
         oldest: Revision,
         /// Newest durable revision.
@@ -98,7 +109,10 @@ pub enum Rejection {
     #[error("the server is shutting down; retry against its successor")]
     ShuttingDown,
     /// A write or fsync failed; the server reads on but takes no more writes.
-    #[error("a write to disk failed, so this server takes no more writes until it is restarted; reads still work")]
+    #[error(
+        "a write to disk failed, so this server takes no more writes until it is restarted; reads still work. What was being \
+         written when it failed may be there after the restart"
+    )]
     Poisoned,
     /// An operation of a batch was refused, and with it the batch.
     #[error("operation {index}: {rejection}")]

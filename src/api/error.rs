@@ -71,7 +71,9 @@ fn status_and_code(rejection: &Rejection) -> (StatusCode, &'static str) {
         }
         Rejection::AlreadyExists(_) => (StatusCode::CONFLICT, "already_exists"),
         Rejection::PreconditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "precondition_failed"),
-        Rejection::RevisionCompacted { .. } => (StatusCode::GONE, "revision_compacted"),
+        Rejection::RevisionCompacted { .. } | Rejection::RevisionLost { .. } => {
+            (StatusCode::GONE, "revision_compacted")
+        }
         Rejection::RetryMismatch { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused"),
         Rejection::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden"),
         Rejection::PayloadTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
@@ -94,7 +96,7 @@ fn members(rejection: &Rejection) -> String {
             push_fmt(&mut out, format_args!(",\"expected\":{expected},\"actual\":{actual}"));
         }
         Rejection::PreconditionFailed { actual } => push_fmt(&mut out, format_args!(",\"actual\":{actual}")),
-        Rejection::RevisionCompacted { oldest, head } => {
+        Rejection::RevisionCompacted { oldest, head } | Rejection::RevisionLost { oldest, head } => {
             push_fmt(&mut out, format_args!(",\"oldest\":{oldest},\"head\":{head}"));
         }
         Rejection::PayloadTooLarge { limit_bytes, .. } => {

@@ -508,7 +508,10 @@ async fn history(
     let compacted = || Rejection::RevisionCompacted { oldest: feed.oldest(), head: feed.head() };
     match resume.and_then(|r| r.check(&app.engine)) {
         Some(ResetReason::Future) => return Err(invalid(format!("since is newer than the head, {}", feed.head()))),
-        Some(ResetReason::Compacted | ResetReason::Lost) => return Err(compacted().into()),
+        Some(ResetReason::Compacted) => return Err(compacted().into()),
+        Some(ResetReason::Lost) => {
+            return Err(Rejection::RevisionLost { oldest: feed.oldest(), head: feed.head() }.into());
+        }
         None => {}
     }
     let mut subscription = feed.subscribe(filter, after);

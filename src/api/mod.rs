@@ -45,7 +45,7 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::{ApiError, ApiResult};
-use extract::{Head, JSON, Payload};
+use extract::{Head, JSON, Payload, check_encoding};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
 use std::convert::Infallible;
@@ -468,6 +468,7 @@ impl Guard {
         if path != HEALTH_ROUTE {
             auth.check_rate(&client)?;
         }
+        check_encoding(&head.uri)?;
         if let Some(grant) = grant {
             if is_about_server {
                 grant.need(Right::Admin)?;

@@ -80,13 +80,19 @@ impl Remembered {
         }
     }
 
+    /// Whether it is said again at this time.
+    #[must_use]
+    pub fn is_recent(&self, now_ms: u64) -> bool {
+        self.ts_ms.saturating_add(WINDOW_MS) > now_ms
+    }
+
     fn bytes(&self) -> usize {
         let outcomes: usize = self.committed.outcomes.iter().map(Outcome::memory_bytes).sum();
         OVERHEAD_BYTES + 2 * self.retry.key.len() + outcomes
     }
 }
 
-/// The answers of the last [`WINDOW_MS`].
+/// The answers of the last [`WINDOW_MS`], and older ones of senders who have written nothing since.
 #[derive(Debug, Default)]
 pub struct Answers {
     by_key: HashMap<Box<str>, Arc<Remembered>>,
@@ -106,7 +112,7 @@ impl Answers {
     /// What was said under this key, if it is not too long ago.
     #[must_use]
     pub fn get(&self, key: &str, now_ms: u64) -> Option<&Arc<Remembered>> {
-        self.by_key.get(key).filter(|known| known.ts_ms.saturating_add(WINDOW_MS) > now_ms)
+        self.by_key.get(key).filter(|known| known.is_recent(now_ms))
     }
 
     /// Remembers one more, and forgets what is too old or too much. O(senders) when it is too much.
@@ -119,7 +125,7 @@ impl Answers {
         let share = self.by_sender.entry(sender.clone()).or_default();
         share.bytes += bytes;
         share.answers.push_back(Arc::clone(&new));
-        while self.oldest_of(&sender).is_some_and(|oldest| oldest.ts_ms.saturating_add(WINDOW_MS) <= now_ms) {
+        while self.oldest_of(&sender).is_some_and(|oldest| !oldest.is_recent(now_ms)) {
             self.forget_oldest_of(&sender);
         }
         // The newest stays in any case, also where it is by far the largest: its sender is about to be told.

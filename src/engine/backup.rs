@@ -147,7 +147,7 @@ impl Engine {
         let (walked_from, collections, answers) = {
             let state = self.inner.state.read();
             let collections = state.collections().iter().map(|(name, c)| (name.clone(), Arc::clone(c)));
-            (state.revision(), collections.collect::<Vec<_>>(), answers_until(&state, state.revision()))
+            (state.revision(), collections.collect::<Vec<_>>(), answers_until(&state, state.revision(), self.now_ms()))
         };
         let mut magic = MAGIC.to_vec();
         magic.put_u32(VERSION);

@@ -165,16 +165,16 @@ pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
         encode_event(event, out);
     }
     if let Some(answer) = &record.answer {
-        encode_answer(answer, out);
+        encode_answer(&answer.retry, &answer.outcomes, out);
     }
 }
 
 /// Appends an answer; the snapshot stores answers the same way.
-pub fn encode_answer(answer: &Answer, out: &mut Vec<u8>) {
-    out.put_text(&answer.retry.key);
-    out.extend_from_slice(&answer.retry.fingerprint);
-    out.put_u32(u32::try_from(answer.outcomes.len()).expect("a request holds thousands of operations at most"));
-    answer.outcomes.iter().for_each(|outcome| encode_outcome(outcome, out));
+pub fn encode_answer(retry: &Retry, outcomes: &Outcomes, out: &mut Vec<u8>) {
+    out.put_text(&retry.key);
+    out.extend_from_slice(&retry.fingerprint);
+    out.put_u32(u32::try_from(outcomes.len()).expect("a request holds thousands of operations at most"));
+    outcomes.iter().for_each(|outcome| encode_outcome(outcome, out));
 }
 
 fn encode_outcome(outcome: &Outcome, out: &mut Vec<u8>) {

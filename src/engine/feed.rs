@@ -180,6 +180,8 @@ pub struct Feed {
     log: Arc<Log>,
     catch_ups: Arc<Semaphore>,
     draining: AtomicBool,
+    /// The thread that wakes streams ended in a panic.
+    failed: AtomicBool,
     /// Whether anybody listens: while nobody does, the feed's thread sleeps through commits.
     has_topics: AtomicBool,
     /// Counts for metrics.
@@ -390,6 +392,20 @@ pub enum Step {
     Drained,
 }
 
+/// Without the thread that wakes streams the server must not look healthy.
+struct ToldOfPanic<'a>(&'a Feed);
+
+impl Drop for ToldOfPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!(
+                "the thread that wakes streams ended in a panic: no more writes until this server is restarted"
+            );
+            self.0.failed.store(true, Ordering::Release);
+        }
+    }
+}
+
 impl Feed {
     /// A feed that starts at `head`, and its thread.
     pub fn start(log: Arc<Log>, head: Revision) -> (Arc<Self>, std::thread::JoinHandle<()>) {
@@ -403,15 +419,13 @@ impl Feed {
             log,
             catch_ups: Arc::new(Semaphore::new(CATCH_UPS_MAX)),
             draining: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             has_topics: AtomicBool::new(false),
             stats: FeedStats::default(),
         });
         let thread = {
             let feed = Arc::clone(&feed);
-            std::thread::Builder::new()
-                .name("feed".into())
-                .spawn(move || feed.run())
-                .expect("the system can start a thread")
+            super::spawn("feed", move || feed.run())
         };
         (feed, thread)
     }
@@ -491,7 +505,14 @@ impl Feed {
         self.bell.1.notify_one();
     }
 
+    /// Whether the thread that wakes streams ended in a panic.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
     fn run(&self) {
+        let _told = ToldOfPanic(self);
         loop {
             {
                 let mut bell = self.bell.0.lock();

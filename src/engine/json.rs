@@ -12,6 +12,8 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 
 /// How deep JSON may nest in a request. Bounds recursion in readers and in [`merge_patch`].
@@ -145,36 +147,36 @@ pub fn compact(text: &str) -> String {
     out
 }
 
-/// Members of an object in order, values as text; a repeated name keeps its last value, as parsers do.
-struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+/// Members of an object in order, values as text, and where each name stands; a repeated name keeps its last value, as parsers do.
+#[derive(Default)]
+struct Members<'a> {
+    list: Vec<(Cow<'a, str>, &'a RawValue)>,
+    places: HashMap<Cow<'a, str>, usize>,
+}
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InOrder;
         impl<'de> Visitor<'de> for InOrder {
-            type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+            type Value = Members<'de>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut members: Self::Value = Vec::new();
-                let mut index = std::collections::HashMap::new();
+                let mut members = Members::default();
                 while let Some((name, value)) = map.next_entry::<Name<'de>, &'de RawValue>()? {
-                    match index.entry(name.0.clone()) {
-                        std::collections::hash_map::Entry::Occupied(at) => {
-                            let at: usize = *at.get();
-                            members[at].1 = value;
-                        }
-                        std::collections::hash_map::Entry::Vacant(free) => {
-                            free.insert(members.len());
-                            members.push((name.0, value));
+                    match members.places.entry(name.0.clone()) {
+                        Entry::Occupied(place) => members.list[*place.get()].1 = value,
+                        Entry::Vacant(free) => {
+                            free.insert(members.list.len());
+                            members.list.push((name.0, value));
                         }
                     }
                 }
                 Ok(members)
             }
         }
-        deserializer.deserialize_map(InOrder).map(Members)
+        deserializer.deserialize_map(InOrder)
     }
 }
 
@@ -199,19 +201,17 @@ pub fn merge_patch(target: Option<&str>, patch: &str) -> Result<String, Rejectio
     if !is_object(patch) {
         return Ok(patch.to_owned());
     }
-    let patch = members(patch)?.0;
-    let mut merged: Vec<(Cow<'_, str>, Cow<'_, str>)> = match target {
-        Some(target) if is_object(target) => {
-            members(target)?.0.into_iter().map(|(name, value)| (name, Cow::Borrowed(value.get()))).collect()
-        }
-        _ => Vec::new(),
+    let patch = members(patch)?.list;
+    let Members { list, mut places } = match target {
+        Some(target) if is_object(target) => members(target)?,
+        _ => Members::default(),
     };
-    let mut index: std::collections::HashMap<Cow<'_, str>, usize> =
-        merged.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
+    let mut merged: Vec<(Cow<'_, str>, Cow<'_, str>)> =
+        list.into_iter().map(|(name, value)| (name, Cow::Borrowed(value.get()))).collect();
     let mut removed = vec![false; merged.len()];
     for (name, value) in patch {
         let value = value.get();
-        let at = index.get(&name).copied();
+        let at = places.get(&name).copied();
         if value == "null" {
             if let Some(at) = at {
                 removed[at] = true;
@@ -224,7 +224,7 @@ pub fn merge_patch(target: Option<&str>, patch: &str) -> Result<String, Rejectio
             merged[at].1 = new;
             removed[at] = false;
         } else {
-            index.insert(name.clone(), merged.len());
+            places.insert(name.clone(), merged.len());
             merged.push((name, new));
             removed.push(false);
         }

@@ -67,6 +67,7 @@ use search::{Answer, INLINE_COST, Search, SearchTicket};
 use sequencer::{Request, Sequencer};
 use snapshot::Pace;
 use state::State;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -171,13 +172,17 @@ impl Inner {
         }
         let applied = self.state.read().revision();
         let result = self.log.sync();
-        if let Err(error) = &result {
-            tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
-            self.poisoned.store(true, Ordering::Release);
-        } else {
-            self.background.durable.fetch_max(applied.0, Ordering::AcqRel);
+        match &result {
+            Ok(()) => drop(self.background.durable.fetch_max(applied.0, Ordering::AcqRel)),
+            Err(error) => self.poison(error),
         }
         result
+    }
+
+    /// After a failed write or sync.
+    fn poison(&self, error: &Error) {
+        tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
+        self.poisoned.store(true, Ordering::Release);
     }
 }
 
@@ -415,10 +420,11 @@ impl Engine {
         let (reply, answer) = oneshot::channel();
         let inner = Arc::clone(&self.inner);
         rayon::spawn(move || {
-            let found = search();
+            // A panic is told where it happens and costs the one who asked, not all: the pool would end the process.
+            let found = std::panic::catch_unwind(AssertUnwindSafe(search));
             inner.searches_waiting.fetch_sub(1, Ordering::Relaxed);
             // The client may have gone meanwhile.
-            reply.send(found).ok();
+            found.map(|found| reply.send(found)).ok();
         });
         answer.await.map_err(|_| Rejection::Overloaded("the search was given up; retry"))
     }

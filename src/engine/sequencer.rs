@@ -97,6 +97,8 @@ pub struct Sequencer {
     last_tick: Instant,
     unsynced: bool,
     full_since_check: Option<Instant>,
+    /// Whether the last batch found no file left to open for the log.
+    is_out_of_files: bool,
     last_ts_ms: u64,
     /// Ended as told, rather than in a panic.
     ended: bool,
@@ -135,6 +137,7 @@ impl Sequencer {
             last_tick: Instant::now(),
             unsynced: false,
             full_since_check: None,
+            is_out_of_files: false,
             last_ts_ms,
             ended: false,
         }
@@ -199,7 +202,7 @@ impl Sequencer {
         }
         let tick = TICK.saturating_sub(self.last_tick.elapsed());
         let Some(deadline) = self.inner.state.read().next_deadline() else { return tick };
-        if self.is_poisoned() || self.full_since_check.is_some() {
+        if self.is_poisoned() || self.full_since_check.is_some() || self.is_out_of_files {
             return tick.min(FULL_RETRY);
         }
         let now = self.inner.clock.now_ms();
@@ -343,11 +346,16 @@ impl Sequencer {
         let mut parts = [Decided::default(), Decided::default()];
         let mut overlay = Overlay::with_capacity(commands.len());
         let state = self.inner.state.read();
+        // Summed up once: that walks over all collections.
+        let memory_left = (self.inner.memory_bytes_max > 0).then(|| {
+            let (keys, vectors) = state.memory_bytes();
+            self.inner.memory_bytes_max.saturating_sub(keys + vectors)
+        });
         let mut decider = Decider {
             state: &state,
             overlay: &mut overlay,
             now_ms,
-            memory_bytes_max: self.inner.memory_bytes_max,
+            memory_left,
             collections_max: self.inner.collections_max,
             record_bytes_max: self.inner.record_bytes_max,
             next: head.next(),
@@ -452,6 +460,7 @@ impl Sequencer {
         } else {
             self.unsynced = true;
         }
+        self.is_out_of_files = false;
         self.wal.publish();
         self.inner.metrics.batch_records.observe(records as f64);
         Ok(())
@@ -480,7 +489,9 @@ impl Sequencer {
         let rejection = match error {
             // Nothing is full, and the next batch tries again.
             AppendError::Full(error) if error.is_out_of_files() => {
-                tracing::warn!(%error, "no file left to open for the log: writes are refused until there is one");
+                if !std::mem::replace(&mut self.is_out_of_files, true) {
+                    tracing::warn!(%error, "no file left to open for the log: writes are refused until there is one");
+                }
                 Rejection::Overloaded("the server has no file left to open; retry in a moment")
             }
             AppendError::Full(error) => {
@@ -488,17 +499,12 @@ impl Sequencer {
                 Rejection::StorageFull("the disk is full; free space and try again".into())
             }
             AppendError::Failed(error) => {
-                self.poison(&error);
+                self.inner.poison(&error);
                 Rejection::Poisoned
             }
         };
         // A client that has hung up gets no answer.
         answers.into_iter().for_each(|(reply, _)| drop(reply.send(Err(rejection.clone()))));
-    }
-
-    fn poison(&self, error: &crate::error::Error) {
-        tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
-        self.inner.poisoned.store(true, Ordering::Release);
     }
 
     /// Once a second: see that the log is still there, sync in `interval` mode, mark how far the log is durable, lean the clock.
@@ -513,14 +519,19 @@ impl Sequencer {
         self.last_tick = Instant::now();
         if let Some(path) = self.wal.removed() {
             let cause = std::io::Error::other("it was removed while the server ran, and with it what it held");
-            self.poison(&Error::io("cannot write to", path)(cause));
+            self.inner.poison(&Error::io("cannot write to", path)(cause));
+            return;
+        }
+        if self.inner.feed.has_failed() {
+            // Told by the feed. Streams would see none of what is written from here on.
+            self.inner.poisoned.store(true, Ordering::Release);
             return;
         }
         self.inner.clock.lean();
         if self.unsynced && self.fsync == Fsync::Interval {
             self.unsynced = false;
             if let Err(AppendError::Failed(error) | AppendError::Full(error)) = self.wal.sync() {
-                self.poison(&error);
+                self.inner.poison(&error);
                 return;
             }
             self.inner.background.durable.fetch_max(self.wal.head().0, Ordering::AcqRel);
@@ -528,7 +539,7 @@ impl Sequencer {
         match self.wal.mark() {
             // A mark is a courtesy to the next recovery; without room it waits.
             Ok(()) | Err(AppendError::Full(_)) => {}
-            Err(AppendError::Failed(error)) => self.poison(&error),
+            Err(AppendError::Failed(error)) => self.inner.poison(&error),
         }
     }
 }

@@ -189,7 +189,7 @@ fn header(inner: &Inner, view: &View) -> (Vec<u8>, Revision, Revision) {
     let revision = view.revision();
     let state = inner.state.read();
     let (listed, replay_after) = listed(&state, revision);
-    let answers = answers_until(&state, revision);
+    let answers = answers_until(&state, revision, inner.clock.now_ms());
     drop(state);
     (encode_header(revision, replay_after, &inner.log.gaps(), &listed, &answers), revision, replay_after)
 }
@@ -215,9 +215,10 @@ fn listed(state: &State, revision: Revision) -> (Vec<SavedCollection>, Revision)
 }
 
 /// What was said up to a revision to clients who may ask again; what was said later is in the log, and with it whether it
-/// came true.
-pub(super) fn answers_until(state: &State, revision: Revision) -> Vec<Arc<Remembered>> {
-    state.answers().iter().filter(|a| a.committed.last_revision <= revision).map(Arc::clone).collect()
+/// came true. What is too old by now to be said again is left out.
+pub(super) fn answers_until(state: &State, revision: Revision, now_ms: u64) -> Vec<Arc<Remembered>> {
+    let is_kept = |answer: &&Arc<Remembered>| answer.committed.last_revision <= revision && answer.is_recent(now_ms);
+    state.answers().iter().filter(is_kept).map(Arc::clone).collect()
 }
 
 fn encode_header(
@@ -253,8 +254,7 @@ pub(super) fn put_answers(out: &mut Vec<u8>, answers: &[Arc<Remembered>]) {
         out.put_u64(known.ts_ms);
         out.put_revision(known.committed.first_revision);
         out.put_revision(known.committed.last_revision);
-        let answer = Answer { retry: known.retry.clone(), outcomes: known.committed.outcomes.clone() };
-        encode_answer(&answer, out);
+        encode_answer(&known.retry, &known.committed.outcomes, out);
     }
 }
 
@@ -359,8 +359,9 @@ pub(super) fn write_first(dir: &Path, state: &State) -> Result<(), Error> {
     let path = snapshot_path(dir, revision);
     let beside = path.with_extension("tmp");
     let fill = || -> std::io::Result<u64> {
-        let mut draft =
-            Draft::create(&beside, &encode_header(revision, revision, &[], &listed, &answers_until(state, revision)))?;
+        // Whether they are too old by now, whoever serves them looks.
+        let answers = answers_until(state, revision, 0);
+        let mut draft = Draft::create(&beside, &encode_header(revision, revision, &[], &listed, &answers))?;
         for (key, entry) in state.range_from(Bound::Unbounded) {
             draft.push(key, entry)?;
         }

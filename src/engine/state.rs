@@ -383,8 +383,8 @@ pub struct Decider<'a> {
     pub overlay: &'a mut Overlay,
     /// The batch's time.
     pub now_ms: u64,
-    /// Bytes keys and vectors may take together; 0 = no budget.
-    pub memory_bytes_max: usize,
+    /// Bytes keys and vectors may grow by, if there is a budget.
+    pub memory_left: Option<usize>,
     /// Collections there may be.
     pub collections_max: usize,
     /// Bytes one command may write.
@@ -529,15 +529,13 @@ impl Decider<'_> {
     }
 
     fn check_budget(&mut self, bytes: usize, freed: usize) -> Result<(), Rejection> {
-        if self.memory_bytes_max > 0 && bytes > freed {
-            let (keys, vectors) = self.state.memory_bytes();
-            if keys + vectors + self.overlay.growth + bytes - freed > self.memory_bytes_max {
-                return Err(Rejection::StorageFull(
-                    "the memory budget MAX_MEMORY_MB is used up; delete keys or vectors, or raise it".into(),
-                ));
-            }
+        let growth = bytes.saturating_sub(freed);
+        if growth > 0 && self.memory_left.is_some_and(|left| self.overlay.growth + growth > left) {
+            return Err(Rejection::StorageFull(
+                "the memory budget MAX_MEMORY_MB is used up; delete keys or vectors, or raise it".into(),
+            ));
         }
-        self.overlay.growth += bytes.saturating_sub(freed);
+        self.overlay.growth += growth;
         Ok(())
     }
 
@@ -857,7 +855,7 @@ mod tests {
                 state: &state,
                 overlay: &mut overlay,
                 now_ms,
-                memory_bytes_max: 0,
+                memory_left: None,
                 collections_max: 1,
                 record_bytes_max: usize::MAX,
                 next,
