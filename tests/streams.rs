@@ -310,6 +310,32 @@ async fn a_snapshot_and_what_follows_fold_to_the_state() {
     }
 }
 
+/// A snapshot without it would leave its readers with a patch of nothing.
+#[tokio::test]
+async fn a_snapshot_shows_a_key_that_is_prolonged_behind_it_however_slow_its_reader() {
+    let server = Server::start(&[]);
+    let mut c = server.client();
+    // More than lies between the server and a reader that does not read.
+    let filling = "x".repeat(1 << 20);
+    for n in 0..24 {
+        ok(&mut c, &format!("PUT /v1/state/k{n} {{\"value\":\"{filling}\"}}")).await;
+    }
+    ok(&mut c, r#"PUT /v1/state/z {"value":{"name":"bob"},"ttl_ms":1500}"#).await;
+    let mut walks = server.target.events("?snapshot=true", None).await.unwrap();
+    assert_eq!(next(&mut walks).await.event, "snapshot");
+    ok(&mut c, r#"PATCH /v1/state/z?ttl_ms=60000 {"beat":1}"#).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let mut rows = Vec::new();
+    let mut event = next(&mut walks).await;
+    while event.event == "snapshot" {
+        rows.push(event.json().unwrap()["key"].as_str().unwrap().to_owned());
+        event = next(&mut walks).await;
+    }
+    assert_eq!(event.event, "snapshot_end");
+    assert_eq!((rows.len(), rows.last().map(String::as_str)), (24, Some("z")));
+    assert_eq!(next(&mut walks).await.json().unwrap()["patch"]["beat"], 1);
+}
+
 #[tokio::test]
 async fn a_snapshot_of_keys_that_are_few_or_none() {
     let server = Server::start(&[]);

@@ -243,7 +243,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
             push_reset(&mut out, &app.engine, reason, requested, None);
         }
         let mut walk = Walk::new(filter);
-        if walk.needs_view() {
+        if walk.needs_place(&app.engine) {
             walk.place = Some(WalkPlace::wait(&app).await?);
         }
         Phase::Snapshot(Box::new(walk))
@@ -375,6 +375,15 @@ impl EventStream {
         self.engine.metrics().delivery_lag_seconds.observe(age_ms as f64 / 1000.0);
     }
 
+    /// Notes that the reader took some of what was sent.
+    pub fn note_taken(&self) {
+        if let Phase::Snapshot(walk) = &self.phase
+            && let Some(place) = &walk.place
+        {
+            place.hold();
+        }
+    }
+
     fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Content>> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Content::Text(first)));
@@ -400,7 +409,7 @@ impl EventStream {
                 let mut out = String::new();
                 if let Some(walks) = &self.walks {
                     let mut walk = Walk::new(self.subscription.filter().clone());
-                    if walk.needs_view() {
+                    if walk.needs_place(&self.engine) {
                         let Ok(permit) = Arc::clone(walks).try_acquire_owned() else {
                             // It comes back by the id it has, and waits for a place before its stream begins.
                             return Poll::Ready(Some(Content::Text(self.farewell())));

@@ -180,6 +180,7 @@ impl Live {
             }
             if taken > reader.taken {
                 (reader.taken, reader.since) = (taken, now);
+                self.stream.note_taken();
             } else if now - reader.since >= STALL_TIMEOUT {
                 return Poll::Ready(());
             }

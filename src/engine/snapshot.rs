@@ -122,7 +122,7 @@ fn take_locked(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
         let revision = inner.state.read().revision();
         return Ok(Taken { revision, bytes: 0, took_ms: millis(started) });
     };
-    let view = View::begin(&inner.state, vec![String::new()], usize::MAX);
+    let view = View::begin(&inner.state, vec![String::new()], false);
     let (header, revision, replay_after) = header(inner, &view);
     // In the relaxed modes the log may be behind what is applied; a snapshot must not be ahead of it. Behind the header: that a
     // collection is not listed, as it was deleted since, must not be lost either.

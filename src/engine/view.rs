@@ -2,7 +2,8 @@
 //!
 //! The walk takes the state's read lock for a slice of keys at a time. Whatever a writer changes ahead of the walk, it
 //! first leaves here as it was (copy on write); the walk prefers that to what the state holds by then. Memory: what was
-//! changed ahead of the walk and not yet reached, so a walk should be quick; [`View::is_overrun`] bounds the slow ones.
+//! changed ahead of the walk and not yet reached, so a walk should be quick. Those for streams are bounded, each by keys and
+//! all together by bytes: beyond that one is overrun, and worthless.
 //!
 //! Locks: `inner`, taken by the writer for each key it changes while a walk is on, and by the walk once a slice; and the
 //! list of walks, [`Views`].
@@ -13,11 +14,18 @@ use super::state::State;
 use crate::revision::Revision;
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry::Vacant;
 use std::ops::Bound;
 use std::sync::{Arc, Weak};
 
 /// Keys looked at under one hold of the state's lock: some tens of microseconds.
 pub const SLICE_KEYS: usize = 512;
+/// Bytes of values after which a slice ends: what is in it, its walk keeps alive until it has sent it.
+const SLICE_BYTES: usize = 256 << 10;
+/// Old versions one bounded walk may keep.
+const STREAM_KEPT_MAX: usize = 200_000;
+/// Bytes of old values that all bounded walks together may keep.
+const STREAMS_KEPT_BYTES_MAX: usize = 256 << 20;
 
 /// The state's keys at one revision.
 #[derive(Debug)]
@@ -25,8 +33,8 @@ pub struct View {
     revision: Revision,
     /// What will be walked: keys that begin with one of these.
     prefixes: Vec<String>,
-    /// Most old versions kept; beyond that the view is overrun and worthless.
-    preimages_max: usize,
+    /// Whether it may be overrun.
+    is_bounded: bool,
     inner: Mutex<Inner>,
 }
 
@@ -43,28 +51,45 @@ impl Views {
     /// Lets every walk keep what a key held before a change.
     pub fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) {
         let mut views = self.0.lock();
-        if !views.is_empty() {
-            views.retain(|view| view.upgrade().map(|view| view.remember(key, old)).is_some());
+        if views.is_empty() {
+            return;
+        }
+        let mut bytes = 0;
+        views.retain(|view| {
+            let kept = view.upgrade().and_then(|view| view.remember(key, old));
+            bytes += kept.unwrap_or(0);
+            kept.is_some()
+        });
+        if bytes > STREAMS_KEPT_BYTES_MAX {
+            let bounded = views.iter().filter_map(Weak::upgrade).filter(|view| view.is_bounded);
+            if let Some(largest) = bounded.max_by_key(|view| view.inner.lock().bytes) {
+                largest.inner.lock().overrun = true;
+                views.retain(|view| !std::ptr::eq(view.as_ptr(), Arc::as_ptr(&largest)));
+            }
         }
     }
 }
 
+/// What keys ahead of a walk held at its revision; `None` = they did not exist.
+pub type Kept = BTreeMap<Key, Option<Arc<Entry>>>;
+
 #[derive(Debug, Default)]
 struct Inner {
-    /// What keys ahead of the walk held at `revision`; `None` = they did not exist.
-    preimages: BTreeMap<Key, Option<Arc<Entry>>>,
+    preimages: Kept,
+    /// Of the values in `preimages`.
+    bytes: usize,
     /// The last key walked; changes up to it need not be kept.
     passed: Option<Key>,
     overrun: bool,
 }
 
 impl View {
-    /// Begins a walk at the state's current revision.
-    pub fn begin(state: &RwLock<State>, prefixes: Vec<String>, preimages_max: usize) -> Arc<Self> {
+    /// Begins a walk at the state's current revision. One that is bounded may be overrun.
+    pub fn begin(state: &RwLock<State>, prefixes: Vec<String>, is_bounded: bool) -> Arc<Self> {
         // Nothing is applied while this is held, so the revision and what is remembered from here on fit together.
         let state = state.read();
         let inner = Mutex::new(Inner::default());
-        let view = Arc::new(Self { revision: state.revision(), prefixes, preimages_max, inner });
+        let view = Arc::new(Self { revision: state.revision(), prefixes, is_bounded, inner });
         state.views().add(&view);
         view
     }
@@ -74,21 +99,21 @@ impl View {
         self.revision
     }
 
-    /// Keeps what a key held before a change. Called by the writer, under the state's write lock.
-    fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) {
-        if !self.prefixes.iter().any(|p| key.as_str().starts_with(p.as_str())) {
-            return;
-        }
+    /// Keeps what a key held before a change. Called by the writer, under the state's write lock. The bytes it keeps, where they are
+    /// bounded; `None` once overrun. What it kept until then stays: freeing it would take the writer long.
+    fn remember(&self, key: &Key, old: Option<&Arc<Entry>>) -> Option<usize> {
         let mut inner = self.inner.lock();
-        if inner.overrun || inner.passed.as_ref().is_some_and(|passed| key <= passed) {
-            return;
+        if inner.overrun {
+            return None;
         }
-        if inner.preimages.len() >= self.preimages_max {
-            inner.overrun = true;
-            inner.preimages.clear();
-            return;
+        let is_ahead = inner.passed.as_ref().is_none_or(|passed| key > passed)
+            && self.prefixes.iter().any(|p| key.as_str().starts_with(p.as_str()));
+        if is_ahead && let Vacant(free) = inner.preimages.entry(key.clone()) {
+            free.insert(old.cloned());
+            inner.bytes += old.map_or(0, |old| old.value.len());
+            inner.overrun = self.is_bounded && inner.preimages.len() > STREAM_KEPT_MAX;
         }
-        inner.preimages.entry(key.clone()).or_insert_with(|| old.cloned());
+        Some(if self.is_bounded { inner.bytes } else { 0 })
     }
 
     /// Old versions kept so far.
@@ -101,48 +126,63 @@ impl View {
         self.inner.lock().overrun
     }
 
+    /// Ends the walk, and gives out what it kept: freeing that can take long.
+    #[must_use]
+    pub fn give_up(&self) -> Kept {
+        let mut inner = self.inner.lock();
+        inner.overrun = true;
+        inner.bytes = 0;
+        std::mem::take(&mut inner.preimages)
+    }
+
     /// Appends the next entries in key order, from `from` on, as they were at this view's revision, and returns where to
     /// go on; `None` at the end. With `prefix`, ends after the last key that begins with it.
     pub fn slice(&self, state: &RwLock<State>, from: &str, prefix: &str, found: &mut Entries) -> Option<String> {
         let state = state.read();
         let mut inner = self.inner.lock();
         let mut current: Entries = Vec::with_capacity(SLICE_KEYS);
-        let mut is_end = true;
+        // Where this slice ends; `None`: with the range.
+        let mut last: Option<Key> = None;
+        let mut bytes = 0;
         let first = if from < prefix { prefix } else { from };
         for (key, entry) in state.range_from(Bound::Included(first)) {
             if !key.as_str().starts_with(prefix) {
                 break;
             }
-            if current.len() == SLICE_KEYS {
-                is_end = false;
+            if current.len() == SLICE_KEYS || bytes >= SLICE_BYTES {
+                last = current.last().map(|(key, _)| key.clone());
                 break;
             }
+            bytes += entry.value.len();
             current.push((key.clone(), Arc::clone(entry)));
         }
         drop(state);
-        let last = current.last().map(|(key, _)| key.clone());
-        // Old versions within this slice; at the end of the range, all that are left in it.
-        let mut old = BTreeMap::new();
+        // Old versions within this slice, which ends earlier where there are very many.
+        let mut slice = Kept::new();
+        let mut bytes = 0;
         while let Some((key, _)) = inner.preimages.range::<str, _>((Bound::Included(first), Bound::Unbounded)).next() {
-            let within = key.as_str().starts_with(prefix) && (is_end || last.as_ref().is_some_and(|last| key <= last));
-            if !within {
+            if !key.as_str().starts_with(prefix) || last.as_ref().is_some_and(|last| key > last) {
+                break;
+            }
+            if slice.len() == SLICE_KEYS || bytes >= SLICE_BYTES {
+                last = slice.last_key_value().map(|(key, _)| key.clone());
                 break;
             }
             let key = key.clone();
-            let preimage = inner.preimages.remove(&key).flatten();
-            old.insert(key, preimage);
+            let old = inner.preimages.remove(&key).flatten();
+            bytes += old.as_ref().map_or(0, |old| old.value.len());
+            slice.insert(key, old);
         }
+        inner.bytes -= bytes;
         for (key, entry) in current {
-            old.entry(key).or_insert(Some(entry));
+            if last.as_ref().is_none_or(|last| key <= *last) {
+                slice.entry(key).or_insert(Some(entry));
+            }
         }
-        found.extend(old.into_iter().filter_map(|(key, entry)| Some((key, entry?))));
-        if is_end {
-            return None;
-        }
-        let last = last?;
-        // The smallest text after `last`.
-        let next = format!("{}\0", last.as_str());
-        inner.passed = Some(last);
+        found.extend(slice.into_iter().filter_map(|(key, entry)| Some((key, entry?))));
+        // The smallest text after the last.
+        let next = format!("{}\0", last.as_ref()?.as_str());
+        inner.passed = last;
         Some(next)
     }
 }
@@ -195,7 +235,7 @@ mod tests {
                 }
             }
             let expected: Vec<_> = state.read().range("", None, 0).map(|(k, e)| (k.clone(), Arc::clone(e))).collect();
-            let view = View::begin(&state, vec![String::new()], usize::MAX);
+            let view = View::begin(&state, vec![String::new()], false);
             let mut found = Vec::new();
             let mut from = Some(String::new());
             while let Some(at) = from {
@@ -214,10 +254,61 @@ mod tests {
     fn a_slow_walk_is_overrun_rather_than_keeping_everything() {
         let state = RwLock::new(State::default());
         (0..100).for_each(|n| apply(&state, put(n, n as u64 + 1)));
-        let view = View::begin(&state, vec!["k".into()], 10);
-        (0..10).for_each(|n| apply(&state, delete(n)));
+        let view = View::begin(&state, vec!["k".into()], true);
+        (0..STREAM_KEPT_MAX).for_each(|n| apply(&state, put(n, n as u64 + 101)));
         assert!(!view.is_overrun());
-        apply(&state, delete(11));
+        apply(&state, put(STREAM_KEPT_MAX, 1));
         assert!(view.is_overrun());
+        let kept = view.kept();
+        apply(&state, delete(0));
+        assert_eq!((kept, view.kept()), (STREAM_KEPT_MAX + 1, kept), "the writer frees nothing, and adds nothing");
+        assert_eq!(view.give_up().len(), kept);
+    }
+
+    /// A key of 1 MiB each.
+    fn put_large(n: usize) -> Event {
+        let Event::StateUpdated { key, entry, .. } = put(n, 1) else { unreachable!() };
+        let entry = Entry { value: Value::Json("1".repeat(1 << 20).into()), ..(*entry).clone() };
+        Event::StateUpdated { key, prev_revision: Revision(0), entry: Arc::new(entry), patch: None }
+    }
+
+    #[test]
+    fn of_walks_that_keep_too_many_bytes_together_the_largest_is_overrun() {
+        let state = RwLock::new(State::default());
+        let many = STREAMS_KEPT_BYTES_MAX >> 20;
+        (0..=many).for_each(|n| apply(&state, put_large(n)));
+        let all = View::begin(&state, vec![String::new()], true);
+        let one = View::begin(&state, vec![key(0).as_str().to_owned()], true);
+        let snapshot = View::begin(&state, vec![String::new()], false);
+        (0..=many).for_each(|n| apply(&state, delete(n)));
+        assert_eq!([&all, &one, &snapshot].map(|view| view.is_overrun()), [true, false, false]);
+        let mut found = Vec::new();
+        assert_eq!(one.slice(&state, "", key(0).as_str(), &mut found), None);
+        assert_eq!(found.len(), 1);
+    }
+
+    #[test]
+    fn a_slice_ends_early_where_old_versions_or_bytes_are_many() {
+        let state = RwLock::new(State::default());
+        let count = 3 * SLICE_KEYS;
+        (0..count).for_each(|n| apply(&state, put(n, n as u64 + 1)));
+        let view = View::begin(&state, vec![String::new()], true);
+        // Of these there is nothing in the state any more, and behind them one key.
+        (0..count - 1).for_each(|n| apply(&state, delete(n)));
+        let mut from = Some(String::new());
+        let mut all = Vec::new();
+        while let Some(at) = from {
+            let mut found = Vec::new();
+            from = view.slice(&state, &at, "", &mut found);
+            assert!(found.len() <= SLICE_KEYS + 1, "{}", found.len());
+            all.extend(found.into_iter().map(|(key, _)| key));
+        }
+        assert_eq!(all, (0..count).map(key).collect::<Vec<_>>());
+
+        (0..4).for_each(|n| apply(&state, put_large(n)));
+        let view = View::begin(&state, vec![String::new()], true);
+        let mut found = Vec::new();
+        assert!(view.slice(&state, "", "", &mut found).is_some());
+        assert_eq!(found.len(), 1);
     }
 }
