@@ -19,7 +19,7 @@ pub struct Setting {
     pub env: &'static str,
     /// As text; empty = none.
     pub default: &'static str,
-    /// For `--help` and the documentation.
+    /// For `--help`.
     pub help: &'static str,
 }
 
@@ -29,66 +29,66 @@ const fn setting(name: &'static str, env: &'static str, default: &'static str, h
 
 /// Every setting there is.
 pub const SETTINGS: &[Setting] = &[
-    setting("port", "PORT_RUST_KISS_VDB", "9917", "port; 0 = any free port, printed"),
-    setting("bind_addr", "BIND_ADDR", "127.0.0.1", "address; one that is not loopback needs api_key or allow_open"),
-    setting("data_dir", "DATA_DIR", "./data", "data directory"),
-    setting("ephemeral", "EPHEMERAL", "false", "keep everything in memory, nothing on disk"),
+    setting("port", "PORT_RUST_KISS_VDB", "9917", "Port; 0 = any free port, printed"),
     setting(
-        "fsync",
-        "FSYNC",
-        "always",
-        "always: on disk before it is acknowledged; interval: synced every second; never: when the system likes",
+        "bind_addr",
+        "BIND_ADDR",
+        "127.0.0.1",
+        "Address to listen on; one that is not loopback needs a key, or --allow-open",
     ),
-    setting("snapshot_interval", "SNAPSHOT_INTERVAL", "60", "seconds between snapshots; 0 = only on shutdown"),
-    setting(
-        "max_log_mb",
-        "MAX_LOG_MB",
-        "1024",
-        "log kept for replay; older sealed segments go once a snapshot covers them",
-    ),
-    setting("max_memory_mb", "MAX_MEMORY_MB", "0", "budget for keys and vectors; 0 = none"),
-    setting("max_body_mb", "MAX_BODY_MB", "32", "largest request body"),
-    setting("max_connections", "MAX_CONNECTIONS", "20000", "connections at a time; more are answered 503 and closed"),
-    setting("worker_threads", "WORKER_THREADS", "0", "threads that serve requests; 0 = one for each core"),
-    setting("stream_threads", "STREAM_THREADS", "0", "threads that send to streams; 0 = one for every four cores"),
+    setting("data_dir", "DATA_DIR", "./data", "Data directory"),
+    setting("ephemeral", "EPHEMERAL", "false", "Keep everything in memory, nothing on disk"),
+    setting("fsync", "FSYNC", "always", "always, interval or never"),
+    setting("snapshot_interval", "SNAPSHOT_INTERVAL", "60", "Seconds between snapshots; 0 = only on shutdown"),
+    setting("max_log_mb", "MAX_LOG_MB", "1024", "MiB of log kept for replay"),
+    setting("max_memory_mb", "MAX_MEMORY_MB", "0", "Budget in MiB for keys and vectors; 0 = none"),
+    setting("max_body_mb", "MAX_BODY_MB", "32", "Largest request body in MiB"),
+    setting("max_connections", "MAX_CONNECTIONS", "20000", "Connections at a time"),
+    setting("worker_threads", "WORKER_THREADS", "0", "Threads that serve requests; 0 = one for each core"),
+    setting("stream_threads", "STREAM_THREADS", "0", "Threads that send to streams; 0 = one for every four cores"),
     setting(
         "api_key",
         "API_KEY",
         "",
-        "when set, every route but health and the console page needs Authorization: Bearer",
+        "Key every request but health needs; other users of this machine see flags, so prefer the environment",
     ),
-    setting("keys_file", "KEYS_FILE", "", "file of named keys with rights and limits, made by kiss-vdb keys"),
-    setting("allow_open", "ALLOW_OPEN", "false", "allow a foreign bind_addr without api_key or keys_file"),
+    setting("keys_file", "KEYS_FILE", "", "File of named keys with rights and limits, made by kiss-vdb keys"),
+    setting("allow_open", "ALLOW_OPEN", "false", "Allow an address that is not loopback without a key"),
     setting(
         "allowed_hosts",
         "ALLOWED_HOSTS",
         "",
-        "comma list of Host names beside this machine's that an open server on loopback answers to; * = any",
+        "Comma list of Host names an open server on loopback answers to, beside this machine's; * = any",
     ),
-    setting("cors_origins", "CORS_ORIGINS", "", "comma list of origins whose pages may call; * = any"),
+    setting("cors_origins", "CORS_ORIGINS", "", "Comma list of origins whose pages may call; * = any"),
     setting(
         "rate_limit",
         "RATE_LIMIT",
         "0",
-        "requests a second of one key, or without keys of one address; 0 = no limit",
+        "Requests a second of one key, or without keys of one address; 0 = no limit",
     ),
     setting(
         "max_streams_per_client",
         "MAX_STREAMS_PER_CLIENT",
         "0",
-        "open streams of one key, or without keys of one address; 0 = no limit",
+        "Open streams of one key, or without keys of one address; 0 = no limit",
     ),
     setting(
         "max_connections_per_address",
         "MAX_CONNECTIONS_PER_ADDRESS",
         "0",
-        "open connections from one address; 0 = no limit",
+        "Open connections from one address; 0 = no limit",
     ),
-    setting("tls_cert", "TLS_CERT", "", "certificate chain as PEM; with tls_key the server speaks HTTPS"),
-    setting("tls_key", "TLS_KEY", "", "private key of tls_cert as PEM; both are read again when they change"),
-    setting("slow_request_ms", "SLOW_REQUEST_MS", "1000", "requests that take longer are logged; 0 = none"),
+    setting("tls_cert", "TLS_CERT", "", "Certificate chain as PEM; with --tls-key the server speaks HTTPS"),
+    setting("tls_key", "TLS_KEY", "", "Private key of the certificate as PEM"),
+    setting(
+        "slow_request_ms",
+        "SLOW_REQUEST_MS",
+        "1000",
+        "Requests that take longer than so many milliseconds are logged; 0 = none",
+    ),
     setting("log_format", "LOG_FORMAT", "text", "text, or json for machines"),
-    setting("log_level", "RUST_LOG", "info", "a tracing filter such as info or kiss_vdb=debug"),
+    setting("log_level", "RUST_LOG", "info", "A tracing filter such as info or kiss_vdb=debug"),
 ];
 
 /// Where a value came from.

@@ -1,13 +1,13 @@
 //! The `kiss-vdb` program: flags, logging, open, serve, ordered shutdown.
 
 use anyhow::Context;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, value_parser};
 use kiss_vdb::api::auth::Auth;
 use kiss_vdb::api::live::StreamThreads;
 use kiss_vdb::api::tls::Tls;
 use kiss_vdb::api::{AUDIT, App, serve, service};
 use kiss_vdb::cli::{self, CliVerb};
-use kiss_vdb::config::{Config, Resolved};
+use kiss_vdb::config::{Config, Resolved, SETTINGS, Setting};
 use kiss_vdb::engine::frame::push_fmt;
 use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
 use kiss_vdb::heap::{self, Heap};
@@ -57,120 +57,62 @@ enum Verb {
     Cli(Box<CliVerb>),
 }
 
-/// One flag for each setting. Text, so that a bad value is reported the same way wherever it came from.
-#[derive(Args)]
+/// One flag for each of [`SETTINGS`]. Text, so that a bad value is reported the same way wherever it came from.
 struct SettingFlags {
-    /// Configuration file [default: kiss-vdb.toml, if it exists]
-    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Port; 0 = any free port, printed [env PORT_RUST_KISS_VDB, default 9917]
-    #[arg(long)]
-    port: Option<String>,
-    /// Address to listen on [env BIND_ADDR, default 127.0.0.1]
-    #[arg(long)]
-    bind_addr: Option<String>,
-    /// Data directory [env DATA_DIR, default ./data]
-    #[arg(long)]
-    data_dir: Option<String>,
-    /// Keep everything in memory, nothing on disk
-    #[arg(long)]
-    ephemeral: bool,
-    /// always, interval or never [env FSYNC, default always]
-    #[arg(long)]
-    fsync: Option<String>,
-    /// Seconds between snapshots; 0 = only on shutdown [env SNAPSHOT_INTERVAL, default 60]
-    #[arg(long)]
-    snapshot_interval: Option<String>,
-    /// MiB of log kept for replay [env MAX_LOG_MB, default 1024]
-    #[arg(long)]
-    max_log_mb: Option<String>,
-    /// Budget in MiB for keys and vectors; 0 = none [env MAX_MEMORY_MB, default 0]
-    #[arg(long)]
-    max_memory_mb: Option<String>,
-    /// Largest request body in MiB [env MAX_BODY_MB, default 32]
-    #[arg(long)]
-    max_body_mb: Option<String>,
-    /// Connections at a time [env MAX_CONNECTIONS, default 20000]
-    #[arg(long)]
-    max_connections: Option<String>,
-    /// Threads that serve requests; 0 = one for each core [env WORKER_THREADS, default 0]
-    #[arg(long)]
-    worker_threads: Option<String>,
-    /// Threads that send to streams; 0 = one for every four cores [env STREAM_THREADS, default 0]
-    #[arg(long, value_name = "N")]
-    stream_threads: Option<String>,
-    /// Key every request but health needs; other users of this machine see flags, so prefer the environment [env API_KEY]
-    #[arg(long)]
-    api_key: Option<String>,
-    /// File of named keys with rights and limits, made by kiss-vdb keys [env KEYS_FILE]
-    #[arg(long, value_name = "FILE")]
-    keys_file: Option<String>,
-    /// Allow an address that is not loopback without a key [env ALLOW_OPEN]
-    #[arg(long)]
-    allow_open: bool,
-    /// Comma list of Host names an open server on loopback answers to, beside this machine's [env ALLOWED_HOSTS]
-    #[arg(long, value_name = "NAMES")]
-    allowed_hosts: Option<String>,
-    /// Comma list of origins whose pages may call [env CORS_ORIGINS]
-    #[arg(long)]
-    cors_origins: Option<String>,
-    /// Requests a second of one key, or without keys of one address; 0 = no limit [env RATE_LIMIT, default 0]
-    #[arg(long, value_name = "N")]
-    rate_limit: Option<String>,
-    /// Open streams of one key, or without keys of one address; 0 = no limit [env MAX_STREAMS_PER_CLIENT, default 0]
-    #[arg(long, value_name = "N")]
-    max_streams_per_client: Option<String>,
-    /// Open connections from one address; 0 = no limit [env MAX_CONNECTIONS_PER_ADDRESS, default 0]
-    #[arg(long, value_name = "N")]
-    max_connections_per_address: Option<String>,
-    /// Certificate chain as PEM; with --tls-key the server speaks HTTPS [env TLS_CERT]
-    #[arg(long, value_name = "FILE")]
-    tls_cert: Option<String>,
-    /// Private key of the certificate as PEM [env TLS_KEY]
-    #[arg(long, value_name = "FILE")]
-    tls_key: Option<String>,
-    /// Requests that take longer than so many milliseconds are logged; 0 = none [env SLOW_REQUEST_MS, default 1000]
-    #[arg(long, value_name = "MS")]
-    slow_request_ms: Option<String>,
-    /// text or json [env LOG_FORMAT, default text]
-    #[arg(long)]
-    log_format: Option<String>,
-    /// A tracing filter such as info or kiss_vdb=debug [env RUST_LOG, default info]
-    #[arg(long)]
-    log_level: Option<String>,
+    given: Vec<(&'static str, String)>,
+}
+
+/// Whether its flag takes no value.
+fn is_switch(setting: &Setting) -> bool {
+    setting.default == "false"
+}
+
+fn flag(setting: &Setting) -> Arg {
+    let source = match setting.default {
+        "" | "false" => format!("env {}", setting.env),
+        default => format!("env {}, default {default}", setting.env),
+    };
+    let flag = Arg::new(setting.name).long(setting.name.replace('_', "-")).help(format!("{} [{source}]", setting.help));
+    if is_switch(setting) {
+        return flag.action(ArgAction::SetTrue);
+    }
+    // What it is: `DIR` of `data_dir`, `STREAMS` of `max_streams_per_client`.
+    let kind = setting.name.split("_per_").next().and_then(|name| name.rsplit('_').next()).unwrap_or_default();
+    flag.value_name(kind.to_uppercase())
+}
+
+impl Args for SettingFlags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let config = Arg::new("config").long("config").value_name("FILE").value_parser(value_parser!(PathBuf));
+        let config = config.help("Configuration file [default: kiss-vdb.toml, if it exists]");
+        command.arg(config).args(SETTINGS.iter().map(flag))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for SettingFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let text = |setting: &Setting| match is_switch(setting) {
+            true => matches.get_flag(setting.name).then(|| "true".to_owned()),
+            false => matches.get_one::<String>(setting.name).cloned(),
+        };
+        let given = SETTINGS.iter().filter_map(|setting| Some((setting.name, text(setting)?))).collect();
+        Ok(Self { config: matches.get_one("config").cloned(), given })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 impl SettingFlags {
     fn resolve(self) -> Result<Resolved, kiss_vdb::error::Error> {
-        let flags = [
-            ("port", self.port),
-            ("bind_addr", self.bind_addr),
-            ("data_dir", self.data_dir),
-            ("ephemeral", self.ephemeral.then(|| "true".to_owned())),
-            ("fsync", self.fsync),
-            ("snapshot_interval", self.snapshot_interval),
-            ("max_log_mb", self.max_log_mb),
-            ("max_memory_mb", self.max_memory_mb),
-            ("max_body_mb", self.max_body_mb),
-            ("max_connections", self.max_connections),
-            ("worker_threads", self.worker_threads),
-            ("stream_threads", self.stream_threads),
-            ("api_key", self.api_key),
-            ("keys_file", self.keys_file),
-            ("allow_open", self.allow_open.then(|| "true".to_owned())),
-            ("allowed_hosts", self.allowed_hosts),
-            ("cors_origins", self.cors_origins),
-            ("rate_limit", self.rate_limit),
-            ("max_streams_per_client", self.max_streams_per_client),
-            ("max_connections_per_address", self.max_connections_per_address),
-            ("tls_cert", self.tls_cert),
-            ("tls_key", self.tls_key),
-            ("slow_request_ms", self.slow_request_ms),
-            ("log_format", self.log_format),
-            ("log_level", self.log_level),
-        ];
-        let flags = flags.into_iter().filter_map(|(name, value)| Some((name, value?)));
-        Resolved::collect(self.config, |name| std::env::var(name).ok(), flags)
+        Resolved::collect(self.config, |name| std::env::var(name).ok(), self.given)
     }
 }
 
@@ -201,7 +143,7 @@ fn main() -> ExitCode {
 fn print_config(resolved: &Resolved) -> anyhow::Result<()> {
     let mut table = String::new();
     for (name, value, source) in resolved.rows() {
-        push_fmt(&mut table, format_args!("{name:<18} {value:<22} {source}\n"));
+        push_fmt(&mut table, format_args!("{name:<27} {value:<22} {source}\n"));
     }
     let mut out = std::io::stdout().lock();
     match out.write_all(table.as_bytes()).and_then(|()| out.flush()) {

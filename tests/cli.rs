@@ -1255,3 +1255,30 @@ fn completions_and_the_manual_know_every_verb() {
     bash.stdin.take().unwrap().write_all(run_ok("", &["completions", "bash"]).as_bytes()).unwrap();
     assert!(bash.wait().unwrap().success());
 }
+
+/// Whoever looks up a line finds what it means only if it is still written like that.
+#[test]
+fn the_log_lines_that_operations_md_explains_are_in_the_source() {
+    fn append(dir: &Path, all: &mut String) {
+        for entry in std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                append(&entry, all);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                all.push_str(&std::fs::read_to_string(&entry).unwrap());
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut source = String::new();
+    append(&root.join("src"), &mut source);
+    let manual = std::fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    let table = manual.lines().skip_while(|line| !line.starts_with("| line | level |")).skip(2);
+    let rows: Vec<&str> = table.take_while(|line| line.starts_with('|')).collect();
+    assert!(rows.len() > 30, "{}", rows.len());
+    for row in rows {
+        let lines = row.split(" | ").next().unwrap();
+        for line in lines.split('`').skip(1).step_by(2) {
+            assert!(source.contains(&format!("\"{line}")), "no such line: {line}");
+        }
+    }
+}

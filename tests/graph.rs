@@ -945,6 +945,45 @@ fn what_vectors_are_charged_is_what_the_collection_says() {
     is_true(&live);
 }
 
+/// As of a linker that has no core: another does what it has in its hands, from where it came to.
+#[test]
+fn what_is_given_up_is_done_by_another() {
+    let spec = CollectionSpec::new(DIM, Metric::L2).unwrap();
+    let background = Background::with_graph_from(64);
+    let collection = SharedCollection::open(None, spec, Revision(1), &background).unwrap();
+    let mut random = Random(3);
+    let mut revision = 1;
+    let mut put = |n: u64| {
+        revision += 1;
+        collection.reserve(1).unwrap();
+        let id = VectorId::new(&format!("v{n}")).unwrap();
+        collection.put(&id, &random.vector(DIM, 12), &VectorMeta::empty(), Revision(revision));
+    };
+    let stop = Arc::new(AtomicBool::new(true));
+    let (mut stopped, mut scratch) = (Scratch::stopped_by(Arc::clone(&stop)), Scratch::default());
+    let mut given_up = 0;
+    let mut work = || {
+        while let Some(job) = background.take_job(|_| true) {
+            if let Some(rest) = job.run(&mut stopped) {
+                given_up += 1;
+                assert!(rest.run(&mut scratch).is_none());
+            }
+        }
+        collection.work_once(&mut scratch)
+    };
+    (0..2000).for_each(&mut put);
+    while work() {}
+    // Dead slots, repairs and a search for what was lost meanwhile.
+    (0..1000).for_each(&mut put);
+    while work() {}
+    assert!(given_up > 20, "{given_up}");
+    let (counts, vectors) = collection.read(|c| (c.graph_counts(), c.len()));
+    assert_eq!((counts.linked, counts.tail, vectors), (2000, 0, 2000));
+    collection.settle();
+    let found = collection.validate().unwrap();
+    assert!(found.is_sound(), "{found:?}");
+}
+
 /// In the relaxed modes dead slots cannot be reused before the log is synced; writes must not wait for that.
 #[test]
 fn replacing_one_vector_for_ever_neither_stalls_nor_grows() {

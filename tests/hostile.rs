@@ -497,7 +497,7 @@ async fn half_requests_at_a_stop_are_answered_once_they_are_whole() {
     }
     wait_for_connections(&mut server.client(), |open| open >= 13.0).await;
     // And until what they said is read.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     server.signal(rustix::process::Signal::TERM);
     // One half at once, the other when it has become hyper's.
     for (n, socket) in begun.iter_mut().enumerate() {

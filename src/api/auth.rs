@@ -149,7 +149,7 @@ impl Auth {
         let auth = &app.auth;
         // What was read, and what could not be: that is tried again every second, and told once.
         let mut seen = auth.keys_stamp;
-        let mut told = None;
+        let mut told = seen;
         loop {
             tokio::time::sleep(KEYS_POLL).await;
             if let Some(limiter) = &auth.limiter {
@@ -409,9 +409,9 @@ fn write_secret(dir: &Path, path: &Path, secret: &[u8]) -> std::io::Result<()> {
 }
 
 /// What tells that a file is another than before: when its bytes and when its owner or mode changed, its length and number.
-type Stamp = (SystemTime, (i64, i64), u64, u64);
+pub(super) type Stamp = (SystemTime, (i64, i64), u64, u64);
 
-fn stamp(path: &Path) -> Option<Stamp> {
+pub(super) fn stamp(path: &Path) -> Option<Stamp> {
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(path).ok()?;
     Some((meta.modified().ok()?, (meta.ctime(), meta.ctime_nsec()), meta.len(), meta.ino()))

@@ -45,7 +45,7 @@ const CHUNK_FRAMES: usize = 1024;
 /// Of so many events delivered the age of one is noted.
 const LAG_SAMPLED_OF: u64 = 64;
 /// Bytes in one page of JSON history.
-const PAGE_BYTES_MAX: usize = 8 << 20;
+const HISTORY_BYTES_MAX: usize = 8 << 20;
 
 /// What the route takes in its query.
 pub const PARAMS: &[&str] = &[
@@ -527,9 +527,9 @@ async fn history(
     subscription.look_at_everything();
     let deadline = Instant::now() + wait;
     let deadline = access.and_then(|access| access.ends_at).map_or(deadline, |at| deadline.min(at));
-    let mut events = String::new();
+    let mut out = String::from("{\"events\":[");
     let mut count = 0;
-    while count < limit && events.len() < PAGE_BYTES_MAX {
+    while count < limit && out.len() < HISTORY_BYTES_MAX {
         let waits = count == 0 && Instant::now() < deadline;
         let is_over = || access.is_some_and(Access::is_over);
         let step = std::future::poll_fn(|cx| match subscription.poll_step(cx, limit - count, CHUNK_BYTES) {
@@ -557,9 +557,9 @@ async fn history(
                 subscription.look_at_everything();
                 for frame in frames.iter().filter(|f| f.is_logged()) {
                     if count > 0 {
-                        events.push(',');
+                        out.push(',');
                     }
-                    events.push_str(frame.json(include_vector));
+                    out.push_str(frame.json(include_vector));
                     count += 1;
                 }
             }
@@ -571,9 +571,6 @@ async fn history(
             Ok(Some(Step::Drained) | None) | Err(_) => break,
         }
     }
-    let mut out = String::with_capacity(events.len() + 96);
-    out.push_str("{\"events\":[");
-    out.push_str(&events);
     push_fmt(
         &mut out,
         format_args!(

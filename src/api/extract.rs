@@ -6,7 +6,7 @@ use super::auth::Client;
 use super::error::{ApiError, ApiResult, invalid};
 use crate::engine::answers::Retry;
 use crate::engine::command::{Condition, ETags, Op};
-use crate::engine::json::{DEPTH_MAX, VALUE_DEPTH_MAX, check_depth, check_surrogates, check_value_depth};
+use crate::engine::json::{DEPTH_MAX, JSON, VALUE_DEPTH_MAX, check_depth, check_surrogates, check_value_depth};
 use crate::error::Rejection;
 use crate::keys::{Grant, Right};
 use crate::revision::Revision;
@@ -355,9 +355,6 @@ pub fn path_tail<'a>(uri: &'a Uri, prefix: &str) -> ApiResult<Cow<'a, str>> {
     decoded.map_err(|_| invalid("the path is not UTF-8 after percent-decoding"))
 }
 
-/// The media type of nearly every body and answer.
-pub const JSON: &str = "application/json";
-
 /// What a `Content-Type` header says a body is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BodyType {
@@ -453,7 +450,7 @@ async fn collect(mut body: Limited<Body>) -> Result<Bytes, BoxError> {
     Ok(all.into())
 }
 
-/// Reads a JSON body's text, after checking its type and depth.
+/// Reads a JSON body's text, after checking its type.
 pub async fn read_json(headers: &Fields, body: Payload, limit: usize) -> ApiResult<Bytes> {
     must_be_json(headers)?;
     read_body(headers, body, limit).await

@@ -41,7 +41,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Bytes that a reader with a window of the usual size takes at once.
 const MANY_BYTES: u64 = 32 << 10;
 /// What ends a chunked body.
-const END: &[u8] = b"0\r\n\r\n";
+pub const END: &[u8] = b"0\r\n\r\n";
 
 /// An answer's stream, in the extensions of the response, until it is known which protocol carries it. One holder at a
 /// time; the lock is there because extensions are shared by type.

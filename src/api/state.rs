@@ -14,7 +14,7 @@ use crate::engine::command::{
     Outcome, PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
 };
 use crate::engine::frame::{push_fmt, push_labels, push_u64, push_value};
-use crate::engine::json::{check_value_depth, compact, push_string};
+use crate::engine::json::{check_value_depth, compact, present, push_string};
 use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
@@ -70,7 +70,8 @@ fn key_of(uri: &Uri) -> ApiResult<Key> {
 }
 
 /// Appends one outcome's JSON object.
-fn push_outcome(out: &mut String, outcome: &Outcome) {
+/// Appends one outcome's JSON object.
+pub fn push_outcome(out: &mut String, outcome: &Outcome) {
     let key_and_revision = |out: &mut String, key: &Key, revision: &Revision| {
         out.push_str("{\"key\":");
         push_string(out, key.as_str());
@@ -341,19 +342,22 @@ pub async fn list(State(app): State<App>, head: Head) -> ApiResult {
     let after = params.one("cursor")?.map(decode_cursor).transpose()?;
     let keys_only = params.flag("keys_only")?;
     let (items, mut has_more, revision) = app.engine.list(prefix, after.as_deref(), limit);
+    let bytes = if keys_only { 0 } else { items.iter().map(|(_, entry)| entry.value.len()).sum() };
     let mut out = String::from("{\"items\":[");
     let mut last = None;
-    for (key, entry) in &items {
-        if out.len() > PAGE_BYTES_MAX {
-            has_more = true;
-            break;
+    aside(bytes, || {
+        for (key, entry) in &items {
+            if out.len() > PAGE_BYTES_MAX {
+                has_more = true;
+                break;
+            }
+            if last.is_some() {
+                out.push(',');
+            }
+            push_entry(&mut out, key.as_str(), entry, !keys_only);
+            last = Some(key.as_str());
         }
-        if last.is_some() {
-            out.push(',');
-        }
-        push_entry(&mut out, key.as_str(), entry, !keys_only);
-        last = Some(key.as_str());
-    }
+    });
     out.push_str("],");
     push_next_cursor(&mut out, last.filter(|_| has_more));
     push_fmt(&mut out, format_args!(",\"revision\":{revision}}}"));
@@ -386,11 +390,6 @@ struct BatchOp<'a> {
     #[serde(borrow)]
     vector: Option<&'a RawValue>,
     vector_base64: Option<String>,
-}
-
-/// A field that was given, be it null: a plain `Option` would take null for absent.
-fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 #[derive(Deserialize)]

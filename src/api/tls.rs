@@ -3,13 +3,14 @@
 //! Streams over TLS stay with hyper, as those over HTTP/2 do: what a stream on its own socket saves, the session's buffers
 //! take many times over.
 
+use super::auth::stamp;
 use crate::error::Error;
 use parking_lot::RwLock;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring::{default_provider, sign::any_supported_type};
 use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
@@ -60,6 +61,7 @@ impl Tls {
     pub async fn keep_fresh(self) {
         let stamps = || [&self.cert, &self.key].map(|path| stamp(path));
         let mut seen = stamps();
+        let mut told = seen;
         loop {
             tokio::time::sleep(POLL).await;
             let now = stamps();
@@ -72,18 +74,15 @@ impl Tls {
                     seen = now;
                     tracing::info!("the certificate has changed");
                 }
-                // Perhaps only one of the two is written yet.
+                // Perhaps only one of the two is written yet: it is tried again, and told once.
+                Err(_) if told == now => {}
                 Err(error) => {
+                    told = now;
                     tracing::error!(%error, "the certificate has changed and cannot be used; the old one stays")
                 }
             }
         }
     }
-}
-
-fn stamp(path: &Path) -> Option<(SystemTime, u64)> {
-    let meta = std::fs::metadata(path).ok()?;
-    Some((meta.modified().ok()?, meta.len()))
 }
 
 fn read(cert: &Path, key: &Path) -> Result<Arc<CertifiedKey>, Error> {

@@ -5,7 +5,7 @@ use super::extract::{
     Head, Object, Params, Payload, aside, meta, parse_list, parse_object, read_json, unique_names, vector,
 };
 use super::offer;
-use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor};
+use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor, push_outcome};
 use super::{App, json};
 use crate::engine::Engine;
 use crate::engine::collections::SharedCollection;
@@ -258,7 +258,7 @@ async fn write(app: App, write: VectorWrite, path: NamePath, head: Head, body: P
         .collect();
     let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
     let mut out = String::from("{\"results\":[");
-    push_list(&mut out, &committed.outcomes, |out, outcome| out.push_str(&outcome_json(outcome)));
+    push_list(&mut out, &committed.outcomes, push_outcome);
     push_fmt(&mut out, format_args!("],\"revision\":{}}}", committed.last_revision));
     Ok(json(StatusCode::OK, out))
 }

@@ -19,10 +19,12 @@
 
 use super::error::invalid;
 use super::events::EventStream;
-use super::extract::{Fields, Head, JSON, Payload};
-use super::live::{is_stream, take_stream};
+use super::extract::{Fields, Head, Payload};
+use super::live::{self, is_stream, take_stream};
 use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
 use super::{Answer, Json, Service};
+use crate::engine::frame::{END_OF_CHUNK, begin_chunk};
+use crate::engine::json::JSON;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::Response;
 use bytes::{Buf, Bytes, BytesMut};
@@ -425,8 +427,8 @@ async fn write(tcp: &mut TcpStream, response: Response, output: &mut Vec<u8>, is
             continue;
         }
         if is_chunked {
-            output.extend_from_slice(format!("{:x}\r\n", data.len()).as_bytes());
-            tcp.write_all_buf(&mut Buf::chain(Buf::chain(&output[..], data), &b"\r\n"[..])).await?;
+            begin_chunk(output, data.len());
+            tcp.write_all_buf(&mut Buf::chain(Buf::chain(&output[..], data), END_OF_CHUNK)).await?;
             output.clear();
         } else if data.len() > COPY_BYTES_MAX {
             tcp.write_all_buf(&mut Buf::chain(&output[..], data)).await?;
@@ -436,7 +438,7 @@ async fn write(tcp: &mut TcpStream, response: Response, output: &mut Vec<u8>, is
         }
     }
     if is_chunked {
-        output.extend_from_slice(b"0\r\n\r\n");
+        output.extend_from_slice(live::END);
     }
     tcp.write_all(output).await
 }

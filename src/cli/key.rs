@@ -6,7 +6,7 @@ use super::{
     ServerFlags, argument_or_stdin, duration, get as get_answer, json, key, millis, path, query, short, usage,
 };
 use crate::engine::frame::push_fmt;
-use crate::engine::json::push_string;
+use crate::engine::json::{present, push_string};
 use anyhow::Context;
 use base64::Engine as _;
 use clap::Args;
@@ -55,11 +55,6 @@ struct EntryView<'a> {
     expires_at_ms: Option<i64>,
     #[serde(borrow)]
     meta: Option<&'a RawValue>,
-}
-
-/// A field that is there, be it null.
-pub(super) fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 impl EntryView<'_> {

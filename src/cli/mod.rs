@@ -22,9 +22,9 @@ pub mod shell;
 pub mod top;
 pub mod vector;
 
-use crate::api::extract::JSON;
 use crate::client::{Answer, CannotConnect, Client, HungUp, Refused, Target, WrongServer};
 use crate::engine::command::Key;
+use crate::engine::json::JSON;
 use crate::vector::CollectionName;
 use clap::{Args, Subcommand};
 use hyper::header::HeaderValue;

@@ -1,10 +1,8 @@
 //! What is imported: rows of a file, whatever its format, one at a time.
 
-use super::key::present;
 use super::{content_type as content_type_of_bytes, path, query, usage};
-use crate::api::extract::JSON;
 use crate::engine::frame::push_fmt;
-use crate::engine::json::push_string;
+use crate::engine::json::{JSON, present, push_string};
 use crate::npy;
 use crate::vector::DIM_MAX;
 use anyhow::{Context, bail, ensure};

@@ -18,8 +18,9 @@
 
 use super::Engine;
 use super::answers::Remembered;
-use super::codec::Record;
-use super::codec::{Entries, Entry, decode_entry, decode_record, encode_entry, encode_record, put_spec, spec};
+use super::codec::{
+    Entries, Entry, Record, decode_entry, decode_record, encode_entry, encode_record, numbers, put_spec, spec,
+};
 use super::collections::SharedCollection;
 use super::command::Key;
 use super::snapshot::{answers_until, put_answers, read_answers};
@@ -537,8 +538,7 @@ fn read_block(reader: &mut Reader<'_>) -> Result<Option<Block>, Malformed> {
 fn read_vector(reader: &mut Reader<'_>) -> Result<(VectorId, Revision, Vector, VectorMeta), Malformed> {
     let id = VectorId::new(reader.text("id")?).map_err(|e| Malformed(e.to_string()))?;
     let revision = reader.revision("revision")?;
-    let numbers = reader.blob("vector")?.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    let vector = Vector::new(numbers).map_err(|e| Malformed(e.to_string()))?;
+    let vector = numbers(reader)?.ok_or_else(|| Malformed("a vector without numbers".into()))?;
     let meta = VectorMeta::new(reader.text("meta")?).map_err(|e| Malformed(e.to_string()))?;
     Ok((id, revision, vector, meta))
 }

@@ -496,7 +496,8 @@ fn vector_id(reader: &mut Reader<'_>) -> Result<VectorId, Malformed> {
     VectorId::new(reader.text("id")?).map_err(|e| Malformed(e.to_string()))
 }
 
-fn numbers(reader: &mut Reader<'_>) -> Result<Option<Vector>, Malformed> {
+/// Reads a vector's numbers; `None` where there are none.
+pub(super) fn numbers(reader: &mut Reader<'_>) -> Result<Option<Vector>, Malformed> {
     let bytes = reader.blob("vector")?;
     if bytes.is_empty() {
         return Ok(None);

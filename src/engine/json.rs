@@ -16,10 +16,17 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
 
+/// The media type of nearly every body and answer.
+pub const JSON: &str = "application/json";
 /// How deep JSON may nest in a request. Bounds recursion in readers and in [`merge_patch`].
 pub const DEPTH_MAX: usize = 128;
 /// How deep what is stored may nest, by whatever route it comes: there is an object around it wherever it is told.
 pub const VALUE_DEPTH_MAX: usize = DEPTH_MAX - 1;
+
+/// A field that was given, be it null: a plain `Option` would take null for absent.
+pub fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
 
 /// Refuses a value, data or metadata nested deeper than [`VALUE_DEPTH_MAX`].
 pub fn check_value_depth(text: &str) -> Result<(), Rejection> {

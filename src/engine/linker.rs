@@ -20,7 +20,7 @@ use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -46,6 +46,8 @@ pub struct Background {
     stood_in: Queue<Job>,
     /// In milliseconds since `started`.
     stands_in_until: AtomicU64,
+    /// Whether the linkers are to give up what they have in their hands.
+    must_stop: Arc<AtomicBool>,
     started: Instant,
 }
 
@@ -122,6 +124,7 @@ impl Background {
             jobs: Queue::default(),
             stood_in: Queue::default(),
             stands_in_until: AtomicU64::new(0),
+            must_stop: Arc::default(),
             started: Instant::now(),
         })
     }
@@ -133,7 +136,12 @@ impl Background {
 
     /// Gives a job to the linkers.
     pub fn give_job(&self, job: Job) {
-        let jobs = if self.stands_in() { &self.stood_in } else { &self.jobs };
+        let jobs = if self.stands_in() {
+            &self.stood_in
+        } else {
+            self.must_stop.store(false, Ordering::Relaxed);
+            &self.jobs
+        };
         if job.is_populating() { jobs.push_first(job) } else { jobs.push(job) }
     }
 
@@ -146,12 +154,14 @@ impl Background {
     }
 
     /// Has one thread, as batch work, do what linkers would, for a while: programs that keep all cores busy leave them nothing, and
-    /// vector writes wait for them. Linkers give up what they have in their hands, after a slot.
+    /// vector writes wait for them. Linkers give up what they have in their hands, also within a walk: such a one was seen to take more
+    /// than a minute of the clock.
     pub fn stand_in(&self) {
         let now_ms = self.now_ms();
         if self.stands_in_until.swap(now_ms + STANDS_IN_MS, Ordering::Relaxed) <= now_ms {
             tracing::info!("the linkers get no core: one thread of a higher priority stands in for them");
         }
+        self.must_stop.store(true, Ordering::Relaxed);
         while let Some(job) = self.jobs.try_pop(|_| true) {
             self.stood_in.push(job);
         }
@@ -191,9 +201,9 @@ impl Background {
 
     fn link(&self) {
         turns::take(Turn::Last);
-        let mut scratch = Scratch::default();
+        let mut scratch = Scratch::stopped_by(Arc::clone(&self.must_stop));
         while let Some(job) = self.jobs.pop() {
-            if let Some(rest) = job.run(&mut scratch, Some(&|| self.stands_in())) {
+            if let Some(rest) = job.run(&mut scratch) {
                 self.give_job(rest);
             }
         }
@@ -203,7 +213,7 @@ impl Background {
         turns::take(Turn::Behind);
         let mut scratch = Scratch::default();
         while let Some(job) = self.stood_in.pop() {
-            job.run(&mut scratch, None);
+            job.run(&mut scratch);
         }
     }
 

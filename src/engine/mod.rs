@@ -22,8 +22,8 @@
 //! at a time), `replay_needed` (bookkeeping of kept snapshots). Those of streams stand in `feed.rs`, of vectors in
 //! `collections.rs`, of consistent walks in `view.rs`.
 //!
-//! Threads: `sequencer`, `zeros` (ahead of the log), `feed`, `snapshots` (periodic), `upkeep` and `linker-N` (`linker.rs`), and `scan-N`, rayon's pool for large scans. Queues: commands
-//! ([`QUEUE_COMMANDS_MAX`]) and searches ([`SEARCHES_WAITING_MAX`]), both refused with `overloaded` when full.
+//! Threads: `sequencer`, `zeros` (ahead of the log), `feed`, `snapshots` (periodic), `upkeep`, `linker-N` and `stand-in`
+//! (`linker.rs`), and `scan-N`, rayon's pool for large scans. Queues: commands ([`QUEUE_COMMANDS_MAX`]) and searches ([`SEARCHES_WAITING_MAX`]), both refused with `overloaded` when full.
 //!
 //! Deliberately absent: HTTP, a second writer, a lock held over I/O on the way of a read.
 
@@ -270,7 +270,7 @@ impl Engine {
     pub async fn submit(&self, command: Command) -> Result<Committed, Rejection> {
         self.wait_for_room(&command).await?;
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Request::Commit(command, reply)).map_err(|e| match e {
+        self.queue.try_send(Request::Commit((command, reply))).map_err(|e| match e {
             TrySendError::Full(_) => Rejection::Overloaded("too many writes are waiting; retry in a moment"),
             TrySendError::Disconnected(_) => Rejection::ShuttingDown,
         })?;
@@ -581,7 +581,7 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// The `snapshots` thread: tidies every [`TIDY_EVERY`], takes snapshots every `interval` (zero: never), and before that when the
+/// The `snapshots` thread: tidies every [`TIDY_EVERY`] or every `interval`, if that is shorter, and at most once a second; takes snapshots every `interval` (zero: never), and before that when the
 /// log is [`LOG_OVER`] times what it should be and has grown since the last by as much as it should be.
 fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condvar)) {
     let mut last_revision = Revision::ZERO;

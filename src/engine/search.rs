@@ -164,7 +164,7 @@ impl SearchTicket {
     pub fn cost(&self, searches: &[Search]) -> usize {
         let dim = self.collection.spec().dim;
         let (slots, text_bytes, unindexed) = self.collection.read(|c| {
-            let unindexed = self.live.as_ref().map_or(0, |live| c.not_indexed(live).len());
+            let unindexed = self.live.as_ref().map_or(0, |live| c.not_indexed_len(live));
             (c.slot_count(), c.text_bytes_average(), usize::try_from(unindexed).unwrap_or(usize::MAX))
         });
         // Parsing a byte of metadata costs as much as some tens of numbers.
@@ -191,19 +191,19 @@ impl SearchTicket {
     /// Runs the searches; several threads when it is worth it.
     #[must_use]
     pub fn run(&self, searches: &[Search]) -> Vec<Answer> {
-        let is_cheap = self.cost(searches) < INLINE_COST;
+        let is_cheap = || self.cost(searches) < INLINE_COST;
         // Those that look at everything do so together, in one pass over memory.
         let (together, alone): (Vec<_>, Vec<_>) =
             searches.iter().enumerate().partition(|(_, search)| self.looks_at_everything(search));
         let mut answers: Vec<(usize, Answer)> = match alone.as_slice() {
             [] => Vec::new(),
             [(at, search)] => vec![(*at, self.run_one(search))],
-            _ if is_cheap => alone.iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
+            _ if is_cheap() => alone.iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
             _ => alone.par_iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
         };
         if !together.is_empty() {
             let (places, searches): (Vec<usize>, Vec<&Search>) = together.into_iter().unzip();
-            answers.extend(places.into_iter().zip(self.scan_everything(&searches, is_cheap)));
+            answers.extend(places.into_iter().zip(self.scan_everything(&searches, is_cheap())));
         }
         if self.graph.as_ref().is_some_and(|(_, tail)| tail.len() > HELP_FROM) {
             self.collection.help();

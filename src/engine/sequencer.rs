@@ -37,18 +37,18 @@ use tokio::sync::oneshot;
 /// Target of the trace events that tell each effect in order; `tests/order.rs` reads them.
 pub const EFFECTS: &str = "kiss_vdb::effects";
 /// Commands one batch may gather. Bounds how long the first waits for the last to be decided.
-const BATCH_COMMANDS_MAX: usize = 4096;
+const COMMIT_COMMANDS_MAX: usize = 4096;
 /// Operations after which a batch takes no further command, for the same reason.
-const BATCH_OPS_MAX: usize = 16_384;
+const COMMIT_OPS_MAX: usize = 16_384;
 /// Vectors after which a batch takes no further command that writes or deletes some. A vector takes a hundred times as long as a key
 /// to write and apply, so key writes wait for about this many at most, and vector writes share a sync all the same.
-const BATCH_VECTORS: usize = 64;
+const COMMIT_VECTORS: usize = 64;
 /// While key writes keep coming (the last not longer ago than this), vector writes wait for the next so long, to go into one
 /// batch with it. Begun in between, they would be what the next key write finds in its way from beginning to end.
 const KEYS_RECENT: Duration = Duration::from_millis(1);
 const VECTORS_WAIT: Duration = Duration::from_micros(200);
 /// Bytes after which a batch decides no further command: bounds memory and how long its first command waits.
-const BATCH_BYTES_MAX: usize = 32 << 20;
+const COMMIT_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
 const EXPIRIES_MAX: usize = 1000;
 /// Who answered so many commands at once lets their senders go first. With fewer it would, beside programs that keep all cores busy,
@@ -61,17 +61,17 @@ const FULL_RETRY: Duration = Duration::from_millis(500);
 /// A clock that is behind the log by more is worth a word.
 const AHEAD_MS_MAX: u64 = 1000;
 
-/// A command and where its answer goes.
+/// What the engine asks of its writer.
 #[derive(Debug)]
 pub enum Request {
     /// Decide and commit.
-    Commit(Command, oneshot::Sender<Result<Committed, Rejection>>),
+    Commit(Waiting),
     /// Commit what came before, write everything to disk, end.
     Stop,
 }
 
 /// A command and where its answer goes.
-type Waiting = (Command, oneshot::Sender<Result<Committed, Rejection>>);
+pub type Waiting = (Command, oneshot::Sender<Result<Committed, Rejection>>);
 type Reply = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, Rejection>);
 
 /// What was decided for a batch, or for a part of it: what is staged, and what will be answered.
@@ -185,7 +185,7 @@ impl Sequencer {
         self.ended = true;
         // What still waits is told, rather than left hanging.
         for request in self.queue.try_iter() {
-            if let Request::Commit(_, reply) = request {
+            if let Request::Commit((_, reply)) = request {
                 reply.send(Err(Rejection::ShuttingDown)).ok();
             }
         }
@@ -216,7 +216,7 @@ impl Sequencer {
         while let Some(request) = next {
             match request {
                 Request::Stop => return (commands, true),
-                Request::Commit(command, reply) if command.ops.iter().any(Op::is_about_vectors) => {
+                Request::Commit((command, reply)) if command.ops.iter().any(Op::is_about_vectors) => {
                     if self.vector_writes.len() < super::QUEUE_COMMANDS_MAX {
                         self.vector_writes.push_back((command, reply));
                     } else {
@@ -224,12 +224,12 @@ impl Sequencer {
                         reply.send(Err(Rejection::Overloaded(detail))).ok();
                     }
                 }
-                Request::Commit(command, reply) => {
+                Request::Commit((command, reply)) => {
                     ops += command.ops.len();
                     commands.push((command, reply));
                 }
             }
-            if commands.len() >= BATCH_COMMANDS_MAX || ops >= BATCH_OPS_MAX {
+            if commands.len() >= COMMIT_COMMANDS_MAX || ops >= COMMIT_OPS_MAX {
                 break;
             }
             next = self.queue.try_recv().ok();
@@ -245,7 +245,7 @@ impl Sequencer {
             self.last_keys = Instant::now();
         }
         let mut vectors = 0;
-        while vectors < BATCH_VECTORS
+        while vectors < COMMIT_VECTORS
             && let Some(waiting) = self.vector_writes.pop_front()
         {
             vectors += waiting.0.ops.iter().map(Op::weight).sum::<usize>();
@@ -432,7 +432,7 @@ impl Sequencer {
                 Committed { outcomes: decision.outcomes, first_revision, last_revision }
             });
             answers.push((reply, answer));
-            if decider.bytes >= BATCH_BYTES_MAX {
+            if decider.bytes >= COMMIT_BYTES_MAX {
                 break;
             }
         }

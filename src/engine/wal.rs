@@ -483,7 +483,7 @@ impl Segment {
         }
     }
 
-    /// Where to start reading to find the first frame that ends after `revision`.
+    /// Where to start reading to find the first frame behind the last index entry that is `wanted`.
     fn seek(&self, wanted: impl Fn(&IndexEntry) -> bool) -> Result<u64, Error> {
         let mut index = self.index.lock();
         let walked = index.walked;
@@ -926,9 +926,8 @@ impl Wal {
         self.reserved = Revision::ZERO;
         self.frames.bytes.clear();
         self.frames.push(Kind::Gap, gap.from, 0, self.durable, |out| out.put_revision(gap.to));
-        self.flush().and_then(|()| self.sync()).map_err(|e| match e {
-            AppendError::Full(e) | AppendError::Failed(e) => e,
-        })?;
+        self.flush()?;
+        self.sync()?;
         // Only now: a segment begun for this frame must be named after the first revision given up.
         self.appended = gap.to;
         self.durable = gap.to;

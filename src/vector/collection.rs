@@ -551,7 +551,7 @@ impl Collection {
     /// Applies a change of metadata alone; the row stays where it is.
     pub fn set_meta(&mut self, id: &VectorId, meta: &VectorMeta, revision: Revision, horizon: Horizon) {
         let Some(&slot) = self.ids.get(id) else { return };
-        if self.is_known(Some(slot), revision) {
+        if self.is_known(slot, revision) {
             return;
         }
         self.revision = self.revision.max(revision);
@@ -604,7 +604,7 @@ impl Collection {
     /// Applies a delete.
     pub fn delete(&mut self, id: &VectorId, revision: Revision, horizon: Horizon) {
         let Some(&slot) = self.ids.get(id) else { return };
-        if self.is_known(Some(slot), revision) {
+        if self.is_known(slot, revision) {
             return;
         }
         self.revision = self.revision.max(revision);
@@ -614,8 +614,8 @@ impl Collection {
     }
 
     /// Whether the files already held what this revision did.
-    fn is_known(&self, slot: Option<Slot>, revision: Revision) -> bool {
-        revision <= self.checkpoint || slot.is_some_and(|s| self.slots[s.index()].revision >= revision)
+    fn is_known(&self, slot: Slot, revision: Revision) -> bool {
+        revision <= self.checkpoint || self.slots[slot.index()].revision >= revision
     }
 
     fn norm(&self, numbers: &[f32]) -> f32 {
@@ -710,6 +710,12 @@ impl Collection {
     #[must_use]
     pub fn not_indexed(&self, slots: &RoaringBitmap) -> RoaringBitmap {
         (&self.unindexed | &self.unindexable) & slots
+    }
+
+    /// How many these are: no slot is among both.
+    #[must_use]
+    pub fn not_indexed_len(&self, slots: &RoaringBitmap) -> u64 {
+        self.unindexed.intersection_len(slots) + self.unindexable.intersection_len(slots)
     }
 
     /// Whether the index is behind, or dead slots wait to be freed.

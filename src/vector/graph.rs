@@ -218,6 +218,9 @@ pub struct Scratch {
     other: Probe,
     chosen: Vec<u32>,
     list: Vec<(f32, u32)>,
+    /// Whether walks are to be given up; of a thread that has a core so rarely that others would wait for it.
+    stop: Option<Arc<AtomicBool>>,
+    is_given_up: bool,
 }
 
 /// What a search looked at.
@@ -232,6 +235,18 @@ pub struct Effort {
 }
 
 impl Scratch {
+    /// For a thread that gives up what it does once `stop` is set.
+    #[must_use]
+    pub fn stopped_by(stop: Arc<AtomicBool>) -> Self {
+        Self { stop: Some(stop), ..Self::default() }
+    }
+
+    /// Whether what is done with it is to be given up.
+    #[must_use]
+    pub fn must_stop(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+
     fn begin(&mut self, slots: usize, ef: usize) {
         if self.visited.len() < slots {
             self.visited.resize(slots, 0);
@@ -363,7 +378,7 @@ impl Graph {
     ) -> Effort {
         let is_rough = self.goes_rough();
         let mut effort = self.walk(probe, is_rough, ef, kept, budget, two_hop, &is_result, scratch);
-        if is_rough && !effort.is_over_budget && !self.refine(probe, wanted, scratch) {
+        if is_rough && !effort.is_over_budget && !scratch.is_given_up && !self.refine(probe, wanted, scratch) {
             let again = self.walk(probe, false, ef, kept, budget, two_hop, &is_result, scratch);
             effort =
                 Effort { scored: effort.scored + again.scored, expanded: effort.expanded + again.expanded, ..again };
@@ -405,6 +420,10 @@ impl Graph {
             }
             if effort.scored > budget {
                 effort.is_over_budget = true;
+                break;
+            }
+            if scratch.must_stop() {
+                scratch.is_given_up = true;
                 break;
             }
             let slot = spot.slot();
@@ -584,12 +603,13 @@ impl Graph {
         Effort { scored: slots.len(), ..Effort::default() }
     }
 
-    /// Links a slot whose row is written. False when it died meanwhile and was left out. Several threads may link
-    /// different slots.
-    pub fn link(&self, slot: u32, scratch: &mut Scratch) -> bool {
+    /// Links a slot whose row is written. False when it died meanwhile and was left out, `None` when it was given up. Several
+    /// threads may link different slots.
+    pub fn link(&self, slot: u32, scratch: &mut Scratch) -> Option<bool> {
         if !self.nodes.is_live(slot) {
-            return false;
+            return Some(false);
         }
+        scratch.is_given_up = false;
         let mut probe = std::mem::take(&mut scratch.probe);
         let mut list = std::mem::take(&mut scratch.list);
         probe.of_row(&self.nodes, slot);
@@ -607,19 +627,21 @@ impl Graph {
             list.extend(scratch.found_distances().map(|(slot, distance)| (distance, slot)));
             self.prune(&list, &probe, scratch);
         }
-        let chosen = std::mem::take(&mut scratch.chosen);
-        self.nodes.set_links(slot, &chosen);
-        for (place, &from) in chosen.iter().enumerate() {
-            // Whoever looks for this vector comes to the nearest, as the search above did: from there it must go on.
-            if !self.link_back(from, slot, &mut probe, &mut list, scratch) && place == 0 {
-                self.insert_between(from, slot);
+        if !scratch.is_given_up {
+            let chosen = std::mem::take(&mut scratch.chosen);
+            self.nodes.set_links(slot, &chosen);
+            for (place, &from) in chosen.iter().enumerate() {
+                // Whoever looks for this vector comes to the nearest, as the search above did: from there it must go on.
+                if !self.link_back(from, slot, &mut probe, &mut list, scratch) && place == 0 {
+                    self.insert_between(from, slot);
+                }
             }
+            scratch.chosen = chosen;
+            self.consider_entry(slot);
         }
-        scratch.chosen = chosen;
         scratch.list = list;
         scratch.probe = probe;
-        self.consider_entry(slot);
-        true
+        (!scratch.is_given_up).then_some(true)
     }
 
     /// Adds a link from an older slot to a new one; false when the older has better ones.
@@ -657,12 +679,16 @@ impl Graph {
 
     /// Looks for a linked slot by its own row, as a search of default effort would. If that fails, or if no links led there
     /// when it was last looked ([`Graph::reach`]) and none does now, the nearest it came to gets a link there. Returns whether
-    /// the slot had been lost.
-    pub fn find_again(&self, slot: u32, was_reached: bool, scratch: &mut Scratch) -> bool {
+    /// the slot had been lost; `None` when it was given up.
+    pub fn find_again(&self, slot: u32, was_reached: bool, scratch: &mut Scratch) -> Option<bool> {
+        scratch.is_given_up = false;
         let mut probe = std::mem::take(&mut scratch.probe);
         probe.of_row(&self.nodes, slot);
         let is_lost = !self.finds(slot, &probe, scratch) || (!was_reached && scratch.is_new(slot));
         scratch.probe = probe;
+        if scratch.is_given_up {
+            return None;
+        }
         if is_lost {
             // One with room costs no other link.
             let near: Vec<u32> = scratch.found().take(EF_DEFAULT / 2).collect();
@@ -678,7 +704,7 @@ impl Graph {
                 }
             }
         }
-        is_lost
+        Some(is_lost)
     }
 
     /// Whether a search of default effort for the row of a slot finds it, or one as near.
