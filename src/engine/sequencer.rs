@@ -18,7 +18,7 @@
 use super::Inner;
 use super::answers::Answer;
 use super::codec::{Events, Record};
-use super::command::{Command, Committed, Op};
+use super::command::{Command, Committed, Key, Op};
 use super::recovery::Preparer;
 use super::state::{Decider, Overlay, apply_beside_readers};
 use super::wal::{AppendError, Wal};
@@ -79,6 +79,34 @@ type Reply = (oneshot::Sender<Result<Committed, Rejection>>, Result<Committed, R
 struct Decided {
     records: Vec<Arc<Record>>,
     answers: Vec<Reply>,
+}
+
+impl Decided {
+    /// Stages the record of what a command did.
+    fn stage(&mut self, wal: &mut Wal, mut record: Record) -> Arc<Record> {
+        while faults::is_on(Bug::SplitBatch) && record.events.len() > 1 {
+            let first = Record { events: Events::from_iter([record.events.remove(0)]), answer: None, ..record };
+            record.first_revision = record.first_revision.next();
+            self.push(wal, first);
+        }
+        self.push(wal, record)
+    }
+
+    fn push(&mut self, wal: &mut Wal, record: Record) -> Arc<Record> {
+        let record = Arc::new(record);
+        wal.stage(&record);
+        self.records.push(Arc::clone(&record));
+        record
+    }
+
+    /// Removes keys whose deadline has passed, in a record of their own.
+    fn expire(&mut self, wal: &mut Wal, decider: &mut Decider<'_>, due: Vec<Key>, ts_ms: u64) {
+        let first_revision = decider.next;
+        let events = decider.decide_expiry(due);
+        if !events.is_empty() {
+            self.stage(wal, Record { first_revision, ts_ms, events, answer: None });
+        }
+    }
 }
 
 /// See the module.
@@ -362,50 +390,29 @@ impl Sequencer {
             bytes: 0,
         };
         let ts_ms = self.last_ts_ms;
-        let stage = |wal: &mut Wal, records: &mut Vec<_>, mut first_revision: Revision, mut events: Events, answer| {
-            while faults::is_on(Bug::SplitBatch) && events.len() > 1 {
-                let record =
-                    Record { first_revision, ts_ms, events: Events::from_iter([events.remove(0)]), answer: None };
-                let record = Arc::new(record);
-                wal.stage(&record);
-                records.push(record);
-                first_revision = first_revision.next();
-            }
-            let record = Arc::new(Record { first_revision, ts_ms, events, answer });
-            wal.stage(&record);
-            records.push(Arc::clone(&record));
-            record
-        };
         // On a full disk the reserve is for deletes; expired keys are gone for readers anyway, their events wait.
         let due = if is_full { Vec::new() } else { state.due(now_ms, EXPIRIES_MAX) };
         let are_more_due = due.len() == EXPIRIES_MAX;
-        let remove = |wal: &mut Wal, records: &mut Vec<_>, decider: &mut Decider<'_>, due| {
-            let first = decider.next;
-            let expired = decider.decide_expiry(due);
-            if !expired.is_empty() {
-                stage(wal, records, first, expired, None);
-            }
-        };
-        remove(&mut self.wal, &mut parts[0].records, &mut decider, due);
+        parts[0].expire(&mut self.wal, &mut decider, due, ts_ms);
         let mut at = 0;
         while let Some((mut command, reply)) = commands.pop_front() {
             if at == 0 && command.ops.iter().any(Op::is_about_vectors) {
                 at = 1;
             }
-            let Decided { records, answers } = &mut parts[at];
+            let part = &mut parts[at];
             let retry = command.retry.take();
             if let Some(known) = retry.as_ref().and_then(|retry| decider.remembered(retry)) {
-                answers.push((reply, known));
+                part.answers.push((reply, known));
                 continue;
             }
             if is_full && (is_making_room || !command.ops.iter().all(Op::frees_space)) {
                 let detail = "the disk is full; free space on it, and writes resume by themselves";
-                answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
+                part.answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
                 continue;
             }
             if are_more_due {
                 let due = decider.due_in(&command);
-                remove(&mut self.wal, records, &mut decider, due);
+                part.expire(&mut self.wal, &mut decider, due, ts_ms);
             }
             let first_revision = decider.next;
             let answer = decider.decide(command).and_then(|decision| {
@@ -426,12 +433,14 @@ impl Sequencer {
             let answer = answer.map(|(decision, first_revision, last_revision)| {
                 if !decision.events.is_empty() {
                     let answer = retry.map(|retry| Answer { retry: *retry, outcomes: decision.outcomes.clone() });
-                    let record = stage(&mut self.wal, records, first_revision, decision.events, answer.map(Box::new));
+                    let record =
+                        Record { first_revision, ts_ms, events: decision.events, answer: answer.map(Box::new) };
+                    let record = part.stage(&mut self.wal, record);
                     decider.remember(&record);
                 }
                 Committed { outcomes: decision.outcomes, first_revision, last_revision }
             });
-            answers.push((reply, answer));
+            part.answers.push((reply, answer));
             if decider.bytes >= COMMIT_BYTES_MAX {
                 break;
             }
