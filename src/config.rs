@@ -79,8 +79,8 @@ pub const SETTINGS: &[Setting] = &[
         "0",
         "Open connections from one address; 0 = no limit",
     ),
-    setting("tls_cert", "TLS_CERT", "", "Certificate chain as PEM; with --tls-key the server speaks HTTPS"),
-    setting("tls_key", "TLS_KEY", "", "Private key of the certificate as PEM"),
+    setting("tls_cert", "TLS_CERT", "", "File of the certificate chain as PEM; with --tls-key the server speaks HTTPS"),
+    setting("tls_key", "TLS_KEY", "", "File of the private key of the certificate as PEM"),
     setting(
         "slow_request_ms",
         "SLOW_REQUEST_MS",

@@ -469,7 +469,9 @@ impl Guard {
         if path != HEALTH_ROUTE {
             auth.check_rate(&client)?;
         }
-        check_encoding(&head.uri)?;
+        if !is_public(path, &head.method) {
+            check_encoding(&head.uri)?;
+        }
         if let Some(grant) = grant {
             if is_about_server {
                 grant.need(Right::Admin)?;

@@ -70,7 +70,6 @@ fn key_of(uri: &Uri) -> ApiResult<Key> {
 }
 
 /// Appends one outcome's JSON object.
-/// Appends one outcome's JSON object.
 pub fn push_outcome(out: &mut String, outcome: &Outcome) {
     let key_and_revision = |out: &mut String, key: &Key, revision: &Revision| {
         out.push_str("{\"key\":");

@@ -5,9 +5,10 @@ use super::error::ApiResult;
 use super::events::CHUNK_BYTES;
 use super::state::push_entry;
 use crate::engine::Engine;
-use crate::engine::codec::Entry;
+use crate::engine::codec::{Entries, Entry};
 use crate::engine::command::Key;
 use crate::engine::feed::EventFilter;
+use crate::engine::state::is_live;
 use crate::engine::view::View;
 use crate::error::Rejection;
 use crate::revision::Revision;
@@ -21,8 +22,10 @@ use tokio::time::Instant;
 
 /// Slices of a snapshot looked at before other tasks of the thread get their turn.
 const SLICES_PER_POLL: usize = 4;
-/// Values of a few named keys, together, from which on a walk needs a place as well.
-const SMALL_BYTES_MAX: usize = 1 << 20;
+/// Named keys are looked up rather than walked where their values are no larger than this, so that nothing of them is kept.
+const SMALL_BYTES_MAX: usize = CHUNK_BYTES;
+/// A deadline is past by so much that nothing decided before it can still be on its way.
+const LONG_PAST_MS: u64 = 60_000;
 /// How long a stream that wants a snapshot waits until it may walk one.
 const WALK_PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is looked whether a walk may keep its place.
@@ -34,7 +37,8 @@ const WALK_STALL_AMONG_MANY: Duration = Duration::from_secs(30);
 const WALK_MAX_AMONG_MANY: Duration = Duration::from_secs(600);
 
 /// A snapshot being sent: the keys there are at its revision, also those whose deadline has just passed. Their `state_deleted` is
-/// behind it, or a change that prolongs them, which is worth nothing to whoever has not seen what it changes.
+/// behind it, or a change that prolongs them, which is worth nothing to whoever has not seen what it changes. (On a disk that is
+/// full or fails, keys stay for long whose deadline has passed: those are left out.)
 #[derive(Debug)]
 pub struct Walk {
     filter: EventFilter,
@@ -42,8 +46,10 @@ pub struct Walk {
     rows: std::vec::IntoIter<(Key, Arc<Entry>)>,
     /// Where `rows` are the last, the revision they are of.
     whole_at: Option<Revision>,
-    /// `None` until the first slice is wanted.
+    /// While there is more than `rows`.
     view: Option<Arc<View>>,
+    /// When it began, in Unix milliseconds.
+    began_ms: u64,
     /// Prefixes still to walk, last first; none of them lies within another.
     prefixes: Vec<String>,
     from: String,
@@ -128,9 +134,7 @@ fn let_go(view: &View) {
 
 impl Drop for Walk {
     fn drop(&mut self) {
-        if let Some(view) = &self.view {
-            let_go(view);
-        }
+        self.end_view();
     }
 }
 
@@ -139,34 +143,49 @@ impl Walk {
     #[must_use]
     pub fn new(filter: EventFilter) -> Self {
         let mut prefixes: Vec<String> = Vec::new();
-        if filter.keys.is_empty() && !filter.prefixes.is_empty() {
-            for prefix in &filter.prefixes {
-                if !prefixes.last().is_some_and(|last| prefix.starts_with(last.as_str())) {
-                    prefixes.push(prefix.to_string());
-                }
+        // Both in order: what begins with a name stands behind it.
+        let mut names: Vec<&str> =
+            filter.keys.iter().map(Key::as_str).chain(filter.prefixes.iter().map(|p| &**p)).collect();
+        names.sort_unstable();
+        for name in names {
+            if !prefixes.last().is_some_and(|last| name.starts_with(last.as_str())) {
+                prefixes.push(name.to_owned());
             }
-            prefixes.reverse();
-        } else if filter.keys.is_empty() && (filter.all_collections || !filter.collections.is_empty()) {
-            // Only collections are watched: there are no entries to show.
-        } else {
+        }
+        prefixes.reverse();
+        let are_only_collections = filter.all_collections || !filter.collections.is_empty();
+        if prefixes.is_empty() && !are_only_collections {
             prefixes.push(String::new());
         }
-        let rows = Vec::new().into_iter();
-        Self { filter, rows, whole_at: None, view: None, prefixes, from: String::new(), count: 0, place: None }
+        Self {
+            filter,
+            rows: Vec::new().into_iter(),
+            whole_at: None,
+            view: None,
+            began_ms: 0,
+            prefixes,
+            from: String::new(),
+            count: 0,
+            place: None,
+        }
     }
 
-    /// Whether it takes a place: when it walks the keys, or looks up a few large ones.
+    /// The entries, where the filter names a few small ones.
+    fn small(&self, engine: &Engine) -> Option<(Entries, Revision)> {
+        let small = engine.small_snapshot(&self.filter)?;
+        (small.0.iter().map(|(_, entry)| entry.value.len()).sum::<usize>() <= SMALL_BYTES_MAX).then_some(small)
+    }
+
+    /// Whether it takes a place: when it walks the keys.
     #[must_use]
     pub fn needs_place(&self, engine: &Engine) -> bool {
-        match engine.small_snapshot(&self.filter) {
-            Some((entries, _)) => entries.iter().map(|(_, entry)| entry.value.len()).sum::<usize>() > SMALL_BYTES_MAX,
-            None => !self.prefixes.is_empty(),
-        }
+        !self.prefixes.is_empty() && self.small(engine).is_none()
     }
 
     /// Appends some rows; the revision once they are complete, an error when the view was overrun.
     pub fn step(&mut self, engine: &Engine, out: &mut String) -> Result<Option<Revision>, ()> {
-        if self.place.as_ref().is_some_and(|place| !place.hold()) {
+        let has_place = self.place.as_ref().is_none_or(|place| place.hold());
+        if !has_place && self.whole_at.is_none() {
             return Err(());
         }
         for _ in 0..SLICES_PER_POLL {
@@ -182,20 +201,23 @@ impl Walk {
         Ok(None)
     }
 
-    /// The next rows: all of them where the filter names its keys, else a slice of the walk.
+    /// The next rows: all of them where the filter names a few small ones, else a slice of the walk.
     fn look_further(&mut self, engine: &Engine) -> Result<(), ()> {
         let mut found = Vec::new();
-        if let Some((entries, revision)) = engine.small_snapshot(&self.filter) {
-            found = entries;
-            self.whole_at = Some(revision);
-        } else {
-            let view = self.view.get_or_insert_with(|| {
-                let view = engine.begin_view(self.prefixes.clone());
-                if let Some(place) = &self.place {
-                    *place.view.lock() = Arc::downgrade(&view);
+        if self.began_ms == 0 {
+            self.began_ms = engine.now_ms();
+            match self.small(engine) {
+                Some((entries, revision)) => (found, self.whole_at) = (entries, Some(revision)),
+                None => {
+                    let view = engine.begin_view(self.prefixes.clone());
+                    if let Some(place) = &self.place {
+                        *place.view.lock() = Arc::downgrade(&view);
+                    }
+                    self.view = Some(view);
                 }
-                view
-            });
+            }
+        }
+        if let Some(view) = &self.view {
             if let Some(prefix) = self.prefixes.last() {
                 match engine.view_slice(view, &self.from, prefix, &mut found) {
                     Some(next) => self.from = next,
@@ -210,12 +232,22 @@ impl Walk {
             }
             if self.prefixes.is_empty() {
                 self.whole_at = Some(view.revision());
-                // Writers need keep nothing more for it.
-                let_go(view);
+                self.end_view();
             }
         }
         self.rows = found.into_iter();
         Ok(())
+    }
+
+    /// Has writers keep nothing more for it.
+    fn end_view(&mut self) {
+        if let Some(place) = &self.place {
+            // First: whoever watches the place takes a view that is let go for one that is overrun.
+            *place.view.lock() = Weak::new();
+        }
+        if let Some(view) = self.view.take() {
+            let_go(&view);
+        }
     }
 
     /// Appends rows until there are enough for a chunk.
@@ -223,7 +255,8 @@ impl Walk {
         while out.len() < CHUNK_BYTES
             && let Some((key, entry)) = self.rows.next()
         {
-            if self.filter.wants_entry(key.as_str(), entry.labels.as_deref()) {
+            let is_past = !is_live(&entry, self.began_ms.saturating_sub(LONG_PAST_MS));
+            if !is_past && self.filter.wants_entry(key.as_str(), entry.labels.as_deref()) {
                 self.push_row(out, &key, &entry);
             }
         }
@@ -234,5 +267,105 @@ impl Walk {
         push_entry(out, key.as_str(), entry, true);
         out.push_str("\n\n");
         self.count += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Resolved;
+    use crate::engine::command::{Command, Condition, Op, Value};
+    use tokio::sync::Semaphore;
+
+    fn engine() -> (Engine, crate::engine::Threads) {
+        let flags = [("ephemeral", "true".to_owned())];
+        Engine::open(&Resolved::collect(Some("/dev/null".into()), |_| None, flags).unwrap().build().unwrap()).unwrap()
+    }
+
+    async fn put(engine: &Engine, key: &str, bytes: usize) -> Revision {
+        let value = Value::Json(format!("\"{}\"", "x".repeat(bytes)).into());
+        let key = Key::new(key).unwrap();
+        let op = Op::Put { key, value, ttl_ms: None, labels: None, condition: Condition::default() };
+        engine.submit(Command::one(op)).await.unwrap().last_revision
+    }
+
+    fn filter(keys: &[&str], prefixes: &[&str]) -> EventFilter {
+        EventFilter {
+            keys: keys.iter().map(|key| Key::new(key).unwrap()).collect(),
+            prefixes: prefixes.iter().map(|&prefix| prefix.into()).collect(),
+            ..EventFilter::default()
+        }
+    }
+
+    /// The keys it shows, each chunk no larger than it may be.
+    fn shown(engine: &Engine, filter: EventFilter) -> Vec<String> {
+        let mut walk = Walk::new(filter);
+        let mut all = String::new();
+        loop {
+            let mut out = String::new();
+            let end = walk.step(engine, &mut out).unwrap();
+            assert!(out.len() < 2 * CHUNK_BYTES, "{}", out.len());
+            all.push_str(&out);
+            if end.is_some() {
+                break;
+            }
+        }
+        let keys = all.split("{\"key\":\"").skip(1).map(|row| row.split('"').next().unwrap().to_owned());
+        keys.collect()
+    }
+
+    #[tokio::test]
+    async fn named_keys_and_prefixes_are_shown_once_in_order_however_large() {
+        let (engine, threads) = engine();
+        for key in ["a", "a1", "a2", "b", "b/1", "c", "d"] {
+            put(&engine, key, 10).await;
+        }
+        assert!(!Walk::new(filter(&["a", "c"], &[])).needs_place(&engine));
+        assert_eq!(shown(&engine, filter(&["c", "a", "no"], &[])), ["a", "c"]);
+        assert_eq!(shown(&engine, filter(&["a", "b/1"], &["b", "c"])), ["a", "b", "b/1", "c"]);
+        for key in ["a", "a1", "c"] {
+            put(&engine, key, CHUNK_BYTES / 2).await;
+        }
+        assert!(Walk::new(filter(&["a", "c"], &[])).needs_place(&engine));
+        assert_eq!(shown(&engine, filter(&["c", "a", "no"], &[])), ["a", "c"]);
+        threads.stop();
+    }
+
+    /// All rows would arrive and their end would not.
+    #[tokio::test]
+    async fn a_walk_that_has_found_everything_is_not_cut() {
+        let (engine, threads) = engine();
+        for n in 0..4 {
+            put(&engine, &format!("k{n}"), CHUNK_BYTES / 2).await;
+        }
+        let mut walk = Walk::new(EventFilter::default());
+        let place = WalkPlace::take(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
+        walk.place = Some(Arc::clone(&place));
+        let mut out = String::new();
+        assert_eq!(walk.step(&engine, &mut out), Ok(None));
+        assert!(walk.whole_at.is_some(), "one slice");
+        // As whoever watches the place would look.
+        assert!(place.view.lock().upgrade().is_none());
+        place.lose();
+        let end = (0..4).find_map(|_| walk.step(&engine, &mut String::new()).unwrap());
+        assert_eq!((end, walk.count), (Some(Revision(4)), 4));
+        threads.stop();
+    }
+
+    #[tokio::test]
+    async fn a_walk_that_lost_its_place_before_the_end_is_cut() {
+        let (engine, threads) = engine();
+        for n in 0..8 {
+            put(&engine, &format!("k{n}"), 2 * CHUNK_BYTES).await;
+        }
+        let mut walk = Walk::new(EventFilter::default());
+        let place = WalkPlace::take(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
+        walk.place = Some(Arc::clone(&place));
+        let mut out = String::new();
+        assert_eq!(walk.step(&engine, &mut out), Ok(None));
+        place.lose();
+        assert!(walk.view.as_ref().unwrap().is_overrun(), "writers keep nothing more");
+        assert_eq!(walk.step(&engine, &mut out), Err(()));
+        threads.stop();
     }
 }

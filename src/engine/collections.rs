@@ -281,7 +281,11 @@ impl Job {
             }
             Piece::Link(linked) => Done::Linked(linked),
             Piece::Repair(_, count) => Done::Repaired(count),
-            Piece::Reach => match graph.reach(|| scratch.must_stop()) {
+            Piece::Reach => match graph.reach(|| {
+                // A linker that comes this far has a core.
+                self.collection.slots_done.fetch_add(1, Ordering::Relaxed);
+                scratch.must_stop()
+            }) {
                 Some(reached) => Done::Reached(reached),
                 None => return Some(self),
             },

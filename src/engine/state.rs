@@ -52,7 +52,8 @@ pub struct State {
     answers: Answers,
 }
 
-fn entry_bytes(key: &Key, entry: &Entry) -> usize {
+/// About what a key takes.
+pub(super) fn entry_bytes(key: &Key, entry: &Entry) -> usize {
     ENTRY_OVERHEAD_BYTES + key.as_str().len() + entry.value.len() + entry.labels.as_ref().map_or(0, |l| l.len())
 }
 

@@ -10,7 +10,7 @@
 
 use super::codec::{Entries, Entry};
 use super::command::Key;
-use super::state::State;
+use super::state::{State, entry_bytes};
 use crate::revision::Revision;
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
@@ -20,11 +20,11 @@ use std::sync::{Arc, Weak};
 
 /// Keys looked at under one hold of the state's lock: some tens of microseconds.
 pub const SLICE_KEYS: usize = 512;
-/// Bytes of values after which a slice ends: what is in it, its walk keeps alive until it has sent it.
+/// Bytes of entries after which a slice ends: what is in it, its walk keeps alive until it has sent it.
 const SLICE_BYTES: usize = 256 << 10;
 /// Old versions one bounded walk may keep.
 const STREAM_KEPT_MAX: usize = 200_000;
-/// Bytes of old values that all bounded walks together may keep.
+/// Bytes of old entries that all bounded walks together may keep.
 const STREAMS_KEPT_BYTES_MAX: usize = 256 << 20;
 
 /// The state's keys at one revision.
@@ -76,7 +76,7 @@ pub type Kept = BTreeMap<Key, Option<Arc<Entry>>>;
 #[derive(Debug, Default)]
 struct Inner {
     preimages: Kept,
-    /// Of the values in `preimages`.
+    /// Of the entries in `preimages`.
     bytes: usize,
     /// The last key walked; changes up to it need not be kept.
     passed: Option<Key>,
@@ -110,7 +110,7 @@ impl View {
             && self.prefixes.iter().any(|p| key.as_str().starts_with(p.as_str()));
         if is_ahead && let Vacant(free) = inner.preimages.entry(key.clone()) {
             free.insert(old.cloned());
-            inner.bytes += old.map_or(0, |old| old.value.len());
+            inner.bytes += old.map_or(0, |old| entry_bytes(key, old));
             inner.overrun = self.is_bounded && inner.preimages.len() > STREAM_KEPT_MAX;
         }
         Some(if self.is_bounded { inner.bytes } else { 0 })
@@ -153,7 +153,7 @@ impl View {
                 last = current.last().map(|(key, _)| key.clone());
                 break;
             }
-            bytes += entry.value.len();
+            bytes += entry_bytes(key, entry);
             current.push((key.clone(), Arc::clone(entry)));
         }
         drop(state);
@@ -170,7 +170,7 @@ impl View {
             }
             let key = key.clone();
             let old = inner.preimages.remove(&key).flatten();
-            bytes += old.as_ref().map_or(0, |old| old.value.len());
+            bytes += old.as_ref().map_or(0, |old| entry_bytes(&key, old));
             slice.insert(key, old);
         }
         inner.bytes -= bytes;

@@ -906,8 +906,11 @@ impl Graph {
         let mut reached = vec![false; self.nodes.capacity()];
         let mut followed = 0;
         let mut waiting: Vec<u32> = self.entries.read().to_vec();
+        // One that was linked meanwhile may lie beyond.
         for &slot in &waiting {
-            reached[slot as usize] = true;
+            if let Some(seen) = reached.get_mut(slot as usize) {
+                *seen = true;
+            }
         }
         while let Some(slot) = waiting.pop() {
             followed += 1;
