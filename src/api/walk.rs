@@ -5,7 +5,7 @@ use super::error::ApiResult;
 use super::events::CHUNK_BYTES;
 use super::state::push_entry;
 use crate::engine::Engine;
-use crate::engine::codec::{Entries, Entry};
+use crate::engine::codec::Entry;
 use crate::engine::command::Key;
 use crate::engine::feed::EventFilter;
 use crate::engine::state::is_live;
@@ -60,7 +60,8 @@ pub struct Walk {
 }
 
 /// One of [`super::WALKS_MAX`]: each walk makes every write keep an old version, and a slow one keeps many. A walk that stands still
-/// loses its place and with it its view, and so does one that takes long while others wait; its stream is cut.
+/// loses its place and with it its view, and so does one that takes long while others wait; its stream is cut, unless everything
+/// was found by then.
 #[derive(Debug)]
 pub struct WalkPlace {
     permit: Mutex<Option<OwnedSemaphorePermit>>,
@@ -170,16 +171,13 @@ impl Walk {
         }
     }
 
-    /// The entries, where the filter names a few small ones.
-    fn small(&self, engine: &Engine) -> Option<(Entries, Revision)> {
-        let small = engine.small_snapshot(&self.filter)?;
-        (small.0.iter().map(|(_, entry)| entry.value.len()).sum::<usize>() <= SMALL_BYTES_MAX).then_some(small)
-    }
-
-    /// Whether it takes a place: when it walks the keys.
+    /// Whether it takes a place: when it walks the keys, rather than look up a few small ones.
     #[must_use]
     pub fn needs_place(&self, engine: &Engine) -> bool {
-        !self.prefixes.is_empty() && self.small(engine).is_none()
+        match engine.small_snapshot(&self.filter) {
+            Some((entries, _)) => entries.iter().map(|(_, entry)| entry.value.len()).sum::<usize>() > SMALL_BYTES_MAX,
+            None => !self.prefixes.is_empty(),
+        }
     }
 
     /// Appends some rows; the revision once they are complete, an error when the view was overrun.
@@ -201,20 +199,20 @@ impl Walk {
         Ok(None)
     }
 
-    /// The next rows: all of them where the filter names a few small ones, else a slice of the walk.
+    /// The next rows: a slice of the walk, or without a place all of those that the filter names.
     fn look_further(&mut self, engine: &Engine) -> Result<(), ()> {
         let mut found = Vec::new();
         if self.began_ms == 0 {
             self.began_ms = engine.now_ms();
-            match self.small(engine) {
-                Some((entries, revision)) => (found, self.whole_at) = (entries, Some(revision)),
-                None => {
-                    let view = engine.begin_view(self.prefixes.clone());
-                    if let Some(place) = &self.place {
-                        *place.view.lock() = Arc::downgrade(&view);
-                    }
-                    self.view = Some(view);
+            let named = if self.place.is_none() { engine.small_snapshot(&self.filter) } else { None };
+            if let Some((entries, revision)) = named {
+                (found, self.whole_at) = (entries, Some(revision));
+            } else {
+                let view = engine.begin_view(self.prefixes.clone());
+                if let Some(place) = &self.place {
+                    *place.view.lock() = Arc::downgrade(&view);
                 }
+                self.view = Some(view);
             }
         }
         if let Some(view) = &self.view {
@@ -300,6 +298,9 @@ mod tests {
     /// The keys it shows, each chunk no larger than it may be.
     fn shown(engine: &Engine, filter: EventFilter) -> Vec<String> {
         let mut walk = Walk::new(filter);
+        if walk.needs_place(engine) {
+            walk.place = Some(WalkPlace::take(Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap()));
+        }
         let mut all = String::new();
         loop {
             let mut out = String::new();
