@@ -73,6 +73,11 @@ impl Views {
 /// What keys ahead of a walk held at its revision; `None` = they did not exist.
 pub type Kept = BTreeMap<Key, Option<Arc<Entry>>>;
 
+/// About what keeping one takes; the key alone where it did not exist.
+fn kept_bytes(key: &Key, old: Option<&Arc<Entry>>) -> usize {
+    old.map_or(size_of::<Key>() + key.as_str().len(), |old| entry_bytes(key, old))
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     preimages: Kept,
@@ -110,7 +115,7 @@ impl View {
             && self.prefixes.iter().any(|p| key.as_str().starts_with(p.as_str()));
         if is_ahead && let Vacant(free) = inner.preimages.entry(key.clone()) {
             free.insert(old.cloned());
-            inner.bytes += old.map_or(0, |old| entry_bytes(key, old));
+            inner.bytes += kept_bytes(key, old);
             inner.overrun = self.is_bounded && inner.preimages.len() > STREAM_KEPT_MAX;
         }
         Some(if self.is_bounded { inner.bytes } else { 0 })
@@ -170,7 +175,7 @@ impl View {
             }
             let key = key.clone();
             let old = inner.preimages.remove(&key).flatten();
-            bytes += old.as_ref().map_or(0, |old| entry_bytes(&key, old));
+            bytes += kept_bytes(&key, old.as_ref());
             slice.insert(key, old);
         }
         inner.bytes -= bytes;
