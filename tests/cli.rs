@@ -1282,3 +1282,62 @@ fn the_log_lines_that_operations_md_explains_are_in_the_source() {
         }
     }
 }
+
+/// Names of the rows of a small run, each of which must have measured something.
+fn bench(arguments: &[&str]) -> (Vec<String>, Value) {
+    let small = [
+        "bench",
+        "--json",
+        "--seconds",
+        "0.2",
+        "--keys",
+        "2000",
+        "--streams",
+        "10",
+        "--missed",
+        "50",
+        "-n",
+        "300",
+        "--dim",
+        "8",
+    ];
+    let report: Value = serde_json::from_str(&run_ok("", &[&small[..], arguments].concat())).unwrap();
+    assert_eq!((&report["is_complete"], &report["faults"]), (&json!(true), &json!([])), "{report}");
+    let rows = report["phases"].as_array().unwrap();
+    assert!(rows.iter().all(|row| row["requests"].as_u64() > Some(0)), "{report}");
+    (rows.iter().map(|row| row["phase"].as_str().unwrap().to_owned()).collect(), report)
+}
+
+#[test]
+fn bench_measures_what_it_is_asked_for_and_the_usual_unasked() {
+    let (rows, report) = bench(&[]);
+    let usual = ["fsync", "put", "get", "patch", "batch", "list", "upsert of 100", "search", "10 streams", "publish"];
+    assert_eq!(rows, usual);
+    assert!(report["phases"][1]["syncs_per_request"].as_f64().is_some_and(|syncs| syncs > 0.0 && syncs <= 1.0));
+
+    let (rows, report) = bench(&["--only", "sends,streams,storm,snapshots,restart,put", "--bare"]);
+    let asked = [
+        "10 sends",
+        "10 streams",
+        "publish",
+        "writes alone",
+        "writes beside it",
+        "storm of 10",
+        "writes alone",
+        "writes beside it",
+        "snapshots of 2000",
+        "start, empty",
+        "start after kill -9",
+        "start after a stop",
+        "put",
+        "put bare",
+    ];
+    assert_eq!(rows, asked);
+    for ratio in ["put / bare put", "writes' p99 beside storm / alone", "writes' p99 beside snapshots / alone"] {
+        assert!(report["ratios"][ratio].as_f64().is_some_and(|ratio| ratio > 0.0), "{report}");
+    }
+
+    let ran = run("", &["bench", "--only", "restart", "--url", "http://127.0.0.1:9"]);
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert!(ran.err.contains("leave out --url"), "{ran:?}");
+}

@@ -12,9 +12,11 @@
 //! Data flow: [`BenchArgs`] → one function for each phase → [`load`] or [`streams`] → a [`load::Tally`] → a [`Row`].
 //! There is deliberately no scripting and no mix of request kinds: one phase measures one thing.
 
+mod beside;
 mod dataset;
 mod index;
 mod load;
+mod restart;
 mod sends;
 mod server;
 mod streams;
@@ -57,6 +59,8 @@ const MADE_UP_QUERIES: usize = 1000;
 const INDEX_TIMEOUT: Duration = Duration::from_secs(600);
 /// The sync probe needs no more than this.
 const FSYNC_SECONDS_MAX: f64 = 2.0;
+/// Bytes in a mebibyte.
+const MIB: f64 = (1 << 20) as f64;
 /// What a second of processor time of the thread that sends is enough for; for streams beside what it is for bare sends.
 const PER_CPU_SECOND: &str = "per_cpu_second";
 
@@ -85,6 +89,10 @@ pub enum Phase {
     Streams,
     /// All streams reconnect at once with an old Last-Event-ID while writers write; only when asked for
     Storm,
+    /// Writers beside one snapshot after the other; only when asked for
+    Snapshots,
+    /// Starts: with nothing, after kill -9, after a stop; and what keys weigh; only when asked for
+    Restart,
     /// The vector index in this process, without a server; only when asked for
     Index,
     /// The same under ten turnovers of all vectors, beside a fresh one; only when asked for
@@ -196,7 +204,7 @@ pub struct BenchArgs {
 impl BenchArgs {
     fn phases(&self) -> Vec<Phase> {
         let asked = if self.only.is_empty() { Phase::value_variants() } else { &self.only };
-        asked.iter().copied().filter(|phase| !self.only.is_empty() || !phase.is_in_process()).collect()
+        asked.iter().copied().filter(|phase| !self.only.is_empty() || phase.is_usual()).collect()
     }
 
     fn load_dataset(&self) -> anyhow::Result<Dataset> {
@@ -208,6 +216,11 @@ impl BenchArgs {
 }
 
 impl Phase {
+    /// Runs also when nobody asks for it.
+    fn is_usual(self) -> bool {
+        !matches!(self, Self::Sends | Self::Storm | Self::Snapshots | Self::Restart | Self::Index | Self::Churn)
+    }
+
     /// Needs no server.
     fn is_in_process(&self) -> bool {
         matches!(self, Self::Index | Self::Churn)
@@ -349,7 +362,7 @@ struct Bench<'a> {
     is_prefilled: bool,
     dataset: Option<Arc<Dataset>>,
     rows: Vec<Row>,
-    ratios: Vec<(&'static str, f64)>,
+    ratios: Vec<(String, f64)>,
     faults: Vec<String>,
 }
 
@@ -396,6 +409,8 @@ impl<'a> Bench<'a> {
                 Phase::Sends => self.sends()?,
                 Phase::Streams => self.streams()?,
                 Phase::Storm => self.storm()?,
+                Phase::Snapshots => self.snapshots()?,
+                Phase::Restart => self.restart()?,
                 Phase::Index | Phase::Churn => {}
             }
         }
@@ -427,7 +442,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Runs a load; where a bare server is there, also against that, half of it before and half after: whatever else
-    /// the machine does meanwhile then falls on both.
+    /// the machine does meanwhile then falls on both. What was synced meanwhile is told for each request.
     fn compare(
         &mut self,
         name: &'static str,
@@ -441,17 +456,29 @@ impl<'a> Bench<'a> {
             Load { seconds: load.seconds.map(|s| s / 2.0), requests, ..load }.run(&format!("{name} bare"))
         };
         let mut before = bare.as_ref().map(&half).transpose()?;
+        let synced = self.syncs();
         let ours = self.load(&self.endpoint, make(&self.endpoint)).run(name)?;
+        let synced = synced.zip(self.syncs()).map(|(before, after)| after - before).filter(|&syncs| syncs > 0.0);
         let after = bare.as_ref().map(&half).transpose()?;
         if let (Some(bare), Some(after)) = (&mut before, after) {
             bare.append(&after);
-            self.ratios.push((name, ours.rate() / bare.rate()));
+            self.ratios.push((format!("{name} / bare {name}"), ours.rate() / bare.rate()));
         }
-        self.add(Row { units_per_request, ..Row::new(name, ours) });
+        let per_request =
+            synced.map(|syncs| ("syncs_per_request", rounded(syncs / ours.latency.len().max(1) as f64, 4)));
+        self.add(Row { units_per_request, more: per_request.into_iter().collect(), ..Row::new(name, ours) });
         if let Some(bare) = before {
             self.add(Row { units_per_request, ..Row::new(format!("{name} bare"), bare) });
         }
         Ok(())
+    }
+
+    /// Syncs of the log so far, where the server at hand tells them.
+    fn syncs(&self) -> Option<f64> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+        let answer = runtime.block_on(Client::new(&self.target).call(Method::GET, "/v1/metrics", "")).ok()?;
+        let metrics = std::str::from_utf8(&answer.body).ok()?;
+        metrics.lines().find_map(|line| line.strip_prefix("kiss_fsync_duration_seconds_count "))?.parse().ok()
     }
 
     fn fsync(&mut self) -> anyhow::Result<()> {
@@ -461,13 +488,8 @@ impl<'a> Bench<'a> {
     }
 
     fn put(&mut self) -> anyhow::Result<()> {
-        let (keys, body) = (self.args.keys, value_body(self.args.value_size));
-        self.compare("put", 1.0, |endpoint| {
-            let (endpoint, body) = (endpoint.clone(), body.clone());
-            Box::new(move |sequence, out| {
-                endpoint.request(out, "PUT", &format!("/v1/state/{}", key(sequence % keys)), &body)
-            })
-        })
+        let (keys, bytes) = (self.args.keys, self.args.value_size);
+        self.compare("put", 1.0, |endpoint| puts(endpoint.clone(), keys, bytes))
     }
 
     fn get(&mut self) -> anyhow::Result<()> {
@@ -719,70 +741,6 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// Writers alone, then writers beside streams that all come back at once.
-    fn storm(&mut self) -> anyhow::Result<()> {
-        const WRITES_PER_SECOND: f64 = 2000.0;
-        self.refresh_server()?;
-        let args = self.args;
-        let load = StreamLoad {
-            endpoint: self.endpoint.clone(),
-            streams: args.streams,
-            threads: 1,
-            publishers: args.publishers,
-            rate: f64::INFINITY,
-            events: args.missed,
-            resume_after: Some(streams::revision_of_a_write(&self.endpoint)?),
-            stuck: 0,
-            peer: streams::Peer::Kiss,
-            value_bytes: args.value_size,
-            own_keys: false,
-        };
-        load.publish_all()?;
-        let writes = || {
-            let (endpoint, body) = (self.endpoint.clone(), value_body(args.value_size));
-            let make = Box::new(move |sequence: u64, out: &mut Vec<u8>| {
-                endpoint.request(out, "PUT", &format!("/v1/state/{}", key(sequence % 1000)), &body);
-            });
-            let mut load = self.load(&self.endpoint, make);
-            load.connections = 8;
-            load.rate = Some(WRITES_PER_SECOND);
-            load.run("storm")
-        };
-        let alone = writes()?;
-        let before = self.resident_bytes()?;
-        let is_over = std::sync::atomic::AtomicBool::new(false);
-        let (storm, beside, peak) = std::thread::scope(|scope| {
-            let storm = scope.spawn(|| load.storm());
-            let server = self.server.as_ref();
-            let is_over = &is_over;
-            let peak = scope.spawn(move || {
-                let mut peak = 0;
-                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
-                    peak = peak.max(server.and_then(|s| s.resident_bytes().ok()).unwrap_or(0));
-                    std::thread::sleep(std::time::Duration::from_millis(10));
-                }
-                peak
-            });
-            let beside = writes();
-            let storm = storm.join().map_err(|_| anyhow::anyhow!("the streams' thread panicked"));
-            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
-            (storm, beside, peak.join().unwrap_or(0))
-        });
-        let (tally, faults) = storm??;
-        let mut row = Row::new(format!("storm of {}", args.streams), tally);
-        if let Some(before) = before {
-            row.more.push(("mib_more_at_peak", rounded(peak.saturating_sub(before) as f64 / 1048576.0, 1)));
-        }
-        row.more.push(("lost", json!(faults.lost)));
-        if !faults.is_none() {
-            self.faults.push(format!("storm: {faults:?}"));
-        }
-        self.add(Row::new("writes alone", alone));
-        self.add(Row::new("writes beside it", beside?));
-        self.add(row);
-        Ok(())
-    }
-
     /// A fresh server of our own, so that memory freed by earlier phases does not pass for a stream's.
     fn refresh_server(&mut self) -> anyhow::Result<()> {
         if self.rows.is_empty() {
@@ -790,12 +748,29 @@ impl<'a> Bench<'a> {
         }
         let Some(server) = self.server.take() else { return Ok(()) };
         server.stop()?;
+        self.start_anew()?;
+        Ok(())
+    }
+
+    /// Starts a server of our own with nothing; how long until its first answer.
+    fn start_anew(&mut self) -> anyhow::Result<Duration> {
         self.generation += 1;
+        self.is_prefilled = false;
+        self.start_again()
+    }
+
+    /// The same, with what the last one left.
+    fn start_again(&mut self) -> anyhow::Result<Duration> {
+        let begun = Instant::now();
         let server = start_server(self.args, &self.dir, self.generation)?;
         (self.endpoint, self.target) = address(&server.url)?;
         self.server = Some(server);
-        self.is_prefilled = false;
-        Ok(())
+        self.health()?;
+        Ok(begun.elapsed())
+    }
+
+    fn health(&self) -> anyhow::Result<Value> {
+        self.calls([(Method::GET, "/v1/health".to_owned(), String::new())].into_iter())
     }
 
     fn print(&self, is_complete: bool) -> anyhow::Result<()> {
@@ -832,8 +807,7 @@ impl<'a> Bench<'a> {
     /// The comparisons that can be made of what was measured.
     fn facts(&self) -> Vec<(String, f64)> {
         let p50 = |name: &str| self.rows.iter().find(|row| row.name == name).map(|row| row.tally.micros(0.5));
-        let mut facts: Vec<_> =
-            self.ratios.iter().map(|(name, ratio)| (format!("{name} / bare {name}"), *ratio)).collect();
+        let mut facts = self.ratios.clone();
         let sent = |what: &str| {
             let row = self.rows.iter().find(|row| row.name == format!("{} {what}", self.args.streams))?;
             row.more.iter().find(|(name, _)| *name == PER_CPU_SECOND)?.1.as_f64()
@@ -887,8 +861,12 @@ fn scatter(sequence: u64, keys: u64) -> u64 {
     sequence.wrapping_mul(2_654_435_761) % keys
 }
 
-fn value_body(bytes: usize) -> Vec<u8> {
-    format!("{{\"value\":\"{}\"}}", "v".repeat(bytes)).into_bytes()
+/// PUTs of one key after the other.
+fn puts(endpoint: Endpoint, keys: u64, value_bytes: usize) -> Box<MakeRequest> {
+    let body = format!("{{\"value\":\"{}\"}}", "v".repeat(value_bytes)).into_bytes();
+    Box::new(move |sequence, out| {
+        endpoint.request(out, "PUT", &format!("/v1/state/{}", key(sequence % keys)), &body);
+    })
 }
 
 fn batch_body(keys: impl Iterator<Item = u64>, value_bytes: usize) -> String {

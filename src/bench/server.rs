@@ -85,6 +85,11 @@ impl Server {
         }
     }
 
+    /// SIGKILL.
+    pub(super) fn crash(mut self) {
+        self.kill();
+    }
+
     /// Its resident memory in bytes.
     pub(super) fn resident_bytes(&self) -> anyhow::Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
