@@ -125,6 +125,9 @@ pub enum Rejection {
 }
 
 impl Rejection {
+    /// There is none for the log or a collection; nothing is full, and others may be closed.
+    pub const OUT_OF_FILES: Self = Self::Overloaded("the server has no file left to open; retry in a moment");
+
     /// Shorthand for the commonest rejection.
     pub fn invalid(detail: impl Into<String>) -> Self {
         Self::InvalidArgument(detail.into())

@@ -174,7 +174,7 @@ impl Grant {
 
     fn outside(&self, what: &str) -> Rejection {
         Rejection::Forbidden(format!(
-            "the key {:?} reaches only {what}; name something within, or use another key",
+            "the key {:?}, or this token of it, reaches only {what}; name something within, or use another",
             self.name
         ))
     }

@@ -9,7 +9,7 @@
 //! Measured on two cores: beside two programs that never sleep, one connection wrote 540 to 2,300 keys a second where requests
 //! were always batch work and 4,100 to 5,200 like this, sixteen 4,900 to 6,500 and 15,000 to 19,000. But with 64 connections of
 //! a program on the same machine, batch work cuts nobody off in the midst of what it sends, so that more comes at once: a tenth
-//! more writes and a sixth more reads a second (`docs/benchmarks.md`).
+//! more writes and a sixth more reads a second (`docs/experiments.md`).
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

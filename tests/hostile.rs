@@ -341,6 +341,13 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
         socket.write_all(part).await.unwrap();
         slow.push(socket);
     }
+    // Who is about to speak HTTP/2, and who does but asks for nothing.
+    let mut silent = Vec::new();
+    for part in [&b"PRI * HTTP/2.0\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"] {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(part).await.unwrap();
+        silent.push(socket);
+    }
     // A stream whose reader never reads.
     let mut stuck = connect(&server.target).await;
     stuck.write_all(b"GET /v1/events?since=0 HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
@@ -384,6 +391,11 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
         }
     }
     assert_eq!(open, 0, "slow senders still have their connection");
+    for mut socket in silent {
+        let mut told = Vec::new();
+        let ended = socket.read_to_end(&mut told);
+        timeout(Duration::from_secs(30), ended).await.expect("one that asks for nothing is still connected").ok();
+    }
     loop {
         let metrics = call(c, "GET /v1/metrics").await;
         if String::from_utf8_lossy(&metrics.body).contains("kiss_streams 1.0") {
@@ -562,6 +574,11 @@ async fn half_requests_keep_no_new_connection_waiting() {
         "GET /v1/health HTTP/1.1\r\nhost",
         "GET /v1/events HTTP/1.1\r\nhost",
         "PUT /v1/state/a HTTP/1.1\r\ncontent-length: 9\r\n\r\n1",
+        // The end of a line that does not come, and what is refused to a client that goes on: behind each of these the next waited 60 and
+        // 30 seconds.
+        "\r\n",
+        "GET /v1/health no request\r\n\r\n",
+        "GET /v1/events no request\r\n\r\n",
     ]
     .repeat(100)
     {
@@ -577,6 +594,82 @@ async fn half_requests_keep_no_new_connection_waiting() {
         timeout(Duration::from_secs(5), socket.read_exact(&mut answer)).await.expect("it waits behind them").unwrap();
         assert_eq!(&answer, b"HTTP/1.1 200 OK");
     }
+}
+
+/// An HTTP/2 frame.
+#[expect(clippy::big_endian_bytes, reason = "that is how HTTP/2 sends numbers")]
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// A field of an HTTP/2 head, in full (RFC 7541, 6.2.2).
+fn field(name: &str, value: &str) -> Vec<u8> {
+    let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+    [vec![0], text(name), text(value)].concat()
+}
+
+/// A body that its client gives up is none that has ended: what came of it must not be taken for all of it, least of all where nothing came
+/// and the condition stands in it. A reset without an error is what proxies and clients send for that.
+#[tokio::test]
+async fn http2_bodies_cut_by_a_reset_write_nothing() {
+    // Kinds and flags (RFC 9113, 6).
+    let (data, headers, rst_stream, settings) = (0, 1, 3, 4);
+    let (end_stream, end_headers) = (1, 4);
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"PUT /v1/state/kept {"value":1}"#).await;
+    let mut socket = connect(&server.target).await;
+    socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    socket.write_all(&frame(settings, 0, 0, b"")).await.unwrap();
+    let rows = [
+        ("PUT", "/v1/state/cut", Some("100000"), "the beginning"),
+        ("PUT", "/v1/state/cut", None, "the beginning"),
+        ("PUT", "/v1/state/cut", None, ""),
+        ("DELETE", "/v1/state/kept", Some("17"), ""),
+        ("DELETE", "/v1/state/kept", None, ""),
+    ];
+    for (n, (method, path, length, body)) in rows.into_iter().enumerate() {
+        let stream = 2 * u32::try_from(n).unwrap() + 1;
+        let mut head = [
+            (":method", method),
+            (":path", path),
+            (":scheme", "http"),
+            (":authority", "h"),
+            ("content-type", "text/plain"),
+        ]
+        .map(|(name, value)| field(name, value))
+        .concat();
+        head.extend(length.map(|length| field("content-length", length)).unwrap_or_default());
+        let mut frames = frame(headers, end_headers, stream, &head);
+        if !body.is_empty() {
+            frames.extend(frame(data, 0, stream, body.as_bytes()));
+        }
+        socket.write_all(&frames).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        socket.write_all(&frame(rst_stream, 0, stream, &[0; 4])).await.unwrap();
+    }
+    // One that is whole, behind them: they are over then, and the frames are as they should be.
+    let head = [
+        (":method", "PUT"),
+        (":path", "/v1/state/whole"),
+        (":scheme", "http"),
+        (":authority", "h"),
+        ("content-type", "text/plain"),
+    ]
+    .map(|(name, value)| field(name, value))
+    .concat();
+    let stream = 2 * u32::try_from(rows.len()).unwrap() + 1;
+    let mut frames = frame(headers, end_headers, stream, &head);
+    frames.extend(frame(data, end_stream, stream, b"all of it"));
+    socket.write_all(&frames).await.unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while call(c, "GET /v1/state/whole").await.status != 200 {
+        assert!(std::time::Instant::now() < deadline, "the whole one was not written");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(call(c, "GET /v1/state/cut").await.status, 404);
+    assert_eq!(call(c, "GET /v1/state/kept").await.status, 200);
 }
 
 /// A small value of bytes must cost about as much memory as it is long, not as much as the buffer it came in.

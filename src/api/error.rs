@@ -96,8 +96,11 @@ fn members(rejection: &Rejection) -> String {
             push_fmt(&mut out, format_args!(",\"expected\":{expected},\"actual\":{actual}"));
         }
         Rejection::PreconditionFailed { actual } => push_fmt(&mut out, format_args!(",\"actual\":{actual}")),
-        Rejection::RevisionCompacted { oldest, head } | Rejection::RevisionLost { oldest, head } => {
-            push_fmt(&mut out, format_args!(",\"oldest\":{oldest},\"head\":{head}"));
+        Rejection::RevisionCompacted { oldest, head } => {
+            push_fmt(&mut out, format_args!(",\"reason\":\"compacted\",\"oldest\":{oldest},\"head\":{head}"));
+        }
+        Rejection::RevisionLost { oldest, head } => {
+            push_fmt(&mut out, format_args!(",\"reason\":\"lost\",\"oldest\":{oldest},\"head\":{head}"));
         }
         Rejection::PayloadTooLarge { limit_bytes, .. } => {
             push_fmt(&mut out, format_args!(",\"limit_bytes\":{limit_bytes}"))

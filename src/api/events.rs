@@ -598,7 +598,8 @@ struct PublishBody<'a> {
     data: Option<&'a RawValue>,
     key: Option<String>,
     meta: Option<Object<MetaBody>>,
-    ephemeral: Option<bool>,
+    #[serde(default)]
+    ephemeral: bool,
 }
 
 /// `POST /v1/events`
@@ -610,7 +611,7 @@ pub async fn publish(State(app): State<App>, head: Head, body: Payload) -> ApiRe
     let key = body.key.as_deref().map(Key::new).transpose()?;
     let data = body.data.map(|d| compact(d.get()));
     let labels = body.meta.map_or(Ok(None), |meta| meta.0.labels())?;
-    let revision = if body.ephemeral.unwrap_or(false) {
+    let revision = if body.ephemeral {
         match &key {
             Some(key) => head.need_key(Right::Write, key.as_str())?,
             None => head.need_everything(Right::Write)?,

@@ -229,7 +229,7 @@ impl Live {
 ///
 /// An event for a thousand streams is a thousand sends, one after the other whoever does them. Spread over the threads that
 /// serve requests they stood in front of requests, and in each other's way: on two cores one thread delivers sooner
-/// (`docs/benchmarks.md`). With a task for each stream, an event was a thousand times handed to the runtime from outside, each
+/// (`docs/experiments.md`). With a task for each stream, an event was a thousand times handed to the runtime from outside, each
 /// time with a write to wake the thread; one task is woken once, and its streams queue within it.
 #[derive(Debug)]
 pub struct StreamThreads {

@@ -12,7 +12,7 @@
 //! thread of the system (kblockd), and Linux 6.18 was seen to pass it over for a thread that is always ready, offers or not, for
 //! two ticks with each sync and a tenth of a second on end. While 5,000 streams came back to 2,200 events each, the p99 of
 //! writes was 0.7 to 140 ms with offers alone, and 0.6 to 1.6 with sleeps, for a tenth to a seventh less sent a second. To sleep
-//! only where the log began to wait on the same core is not enough, its thread moves (`docs/benchmarks.md`).
+//! only where the log began to wait on the same core is not enough, its thread moves (`docs/experiments.md`).
 
 use crate::turns;
 use std::cell::Cell;

@@ -3,10 +3,13 @@
 //! hyper resets an HTTP/2 stream, and closes an HTTP/1.1 connection, whose body nobody has read to its end. By the first some
 //! clients lose the answer (curl 7.88), by the second all lose their connection, unprepared. So a short rest is read first, and
 //! where there is more the client is told that the connection ends.
+//!
+//! A body that its HTTP/2 client gives up by a reset without an error is none that has ended, though hyper tells it so.
 
+use axum::BoxError;
 use axum::body::Body;
-use axum::http::Request;
 use axum::http::header::EXPECT;
+use axum::http::{Request, Version};
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -47,6 +50,7 @@ pub struct Rest {
 struct Lent {
     /// `None` at its end.
     body: Option<Incoming>,
+    is_http2: bool,
     place: Arc<Mutex<Place>>,
 }
 
@@ -57,7 +61,8 @@ pub fn lend(request: Request<Incoming>) -> (Request<Body>, Rest) {
         return (request.map(Body::new), Rest { place: None, is_expecting });
     }
     let place = Arc::<Mutex<Place>>::default();
-    let request = request.map(|body| Body::new(Lent { body: Some(body), place: Arc::clone(&place) }));
+    let is_http2 = request.version() == Version::HTTP_2;
+    let request = request.map(|body| Body::new(Lent { body: Some(body), is_http2, place: Arc::clone(&place) }));
     (request, Rest { place: Some(place), is_expecting })
 }
 
@@ -98,15 +103,16 @@ impl Drop for Lent {
 
 impl http_body::Body for Lent {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let Some(body) = &mut self.body else { return Poll::Ready(None) };
-        let frame = ready!(Pin::new(body).poll_frame(cx));
-        if frame.is_none() {
-            self.body = None;
+        if let Some(frame) = ready!(Pin::new(&mut *body).poll_frame(cx)) {
+            return Poll::Ready(Some(frame.map_err(Into::into)));
         }
-        Poll::Ready(frame)
+        let is_cut = self.is_http2 && self.body.take().is_some_and(|body| !body.is_end_stream());
+        self.body = None;
+        Poll::Ready(is_cut.then(|| Err("the stream was reset before the end of its body".into())))
     }
 
     fn is_end_stream(&self) -> bool {

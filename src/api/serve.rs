@@ -64,6 +64,8 @@ const LOOKS: usize = 100;
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a client that goes on sending what nobody wants, the rest of a large body, has to come to its end and read the answer.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often it is told that no connection can be accepted: tried twenty times a second, it would fill the log.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
 /// Connections that are being told that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also hyper's largest buffer, and the largest body that [`whole`] takes.
@@ -161,6 +163,7 @@ pub async fn serve(
         Arc::new(Server { service, http1, http2, tls, runtimes, other_turns, stream_turns, stop: stop.clone() });
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let (alive, mut all_gone) = mpsc::channel(1);
+    let mut told = None;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -170,7 +173,10 @@ pub async fn serve(
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of files, say. The connection waits in the kernel; give others time to go.
-                tracing::warn!(%error, "cannot accept a connection");
+                if told.is_none_or(|told: Instant| told.elapsed() > TOLD_EVERY) {
+                    told = Some(Instant::now());
+                    tracing::warn!(%error, "cannot accept a connection");
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
@@ -348,10 +354,10 @@ impl Server {
         let looks = Looks::default();
         let noted = looks.clone();
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-            let (service, noted) = (service.clone(), noted.clone());
+            let (service, last) = (service.clone(), noted.begin());
             async move {
                 let response = answer_with_body(&service, request).await;
-                Ok::<_, Infallible>(response.map(|body| noted.watch(body)))
+                Ok::<_, Infallible>(response.map(|body| Body::new(Watched::new(body, last))))
             }
         });
         let mut connection = self.http2.serve_connection(TokioIo::new(io), answer);
@@ -359,41 +365,77 @@ impl Server {
         tokio::select! {
             // A broken connection is the client's affair.
             _ = &mut connection => return,
-            () = looks.stalled() => return,
+            over = looks.over() => match over {
+                Over::Stalled => return,
+                Over::Idle => {}
+            },
             _ = stop.wait_for(|stop| *stop) => {}
         }
         Pin::new(&mut connection).graceful_shutdown();
-        connection.await.ok();
+        if looks.has_answers() {
+            connection.await.ok();
+        } else {
+            // One that has not even sent its preface is not ended by being told.
+            tokio::time::timeout(LAST_WORDS_TIMEOUT, connection).await.ok();
+        }
     }
 }
 
-/// When hyper last looked at each answer of an HTTP/2 connection. A client may open no window for an answer and yet keep its
-/// connection alive, so that the kernel's [`STALL_TIMEOUT`] never ends it: then the answer, and what it holds, would stay.
+/// When hyper last looked at an answer; `None` while it is being made.
+type Look = Mutex<Option<Instant>>;
+
+/// The last looks at each answer of an HTTP/2 connection. A client may open no window for an
+/// answer and yet keep its connection alive, so that the kernel's [`STALL_TIMEOUT`] never ends it: then the answer, and what it
+/// holds, would stay. Nor does anything else end one that asks for nothing, or never becomes HTTP/2.
 /// The lock is held to add an answer and, when there are many and every half minute, to look through them.
 #[derive(Clone, Debug, Default)]
-struct Looks(Arc<Mutex<Vec<Weak<Mutex<Instant>>>>>);
+struct Looks(Arc<Mutex<Vec<Weak<Look>>>>);
+
+/// Why a connection is to end.
+enum Over {
+    /// An answer has not been looked at for long.
+    Stalled,
+    /// There was nothing to answer for long.
+    Idle,
+}
 
 impl Looks {
-    fn watch(&self, body: Body) -> Body {
-        let last = Arc::new(Mutex::new(Instant::now()));
+    /// A request has come.
+    fn begin(&self) -> Arc<Look> {
+        let last = Arc::new(Mutex::new(None));
         let mut answers = self.0.lock();
         if answers.len() >= 2 * H2_STREAMS_MAX as usize {
             // At least half of them are over.
             answers.retain(|last| last.strong_count() > 0);
         }
         answers.push(Arc::downgrade(&last));
-        drop(answers);
-        Body::new(Watched { body, left: Bytes::new(), last })
+        last
     }
 
-    /// Ready when an answer has not been looked at for long. A stream that is well is looked at with each heartbeat.
-    async fn stalled(&self) {
+    fn has_answers(&self) -> bool {
+        self.0.lock().iter().any(|last| last.strong_count() > 0)
+    }
+
+    /// Ready when the connection is to end. A stream that is well is looked at with each heartbeat.
+    async fn over(&self) -> Over {
+        let mut idle_since = Instant::now();
         loop {
             tokio::time::sleep(STALL_TIMEOUT / 2).await;
             let mut answers = self.0.lock();
+            let is_stalled = |last: Arc<Look>| {
+                let last = *last.lock();
+                last.is_some_and(|last| last.elapsed() > 2 * STALL_TIMEOUT)
+            };
+            if answers.iter().filter_map(Weak::upgrade).any(is_stalled) {
+                return Over::Stalled;
+            }
+            // Those that came and went since the last look are still noted.
+            if !answers.is_empty() {
+                idle_since = Instant::now();
+            }
             answers.retain(|last| last.strong_count() > 0);
-            if answers.iter().filter_map(Weak::upgrade).any(|last| last.lock().elapsed() > 2 * STALL_TIMEOUT) {
-                return;
+            if idle_since.elapsed() >= HEAD_TIMEOUT {
+                return Over::Idle;
             }
         }
     }
@@ -405,7 +447,14 @@ struct Watched {
     body: Body,
     /// The rest of what the body had ready.
     left: Bytes,
-    last: Arc<Mutex<Instant>>,
+    last: Arc<Look>,
+}
+
+impl Watched {
+    fn new(body: Body, last: Arc<Look>) -> Self {
+        *last.lock() = Some(Instant::now());
+        Self { body, left: Bytes::new(), last }
+    }
 }
 
 impl http_body::Body for Watched {
@@ -416,7 +465,7 @@ impl http_body::Body for Watched {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, axum::Error>>> {
-        *self.last.lock() = Instant::now();
+        *self.last.lock() = Some(Instant::now());
         if self.left.is_empty() {
             match ready!(Pin::new(&mut self.body).poll_frame(cx)).transpose()?.map(http_body::Frame::into_data) {
                 Some(Ok(data)) => self.left = data,
@@ -553,9 +602,9 @@ mod tests {
     #[test]
     fn answers_that_are_over_are_not_looked_after() {
         let looks = Looks::default();
-        let kept: Vec<Body> = (0..H2_STREAMS_MAX).map(|_| looks.watch(Body::empty())).collect();
+        let kept: Vec<Watched> = (0..H2_STREAMS_MAX).map(|_| Watched::new(Body::empty(), looks.begin())).collect();
         for _ in 0..10_000 {
-            drop(looks.watch(Body::empty()));
+            drop(Watched::new(Body::empty(), looks.begin()));
         }
         let answers = looks.0.lock();
         let live = answers.iter().filter(|last| last.strong_count() > 0).count();
@@ -566,7 +615,7 @@ mod tests {
     #[tokio::test]
     async fn an_http2_answer_is_handed_over_in_pieces() {
         let whole = Bytes::from((0..200_000_u32).map(|n| n as u8).collect::<Vec<_>>());
-        let mut body = Looks::default().watch(Body::from(whole.clone()));
+        let mut body = Watched::new(Body::from(whole.clone()), Looks::default().begin());
         let mut all = Vec::new();
         while all.len() < whole.len() {
             assert_eq!(body.size_hint().exact(), Some((whole.len() - all.len()) as u64));

@@ -3,7 +3,7 @@
 //! Streams over TLS stay with hyper, as those over HTTP/2 do: what a stream on its own socket saves, the session's buffers
 //! take many times over.
 
-use super::auth::stamp;
+use super::auth::{Stamp, stamp};
 use crate::error::Error;
 use parking_lot::RwLock;
 use rustls_pki_types::pem::PemObject;
@@ -36,6 +36,8 @@ pub struct Tls {
     current: Arc<Current>,
     cert: PathBuf,
     key: PathBuf,
+    /// What the files were before they were read: they may change before [`Self::keep_fresh`] looks.
+    seen: [Option<Stamp>; 2],
     provider: Arc<CryptoProvider>,
 }
 
@@ -43,8 +45,9 @@ impl Tls {
     /// Reads the certificate chain and the key. Fails when they are not PEM or do not belong together.
     pub fn new(cert: &Path, key: &Path) -> Result<Self, Error> {
         let provider = Arc::new(default_provider());
+        let seen = [cert, key].map(stamp);
         let current = Arc::new(Current(RwLock::new(read(cert, key)?)));
-        Ok(Self { current, cert: cert.to_owned(), key: key.to_owned(), provider })
+        Ok(Self { current, cert: cert.to_owned(), key: key.to_owned(), seen, provider })
     }
 
     /// What accepts connections.
@@ -60,7 +63,7 @@ impl Tls {
     /// Takes over changed files. Never ends.
     pub async fn keep_fresh(self) {
         let stamps = || [&self.cert, &self.key].map(|path| stamp(path));
-        let mut seen = stamps();
+        let mut seen = self.seen;
         let mut told = seen;
         loop {
             tokio::time::sleep(POLL).await;

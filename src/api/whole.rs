@@ -73,8 +73,8 @@ pub enum Served {
     Rest(Bytes),
 }
 
-/// Serves a connection as long as its requests come whole. `seen` is told whenever what has come has been seen to, and whether
-/// it became a stream.
+/// Serves a connection as long as its requests come whole. `seen` is told whenever what has come has been seen to, whatever it was, and
+/// whether it became a stream.
 pub async fn serve(
     tcp: &mut TcpStream,
     service: &Service,
@@ -97,6 +97,7 @@ pub async fn serve(
         let (head, body, is_last) = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
             Next::Request(head, body, is_last) => (head, body, is_last),
             Next::Refused(why) => {
+                seen(false);
                 let answer = invalid(why).into_last_words();
                 if tcp.write_all(answer.as_bytes()).await.is_ok() {
                     Box::pin(serve::close(tcp)).await;
@@ -189,12 +190,15 @@ async fn next<S: Future>(
         if has_ended || reads == READS_MAX {
             return Next::Rest;
         }
+        if reads > 0 {
+            // Also where it was nothing but the end of a line: others wait for this one's turn to be over.
+            seen(false);
+        }
         if input.is_empty() {
             if input.try_reclaim(KEPT_BYTES_MAX + 1) {
                 *input = BytesMut::new();
             }
         } else if patience.is_none() {
-            seen(false);
             patience.set(Some(tokio::time::sleep(PATIENCE)));
         }
         let read = poll_fn(|cx| {

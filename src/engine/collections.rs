@@ -32,6 +32,7 @@ use crate::revision::Revision;
 use crate::vector::collection::{Changes, Collection, Horizon, Item, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
+use crate::vector::plan::{self, GRAPH_FROM};
 use crate::vector::storage::{SlotEntry, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -56,6 +57,8 @@ const LINK_SLOTS: usize = 16;
 /// one that condemns more repairs several links of a slot at once.
 const REPAIR_FROM: usize = 128;
 const REPAIR_PART: usize = 32;
+/// The usual effort is measured anew when this part of a graph has changed; while many vectors wait, when only this part has not.
+const MEASURED_PART: usize = 4;
 /// Lost slots are looked for when this part of the graph has changed, in so many passes at most.
 const SEARCH_PARTY_PART: u64 = 16;
 const SEARCH_PARTIES: usize = 3;
@@ -115,6 +118,8 @@ pub struct SharedCollection {
     charged: AtomicUsize,
     /// [`crate::vector::collection::GraphCounts::changes`] at the last save.
     saved_changes: Mutex<u64>,
+    /// Effort of searches that do not say, as measured ([`plan::usual_effort`]).
+    usual_effort: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -149,6 +154,8 @@ struct Upkeep {
     search_party: Option<SearchParty>,
     /// Changes of the graph when lost slots were last looked for.
     searched_at: u64,
+    /// And when the usual effort was last measured.
+    measured_at: Option<u64>,
 }
 
 /// All slots there were when it began, piece by piece.
@@ -202,6 +209,15 @@ enum Piece {
     Reach,
     /// Of so many slots; those that were lost.
     Find(Arc<[bool]>, usize, usize),
+    /// What searches near some slots find.
+    Measure(Measured),
+}
+
+/// Hits found by each effort but the largest, and by that.
+#[derive(Clone, Copy, Debug, Default)]
+struct Measured {
+    found: [usize; plan::EFFORTS.len() - 1],
+    of: usize,
 }
 
 /// What became of it.
@@ -217,6 +233,8 @@ enum Done {
     Reached(Vec<bool>),
     /// So many slots looked at, and found to be lost.
     Found(usize, usize),
+    /// What searches found.
+    Measured(Measured),
 }
 
 /// A piece of work for a linker. While it is out, its number keeps the slots it may meet from being reused.
@@ -234,6 +252,11 @@ impl Job {
     /// Whether it makes memory ready, which links wait for.
     pub fn is_populating(&self) -> bool {
         matches!(self.piece, Piece::Populate(_))
+    }
+
+    /// Whether it is nothing that anybody waits for.
+    fn is_measuring(&self) -> bool {
+        matches!(self.piece, Piece::Measure(_))
     }
 
     /// Does it and reports. Where it is to be given up ([`Scratch::stopped_by`]), gives what is left of it for another to do.
@@ -264,6 +287,17 @@ impl Job {
                     was_lost.is_some()
                 }
                 Piece::Find(..) => true,
+                Piece::Measure(measured) if graph.nodes().is_live(slot) => {
+                    // A millisecond each; as with links.
+                    std::thread::yield_now();
+                    let found = graph.found_by_effort(slot, scratch);
+                    if let Some((found, of)) = found {
+                        measured.found.iter_mut().zip(found).for_each(|(sum, found)| *sum += found);
+                        measured.of += of;
+                    }
+                    found.is_some()
+                }
+                Piece::Measure(_) => true,
             };
             if is_done {
                 self.collection.slots_done.fetch_add(1, Ordering::Relaxed);
@@ -290,6 +324,7 @@ impl Job {
                 None => return Some(self),
             },
             Piece::Find(_, count, lost) => Done::Found(count, lost),
+            Piece::Measure(measured) => Done::Measured(measured),
         };
         self.collection.jobs_out.fetch_sub(1, Ordering::Relaxed);
         self.collection.done.lock().push((self.number, done));
@@ -339,6 +374,7 @@ impl SharedCollection {
             tail_limit: AtomicUsize::new(usize::MAX),
             charged: AtomicUsize::new(0),
             saved_changes: Mutex::new(0),
+            usual_effort: AtomicUsize::new(plan::EF_DEFAULT),
         });
         shared.write(|_, _| ());
         if has_vectors {
@@ -550,21 +586,21 @@ impl SharedCollection {
     /// Keeps everything visible at `at` in place until the ticket is dropped. The caller has it [`settled`](Self::settled) and holds
     /// the state's read lock, so nothing newer is applied in between.
     pub fn begin_search(&self, at: Revision, searches: &[Search]) -> SearchTicket {
-        let needs_live = |vectors| searches.iter().any(|search| search.needs_live(vectors));
-        self.ticket(at, needs_live)
+        self.ticket(at, |usual, vectors| searches.iter().any(|search| search.needs_live(usual, vectors)))
     }
 
     /// As [`SharedCollection::begin_search`], for [`SearchTicket::count_matching`].
     pub fn begin_match(&self, at: Revision) -> SearchTicket {
-        self.ticket(at, |_| true)
+        self.ticket(at, |_, _| true)
     }
 
-    fn ticket(&self, at: Revision, needs_live: impl FnOnce(usize) -> bool) -> SearchTicket {
+    fn ticket(&self, at: Revision, needs_live: impl FnOnce(usize, usize) -> bool) -> SearchTicket {
         let collection = self.me.upgrade().expect("whoever calls holds it");
         let number = self.begin_reading();
+        let usual_effort = self.usual_effort.load(Ordering::Relaxed);
         self.read(|c| {
-            let live = needs_live(c.len()).then(|| c.live().clone());
-            SearchTicket { collection, at, number, graph: c.searchable(), vectors: c.len(), live }
+            let live = needs_live(usual_effort, c.len()).then(|| c.live().clone());
+            SearchTicket { collection, at, number, graph: c.searchable(), vectors: c.len(), usual_effort, live }
         })
     }
 
@@ -588,8 +624,8 @@ impl SharedCollection {
         thread_local! {
             static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
         }
-        // Memory made ready would shorten no tail.
-        if let Some(job) = self.background.take_job(|job| !job.is_populating()) {
+        // Memory made ready would shorten no tail, nor would a measurement.
+        if let Some(job) = self.background.take_job(|job| !job.is_populating() && !job.is_measuring()) {
             SCRATCH.with_borrow_mut(|scratch| job.run(scratch));
         }
     }
@@ -651,6 +687,11 @@ impl SharedCollection {
                             upkeep.search_party = (found > 0 && left > 1).then(|| self.search_party(left - 1));
                         }
                     }
+                }
+                Done::Measured(Measured { found, of }) => {
+                    let usual = plan::usual_effort(&found, of);
+                    tracing::debug!(?found, of, usual, "measured what searches find");
+                    self.usual_effort.store(usual, Ordering::Relaxed);
                 }
             }
         }
@@ -774,6 +815,9 @@ impl SharedCollection {
             // The cast: slots are counted in u32.
             return Some((Piece::Repair(Arc::clone(repair), count), piece.map(|slot| slot as u32).collect()));
         }
+        if let Some(slots) = self.to_measure(upkeep) {
+            return Some((Piece::Measure(Measured::default()), slots));
+        }
         let slots = self.inner.write().claim_links(LINK_SLOTS);
         if !slots.is_empty() {
             return Some((Piece::Link(Vec::with_capacity(slots.len())), slots));
@@ -791,6 +835,19 @@ impl SharedCollection {
                 Some((Piece::Find(Arc::clone(reached), piece.len(), 0), slots))
             }
         }
+    }
+
+    /// Slots to measure the usual effort by, when it is time: at first, when the graph has grown to four times what it was, and when it is
+    /// done and a part of it has changed.
+    fn to_measure(&self, upkeep: &mut Upkeep) -> Option<Vec<u32>> {
+        let counts = self.read(Collection::graph_counts);
+        let part = counts.linked / MEASURED_PART * if counts.tail == 0 { 1 } else { MEASURED_PART - 1 };
+        let is_due = upkeep.measured_at.is_none_or(|at| counts.changes - at > part as u64);
+        if counts.linked < GRAPH_FROM || !is_due {
+            return None;
+        }
+        upkeep.measured_at = Some(counts.changes);
+        Some(self.read(|c| c.sample_linked(plan::MEASURED_VECTORS)))
     }
 
     fn begin_repair(&self, graph: &Graph) -> (Arc<Repair>, Walk) {
@@ -1083,6 +1140,9 @@ impl SharedCollection {
 #[must_use]
 pub fn no_room(error: &Error) -> Rejection {
     tracing::warn!(%error, "no room for more vectors");
+    if error.is_out_of_files() {
+        return Rejection::OUT_OF_FILES;
+    }
     Rejection::StorageFull(
         "there is no room for more vectors; delete some or give the server more disk or memory".into(),
     )

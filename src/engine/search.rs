@@ -130,6 +130,8 @@ pub struct SearchTicket {
     pub(super) graph: Option<(Arc<Graph>, Vec<u32>)>,
     /// How many vectors were live then.
     pub(super) vectors: usize,
+    /// Effort of searches that do not say, as it was then.
+    pub(super) usual_effort: usize,
     /// Everything live then, where a search needs it. Its slots are not reused before the ticket is dropped.
     pub(super) live: Option<RoaringBitmap>,
 }
@@ -146,15 +148,15 @@ thread_local! {
 }
 
 impl Search {
-    fn effort(&self) -> usize {
-        let effort = plan::effort(self.ef, self.offset + self.k);
+    fn effort(&self, usual: usize) -> usize {
+        let effort = plan::effort(self.ef, usual, self.offset + self.k);
         // What is scored again must have been followed, unless less was asked for.
         if self.ef.is_none() { effort.max(needed(self)) } else { effort }
     }
 
     /// Whether it may look at live slots one by one, among so many vectors.
-    pub(super) fn needs_live(&self, vectors: usize) -> bool {
-        self.filter.is_some() || plan::choose(self.effort(), vectors, vectors) == Way::Scan
+    pub(super) fn needs_live(&self, usual_effort: usize, vectors: usize) -> bool {
+        self.filter.is_some() || plan::choose(self.effort(usual_effort), vectors, vectors) == Way::Scan
     }
 }
 
@@ -173,7 +175,7 @@ impl SearchTicket {
             _ if search.group.is_some() => slots * (dim + (text_bytes + 16) * META_BYTE_COST),
             Some((_, tail)) if !search.is_exact => {
                 let is_long = search.filter.is_some() && slots > INLINE_VECTORS;
-                let walked = if is_long { slots } else { search.effort() * 32 };
+                let walked = if is_long { slots } else { search.effort(self.usual_effort) * 32 };
                 (walked + tail.len()).min(slots) * dim / CODES_PER_NUMBER
             }
             _ => slots * dim,
@@ -313,7 +315,7 @@ impl SearchTicket {
         let matches = selected.as_ref().map_or(vectors, |s| usize::try_from(s.len()).unwrap_or(usize::MAX));
         let wanted = search.offset + search.k;
         let needed = needed(search);
-        let ef = search.effort();
+        let ef = search.effort(self.usual_effort);
         let mut plan = Plan { way: Way::Exact, given_up: None, ef, vectors, matches, scored: 0, expanded: 0, tail: 0 };
         let graph = self.graph.as_ref().filter(|_| !search.is_exact && search.group.is_none());
         let (graph, tail) = match (graph, &selected) {

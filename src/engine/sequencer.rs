@@ -52,7 +52,7 @@ const COMMIT_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
 const EXPIRIES_MAX: usize = 1000;
 /// Who answered so many commands at once lets their senders go first. With fewer it would, beside programs that keep all cores busy,
-/// only give the core to one of these (`docs/benchmarks.md`).
+/// only give the core to one of these (`docs/experiments.md`).
 const MANY_COMMANDS: usize = 16;
 /// Housekeeping: whether the log is still there, a mark in it, the clock, a sync in `interval` mode.
 const TICK: Duration = Duration::from_secs(1);
@@ -501,7 +501,7 @@ impl Sequencer {
                 if !std::mem::replace(&mut self.is_out_of_files, true) {
                     tracing::warn!(%error, "no file left to open for the log: writes are refused until there is one");
                 }
-                Rejection::Overloaded("the server has no file left to open; retry in a moment")
+                Rejection::OUT_OF_FILES
             }
             AppendError::Full(error) => {
                 self.note_full(Some(&error));

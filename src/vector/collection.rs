@@ -11,7 +11,7 @@
 use super::chunks::Chunks;
 use super::codes::encode;
 use super::distance::{dot_f64, kernels, l2_squared_f64};
-use super::filter::{Filter, any_at};
+use super::filter::{Filter, any_at, integer};
 use super::graph::Graph;
 use super::meta_index::MetaIndex;
 use super::storage::{Growth, NewChunk, RowStore, SlotEntry, SlotLog};
@@ -256,9 +256,9 @@ impl Groups {
         });
         values.retain(|v| !v.is_object() && !v.is_array() && !v.is_null());
         for value in values {
-            // `1` and `1.0` are one value, as for filters. The cast: whole numbers that f64 holds exactly.
-            let whole = value.as_f64().filter(|n| value.is_f64() && n.fract() == 0.0 && n.abs() < 9e15);
-            let name = whole.map_or_else(|| value.to_string(), |n| (n as i64).to_string());
+            // `1` and `1.0` are one value, as for filters.
+            let whole = value.as_number().and_then(integer);
+            let name = whole.map_or_else(|| value.to_string(), |whole| whole.to_string());
             // Offered twice for an array that repeats a value: the heap would keep both.
             let (size, min_score) = (self.size, self.min_score);
             let (_, top) = self.best.entry(name).or_insert_with(|| (value, TopK::new(size, min_score)));
@@ -870,6 +870,16 @@ impl Collection {
         let is_linked = |state: &SlotState| state.stage == Stage::Linked && state.died == ALIVE;
         let in_range = range.map(|at| (at, &self.slots[at]));
         in_range.filter(|(_, state)| is_linked(state)).map(|(at, state)| (to_slot(at).0, state.born)).collect()
+    }
+
+    /// About so many live slots that are linked, evenly.
+    #[must_use]
+    pub fn sample_linked(&self, count: usize) -> Vec<u32> {
+        let live = self.live.len();
+        let places = (0..count as u64).map(|place| place * live / count as u64);
+        // The cast: slots are counted in u32.
+        let slots = places.filter_map(|place| self.live.select(place as u32));
+        slots.filter(|&slot| self.slots[slot as usize].stage == Stage::Linked).collect()
     }
 
     /// Whether a link may lead to a slot.

@@ -273,7 +273,7 @@ fn compare(a: &Value, b: &Value) -> Option<Ordering> {
 }
 
 /// A whole number, however it is written. Beyond 2^53 they must not compare equal only because they round to the same float.
-fn integer(number: &serde_json::Number) -> Option<i128> {
+pub(super) fn integer(number: &serde_json::Number) -> Option<i128> {
     /// All whole floats below fit.
     const FITS_BELOW: f64 = 1e38;
     let whole = || number.as_f64().filter(|float| float.fract() == 0.0 && float.abs() < FITS_BELOW);

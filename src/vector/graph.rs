@@ -13,7 +13,7 @@
 //! - **Filters**: way-points again, or with fewer matches neighbours' neighbours (ACORN, Patel et al. 2024), of each only two: what
 //!   does not match is replaced by about as many links as it takes away.
 //!
-//! Evidence, on 60,000 MiniLM vectors of 384 numbers, one thread, recall@10; the whole in `docs/benchmarks.md`:
+//! Evidence, on 60,000 MiniLM vectors of 384 numbers, one thread, recall@10; the whole in `docs/experiments.md`:
 //!
 //! ```text
 //! slack of pruning      1.0     1.05    1.1     1.2     1.3        candidates (slack 1.2)   60     100    200
@@ -47,7 +47,7 @@
 use super::Metric;
 use super::codes::{Distances, GROUP, Probe};
 use super::nodes::{LINKS_MAX, Nodes, ROUGH_DIM};
-use super::plan::EF_DEFAULT;
+use super::plan::{EF_DEFAULT, EFFORTS, MEASURED_HITS, effort};
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -218,6 +218,8 @@ pub struct Scratch {
     other: Probe,
     chosen: Vec<u32>,
     list: Vec<(f32, u32)>,
+    /// Walks pass this one by, as if it were not there.
+    hidden: Option<u32>,
     /// Whether walks are to be given up; of a thread that has a core so rarely that others would wait for it.
     stop: Option<Arc<AtomicBool>>,
     is_given_up: bool,
@@ -257,6 +259,9 @@ impl Scratch {
             self.epoch = 1;
         }
         self.pool.begin(ef);
+        if let Some(slot) = self.hidden {
+            self.is_new(slot);
+        }
     }
 
     /// Whether a slot is met for the first time. One beyond the table was reserved after this search began: not for it.
@@ -721,6 +726,38 @@ impl Graph {
         // Among many alike the high halves may have left it out.
         self.walk(probe, false, EF_DEFAULT, EF_DEFAULT, usize::MAX, false, &is_result, scratch);
         is_first(scratch)
+    }
+
+    /// Of the hits nearest to a slot, as the largest of [`EFFORTS`] finds them, how many each smaller one finds; and how many there are.
+    /// The slot is hidden meanwhile: its own links lead to just these, and no query has such. `None` where it was given up.
+    pub fn found_by_effort(&self, slot: u32, scratch: &mut Scratch) -> Option<([usize; EFFORTS.len() - 1], usize)> {
+        scratch.is_given_up = false;
+        let mut probe = std::mem::take(&mut scratch.probe);
+        probe.of_row(&self.nodes, slot);
+        if self.metric == Metric::Dot {
+            probe.go_by_products();
+        }
+        let is_result = |other| self.nodes.is_live(other);
+        scratch.hidden = Some(slot);
+        let nearest = |usual, scratch: &mut Scratch| {
+            let (ef, kept) = (effort(None, usual, MEASURED_HITS), kept_by_halves(MEASURED_HITS));
+            self.search(&probe, ef, kept, MEASURED_HITS, usize::MAX, false, is_result, scratch);
+            scratch.found().take(MEASURED_HITS).collect::<Vec<_>>()
+        };
+        let [efforts @ .., most] = EFFORTS;
+        let all = nearest(most, scratch);
+        // Where one finds all of them, so do larger ones.
+        let mut found = [all.len(); EFFORTS.len() - 1];
+        for (usual, found) in efforts.into_iter().zip(&mut found) {
+            let hits = nearest(usual, scratch);
+            *found = hits.iter().filter(|hit| all.contains(hit)).count();
+            if *found == all.len() {
+                break;
+            }
+        }
+        scratch.hidden = None;
+        scratch.probe = probe;
+        (!scratch.is_given_up).then_some((found, all.len()))
     }
 
     /// Adds a link, if need be in place of the last; what that led to is then reached through `slot`.

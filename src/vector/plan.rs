@@ -1,11 +1,20 @@
 //! How a search is answered: by looking at everything, at all matches of its filter, or by walking the graph.
 //!
-//! The cheapest by an estimate that was fitted to measurements (`docs/benchmarks.md`); its unit is one row of the graph
+//! The cheapest by an estimate that was fitted to measurements (`docs/experiments.md`); its unit is one row of the graph
 //! scored in a scan, 13 to 18 ns at 384 numbers. Whatever is chosen, a walk that turns out dearer than looking at all
 //! matches is given up for that, and so is one that finds fewer than there are.
 
-/// Effort of a search that does not say: recall@10 of 0.97 and more on the data sets measured.
+/// Effort of a search that does not say, where the data are like embeddings: recall@10 of 0.97 and more on those measured.
 pub const EF_DEFAULT: usize = 48;
+/// Efforts such a search may come to where they are not: what is near to nothing is found by following more. A collection measures by
+/// its own vectors which of them is enough (see [`usual_effort`]).
+pub const EFFORTS: [usize; 5] = [EF_DEFAULT, 2 * EF_DEFAULT, 4 * EF_DEFAULT, 8 * EF_DEFAULT, 16 * EF_DEFAULT];
+/// Hits that are compared for that.
+pub const MEASURED_HITS: usize = 10;
+/// Vectors that are searched near for that: with fewer it would be chance.
+pub const MEASURED_VECTORS: usize = 128;
+/// The share of hits that is enough. With so many vectors, embeddings are three standard deviations above it at the least of efforts.
+const ENOUGH: f64 = 0.95;
 /// Largest effort a search may ask for.
 pub const EF_MAX: usize = 10_000;
 /// From so many vectors on a collection gets a graph. Below, the exact scan takes about as long as a walk, and is exact.
@@ -52,10 +61,18 @@ impl Way {
     }
 }
 
-/// The effort for so many hits: what was asked for, but never less than the hits.
+/// The effort for so many hits: what was asked for, else what is usual for the collection, but never less than the hits.
 #[must_use]
-pub fn effort(asked: Option<usize>, hits: usize) -> usize {
-    asked.unwrap_or(EF_DEFAULT + hits / 2).max(hits)
+pub fn effort(asked: Option<usize>, usual: usize, hits: usize) -> usize {
+    asked.unwrap_or(usual + hits / 2).max(hits)
+}
+
+/// The least of [`EFFORTS`] that finds enough: `found` says for each but the last how many it found of the `of` that the last does.
+#[must_use]
+pub fn usual_effort(found: &[usize; EFFORTS.len() - 1], of: usize) -> usize {
+    let is_enough = |&(_, &found): &(&usize, &usize)| found as f64 >= ENOUGH * of as f64;
+    let [.., most] = EFFORTS;
+    EFFORTS.iter().zip(found).find(is_enough).map_or(most, |(&effort, _)| effort)
 }
 
 /// Rows a walk with a filter may score before another way is taken. Most that succeed score far fewer; one whose query
@@ -88,8 +105,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_usual_effort_is_the_least_that_finds_enough() {
+        assert_eq!(usual_effort(&[608, 640, 640, 640], 640), EF_DEFAULT);
+        assert_eq!(usual_effort(&[607, 630, 640, 640], 640), 2 * EF_DEFAULT);
+        assert_eq!(usual_effort(&[100, 200, 300, 400], 640), 16 * EF_DEFAULT);
+        assert_eq!(usual_effort(&[0; 4], 0), EF_DEFAULT);
+    }
+
+    #[test]
     fn few_matches_are_scanned_and_many_are_walked_to() {
-        let way = |matches, count| choose(effort(None, 10), matches, count);
+        let way = |matches, count| choose(effort(None, EF_DEFAULT, 10), matches, count);
         assert_eq!(way(60_000, 60_000), Way::Graph);
         assert_eq!(way(48_933, 60_000), Way::Graph);
         assert_eq!(way(29_428, 60_000), Way::TwoHop);
@@ -105,6 +130,6 @@ mod tests {
         assert_eq!(way(5210, 6500), Way::Scan);
         assert_eq!(way(7811, 13_000), Way::Scan);
         // A thousand hits of few vectors: no walk is cheaper than looking at all.
-        assert_eq!(choose(effort(None, 1000), 60_000, 60_000), Way::Scan);
+        assert_eq!(choose(effort(None, EF_DEFAULT, 1000), 60_000, 60_000), Way::Scan);
     }
 }
