@@ -362,21 +362,26 @@ impl Server {
         });
         let mut connection = self.http2.serve_connection(TokioIo::new(io), answer);
         let mut stop = self.stop.clone();
-        tokio::select! {
+        let is_stop = tokio::select! {
             // A broken connection is the client's affair.
             _ = &mut connection => return,
             over = looks.over() => match over {
                 Over::Stalled => return,
-                Over::Idle => {}
+                Over::Idle => false,
             },
-            _ = stop.wait_for(|stop| *stop) => {}
-        }
+            _ = stop.wait_for(|stop| *stop) => true,
+        };
         Pin::new(&mut connection).graceful_shutdown();
-        if looks.has_answers() {
+        if is_stop && looks.had_requests() {
+            // Cut by whoever stops the server, when it takes too long.
             connection.await.ok();
-        } else {
-            // One that has not even sent its preface is not ended by being told.
-            tokio::time::timeout(LAST_WORDS_TIMEOUT, connection).await.ok();
+            return;
+        }
+        // One that has not even sent its preface is not ended by being told. A request that was on its way is answered.
+        while tokio::time::timeout(LAST_WORDS_TIMEOUT, &mut connection).await.is_err() {
+            if !looks.has_answers() || looks.is_stalled() {
+                return;
+            }
         }
     }
 }
@@ -389,7 +394,13 @@ type Look = Mutex<Option<Instant>>;
 /// holds, would stay. Nor does anything else end one that asks for nothing, or never becomes HTTP/2.
 /// The lock is held to add an answer and, when there are many and every half minute, to look through them.
 #[derive(Clone, Debug, Default)]
-struct Looks(Arc<Mutex<Vec<Weak<Look>>>>);
+struct Looks(Arc<Mutex<Answers>>);
+
+#[derive(Debug, Default)]
+struct Answers {
+    had_requests: bool,
+    looks: Vec<Weak<Look>>,
+}
 
 /// Why a connection is to end.
 enum Over {
@@ -402,38 +413,48 @@ enum Over {
 impl Looks {
     /// A request has come.
     fn begin(&self) -> Arc<Look> {
-        let last = Arc::new(Mutex::new(None));
+        let look = Arc::<Look>::default();
         let mut answers = self.0.lock();
-        if answers.len() >= 2 * H2_STREAMS_MAX as usize {
+        answers.had_requests = true;
+        if answers.looks.len() >= 2 * H2_STREAMS_MAX as usize {
             // At least half of them are over.
-            answers.retain(|last| last.strong_count() > 0);
+            answers.looks.retain(|look| look.strong_count() > 0);
         }
-        answers.push(Arc::downgrade(&last));
-        last
+        answers.looks.push(Arc::downgrade(&look));
+        look
+    }
+
+    fn had_requests(&self) -> bool {
+        self.0.lock().had_requests
     }
 
     fn has_answers(&self) -> bool {
-        self.0.lock().iter().any(|last| last.strong_count() > 0)
+        self.0.lock().looks.iter().any(|look| look.strong_count() > 0)
     }
 
-    /// Ready when the connection is to end. A stream that is well is looked at with each heartbeat.
+    /// Whether an answer has not been looked at for long. A stream that is well is looked at with each heartbeat.
+    fn is_stalled(&self) -> bool {
+        let is_stalled = |look: Arc<Look>| {
+            let last = *look.lock();
+            last.is_some_and(|last| last.elapsed() > 2 * STALL_TIMEOUT)
+        };
+        self.0.lock().looks.iter().filter_map(Weak::upgrade).any(is_stalled)
+    }
+
+    /// Ready when the connection is to end.
     async fn over(&self) -> Over {
         let mut idle_since = Instant::now();
         loop {
             tokio::time::sleep(STALL_TIMEOUT / 2).await;
-            let mut answers = self.0.lock();
-            let is_stalled = |last: Arc<Look>| {
-                let last = *last.lock();
-                last.is_some_and(|last| last.elapsed() > 2 * STALL_TIMEOUT)
-            };
-            if answers.iter().filter_map(Weak::upgrade).any(is_stalled) {
+            if self.is_stalled() {
                 return Over::Stalled;
             }
+            let looks = &mut self.0.lock().looks;
             // Those that came and went since the last look are still noted.
-            if !answers.is_empty() {
+            if !looks.is_empty() {
                 idle_since = Instant::now();
             }
-            answers.retain(|last| last.strong_count() > 0);
+            looks.retain(|look| look.strong_count() > 0);
             if idle_since.elapsed() >= HEAD_TIMEOUT {
                 return Over::Idle;
             }
@@ -606,7 +627,7 @@ mod tests {
         for _ in 0..10_000 {
             drop(Watched::new(Body::empty(), looks.begin()));
         }
-        let answers = looks.0.lock();
+        let answers = &looks.0.lock().looks;
         let live = answers.iter().filter(|last| last.strong_count() > 0).count();
         assert!(live == kept.len() && answers.len() <= 2 * H2_STREAMS_MAX as usize, "{live} of {}", answers.len());
     }

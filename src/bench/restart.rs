@@ -34,6 +34,7 @@ impl Bench<'_> {
 
         self.prefill()?;
         let written = self.health()?["revision"].clone();
+        std::thread::sleep(SETTLE);
         let full = self.resident_bytes()?.context("a server of our own")?;
         self.server.take().context("a server of our own")?.crash();
         let took = self.start_again()?;

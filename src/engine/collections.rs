@@ -57,8 +57,11 @@ const LINK_SLOTS: usize = 16;
 /// one that condemns more repairs several links of a slot at once.
 const REPAIR_FROM: usize = 128;
 const REPAIR_PART: usize = 32;
-/// The usual effort is measured anew when this part of a graph has changed; while many vectors wait, when only this part has not.
+/// The usual effort is measured anew when vectors that make this part of a graph were linked, and few wait to be: a smaller part.
 const MEASURED_PART: usize = 4;
+const WAITING_PART: usize = 16;
+/// Slots that are one job of that: some milliseconds.
+const MEASURED_SLOTS: usize = 8;
 /// Lost slots are looked for when this part of the graph has changed, in so many passes at most.
 const SEARCH_PARTY_PART: u64 = 16;
 const SEARCH_PARTIES: usize = 3;
@@ -154,8 +157,17 @@ struct Upkeep {
     search_party: Option<SearchParty>,
     /// Changes of the graph when lost slots were last looked for.
     searched_at: u64,
-    /// And when the usual effort was last measured.
-    measured_at: Option<u64>,
+    /// Vectors linked since the usual effort was last measured; never before this process did.
+    linked_since: Option<usize>,
+    measurement: Option<Measurement>,
+}
+
+/// Of the usual effort: slots not looked at yet, how many are not done, and what was found so far.
+#[derive(Debug)]
+struct Measurement {
+    slots: Vec<u32>,
+    left: usize,
+    measured: Measured,
 }
 
 /// All slots there were when it began, piece by piece.
@@ -209,8 +221,8 @@ enum Piece {
     Reach,
     /// Of so many slots; those that were lost.
     Find(Arc<[bool]>, usize, usize),
-    /// What searches near some slots find.
-    Measure(Measured),
+    /// Of so many slots; what searches near them find.
+    Measure(usize, Measured),
 }
 
 /// Hits found by each effort but the largest, and by that.
@@ -218,6 +230,13 @@ enum Piece {
 struct Measured {
     found: [usize; plan::EFFORTS.len() - 1],
     of: usize,
+}
+
+impl Measured {
+    fn add(&mut self, more: Self) {
+        self.found.iter_mut().zip(more.found).for_each(|(sum, found)| *sum += found);
+        self.of += more.of;
+    }
 }
 
 /// What became of it.
@@ -233,8 +252,8 @@ enum Done {
     Reached(Vec<bool>),
     /// So many slots looked at, and found to be lost.
     Found(usize, usize),
-    /// What searches found.
-    Measured(Measured),
+    /// So many slots looked at, and what searches near them found.
+    Measured(usize, Measured),
 }
 
 /// A piece of work for a linker. While it is out, its number keeps the slots it may meet from being reused.
@@ -256,7 +275,7 @@ impl Job {
 
     /// Whether it is nothing that anybody waits for.
     fn is_measuring(&self) -> bool {
-        matches!(self.piece, Piece::Measure(_))
+        matches!(self.piece, Piece::Measure(..))
     }
 
     /// Does it and reports. Where it is to be given up ([`Scratch::stopped_by`]), gives what is left of it for another to do.
@@ -287,17 +306,16 @@ impl Job {
                     was_lost.is_some()
                 }
                 Piece::Find(..) => true,
-                Piece::Measure(measured) if graph.nodes().is_live(slot) => {
+                Piece::Measure(_, measured) if graph.nodes().is_live(slot) => {
                     // A millisecond each; as with links.
                     std::thread::yield_now();
                     let found = graph.found_by_effort(slot, scratch);
                     if let Some((found, of)) = found {
-                        measured.found.iter_mut().zip(found).for_each(|(sum, found)| *sum += found);
-                        measured.of += of;
+                        measured.add(Measured { found, of });
                     }
                     found.is_some()
                 }
-                Piece::Measure(_) => true,
+                Piece::Measure(..) => true,
             };
             if is_done {
                 self.collection.slots_done.fetch_add(1, Ordering::Relaxed);
@@ -324,7 +342,7 @@ impl Job {
                 None => return Some(self),
             },
             Piece::Find(_, count, lost) => Done::Found(count, lost),
-            Piece::Measure(measured) => Done::Measured(measured),
+            Piece::Measure(count, measured) => Done::Measured(count, measured),
         };
         self.collection.jobs_out.fetch_sub(1, Ordering::Relaxed);
         self.collection.done.lock().push((self.number, done));
@@ -688,13 +706,19 @@ impl SharedCollection {
                         }
                     }
                 }
-                Done::Measured(Measured { found, of }) => {
-                    let usual = plan::usual_effort(&found, of);
-                    tracing::debug!(?found, of, usual, "measured what searches find");
-                    self.usual_effort.store(usual, Ordering::Relaxed);
+                Done::Measured(count, measured) => {
+                    if let Some(measurement) = &mut upkeep.measurement {
+                        measurement.measured.add(measured);
+                        measurement.left -= count;
+                        if measurement.left == 0 {
+                            self.end_measurement(measurement.measured);
+                            upkeep.measurement = None;
+                        }
+                    }
                 }
             }
         }
+        upkeep.linked_since = upkeep.linked_since.map(|since| since + linked.len());
         if !linked.is_empty() {
             self.write(|inner, horizon| inner.finish_links(&linked, horizon));
         }
@@ -815,12 +839,12 @@ impl SharedCollection {
             // The cast: slots are counted in u32.
             return Some((Piece::Repair(Arc::clone(repair), count), piece.map(|slot| slot as u32).collect()));
         }
-        if let Some(slots) = self.to_measure(upkeep) {
-            return Some((Piece::Measure(Measured::default()), slots));
-        }
         let slots = self.inner.write().claim_links(LINK_SLOTS);
         if !slots.is_empty() {
             return Some((Piece::Link(Vec::with_capacity(slots.len())), slots));
+        }
+        if let Some(slots) = self.to_measure(upkeep) {
+            return Some((Piece::Measure(slots.len(), Measured::default()), slots));
         }
         let party = upkeep.search_party.as_mut()?;
         match &party.reached {
@@ -837,17 +861,35 @@ impl SharedCollection {
         }
     }
 
-    /// Slots to measure the usual effort by, when it is time: at first, when the graph has grown to four times what it was, and when it is
-    /// done and a part of it has changed.
+    /// Slots to measure the usual effort by, when it is time.
     fn to_measure(&self, upkeep: &mut Upkeep) -> Option<Vec<u32>> {
-        let counts = self.read(Collection::graph_counts);
-        let part = counts.linked / MEASURED_PART * if counts.tail == 0 { 1 } else { MEASURED_PART - 1 };
-        let is_due = upkeep.measured_at.is_none_or(|at| counts.changes - at > part as u64);
-        if counts.linked < GRAPH_FROM || !is_due {
-            return None;
+        if upkeep.measurement.is_none() {
+            let counts = self.read(Collection::graph_counts);
+            let has_changed = upkeep.linked_since.is_none_or(|since| since > counts.linked / MEASURED_PART);
+            if !has_changed || counts.linked < GRAPH_FROM || counts.tail > counts.linked / WAITING_PART {
+                return None;
+            }
+            let slots = self.read(|c| c.sample_linked(plan::MEASURED_VECTORS));
+            if slots.is_empty() {
+                return None;
+            }
+            upkeep.linked_since = Some(0);
+            upkeep.measurement = Some(Measurement { left: slots.len(), slots, measured: Measured::default() });
         }
-        upkeep.measured_at = Some(counts.changes);
-        Some(self.read(|c| c.sample_linked(plan::MEASURED_VECTORS)))
+        let slots = &mut upkeep.measurement.as_mut()?.slots;
+        let slots = slots.split_off(slots.len().saturating_sub(MEASURED_SLOTS));
+        (!slots.is_empty()).then_some(slots)
+    }
+
+    fn end_measurement(&self, Measured { found, of }: Measured) {
+        if of == 0 {
+            // All of them have gone meanwhile.
+            return;
+        }
+        let present = self.usual_effort.load(Ordering::Relaxed);
+        let usual = plan::usual_effort(&found, of, present);
+        tracing::debug!(?found, of, usual, "measured what searches find");
+        self.usual_effort.store(usual, Ordering::Relaxed);
     }
 
     fn begin_repair(&self, graph: &Graph) -> (Arc<Repair>, Walk) {
@@ -1139,10 +1181,10 @@ impl SharedCollection {
 /// Turns a failure to get room into what the client is told; the operator reads the rest in the server's log.
 #[must_use]
 pub fn no_room(error: &Error) -> Rejection {
-    tracing::warn!(%error, "no room for more vectors");
     if error.is_out_of_files() {
         return Rejection::OUT_OF_FILES;
     }
+    tracing::warn!(%error, "no room for more vectors");
     Rejection::StorageFull(
         "there is no room for more vectors; delete some or give the server more disk or memory".into(),
     )

@@ -47,7 +47,7 @@
 use super::Metric;
 use super::codes::{Distances, GROUP, Probe};
 use super::nodes::{LINKS_MAX, Nodes, ROUGH_DIM};
-use super::plan::{EF_DEFAULT, EFFORTS, MEASURED_HITS, effort};
+use super::plan::{self, EF_DEFAULT, EFFORTS, MEASURED_HITS, Way};
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -728,7 +728,7 @@ impl Graph {
         is_first(scratch)
     }
 
-    /// Of the hits nearest to a slot, as the largest of [`EFFORTS`] finds them, how many each smaller one finds; and how many there are.
+    /// Of the hits nearest to a slot, as the largest of [`EFFORTS`] finds them, how many as near each smaller one finds; and how many there are.
     /// The slot is hidden meanwhile: its own links lead to just these, and no query has such. `None` where it was given up.
     pub fn found_by_effort(&self, slot: u32, scratch: &mut Scratch) -> Option<([usize; EFFORTS.len() - 1], usize)> {
         scratch.is_given_up = false;
@@ -740,17 +740,20 @@ impl Graph {
         let is_result = |other| self.nodes.is_live(other);
         scratch.hidden = Some(slot);
         let nearest = |usual, scratch: &mut Scratch| {
-            let (ef, kept) = (effort(None, usual, MEASURED_HITS), kept_by_halves(MEASURED_HITS));
-            self.search(&probe, ef, kept, MEASURED_HITS, usize::MAX, false, is_result, scratch);
-            scratch.found().take(MEASURED_HITS).collect::<Vec<_>>()
+            let (ef, kept) = (plan::effort(None, usual, MEASURED_HITS), kept_by_halves(MEASURED_HITS));
+            let budget = plan::budget(Way::Graph, ef, usize::MAX);
+            self.search(&probe, ef, kept, MEASURED_HITS, budget, false, is_result, scratch);
+            scratch.found_distances().take(MEASURED_HITS).map(|(_, distance)| distance).collect::<Vec<_>>()
         };
         let [efforts @ .., most] = EFFORTS;
         let all = nearest(most, scratch);
+        // By distance: of copies any will do.
+        let farthest = all.last().copied().unwrap_or_default();
         // Where one finds all of them, so do larger ones.
         let mut found = [all.len(); EFFORTS.len() - 1];
         for (usual, found) in efforts.into_iter().zip(&mut found) {
             let hits = nearest(usual, scratch);
-            *found = hits.iter().filter(|hit| all.contains(hit)).count();
+            *found = hits.iter().filter(|&&distance| distance <= farthest).count();
             if *found == all.len() {
                 break;
             }
