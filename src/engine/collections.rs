@@ -57,7 +57,8 @@ const LINK_SLOTS: usize = 16;
 /// one that condemns more repairs several links of a slot at once.
 const REPAIR_FROM: usize = 128;
 const REPAIR_PART: usize = 32;
-/// The usual effort is measured anew when vectors that make this part of a graph were linked, and few wait to be: a smaller part.
+/// The usual effort is measured anew when vectors that make this part of a graph were linked; while more than a smaller part of it wait to
+/// be, when only this part was linked before.
 const MEASURED_PART: usize = 4;
 const WAITING_PART: usize = 16;
 /// Slots that are one job of that: some milliseconds.
@@ -839,12 +840,12 @@ impl SharedCollection {
             // The cast: slots are counted in u32.
             return Some((Piece::Repair(Arc::clone(repair), count), piece.map(|slot| slot as u32).collect()));
         }
+        if let Some(slots) = self.to_measure(upkeep) {
+            return Some((Piece::Measure(slots.len(), Measured::default()), slots));
+        }
         let slots = self.inner.write().claim_links(LINK_SLOTS);
         if !slots.is_empty() {
             return Some((Piece::Link(Vec::with_capacity(slots.len())), slots));
-        }
-        if let Some(slots) = self.to_measure(upkeep) {
-            return Some((Piece::Measure(slots.len(), Measured::default()), slots));
         }
         let party = upkeep.search_party.as_mut()?;
         match &party.reached {
@@ -865,8 +866,9 @@ impl SharedCollection {
     fn to_measure(&self, upkeep: &mut Upkeep) -> Option<Vec<u32>> {
         if upkeep.measurement.is_none() {
             let counts = self.read(Collection::graph_counts);
-            let has_changed = upkeep.linked_since.is_none_or(|since| since > counts.linked / MEASURED_PART);
-            if !has_changed || counts.linked < GRAPH_FROM || counts.tail > counts.linked / WAITING_PART {
+            let is_growing = counts.tail > counts.linked / WAITING_PART;
+            let part = counts.linked / MEASURED_PART * if is_growing { MEASURED_PART - 1 } else { 1 };
+            if counts.linked < GRAPH_FROM || upkeep.linked_since.is_some_and(|since| since <= part) {
                 return None;
             }
             let slots = self.read(|c| c.sample_linked(plan::MEASURED_VECTORS));

@@ -872,14 +872,15 @@ impl Collection {
         in_range.filter(|(_, state)| is_linked(state)).map(|(at, state)| (to_slot(at).0, state.born)).collect()
     }
 
-    /// About so many live slots that are linked, evenly.
+    /// At most so many live slots that are linked, evenly; fewer where most are not. Looks at eight times as many.
     #[must_use]
     pub fn sample_linked(&self, count: usize) -> Vec<u32> {
-        let live = self.live.len();
-        let places = (0..count as u64).map(|place| place * live / count as u64);
+        let (live, looks) = (self.live.len(), 8 * count as u64);
         // The cast: slots are counted in u32.
-        let slots = places.filter_map(|place| self.live.select(place as u32));
-        slots.filter(|&slot| self.slots[slot as usize].stage == Stage::Linked).collect()
+        let slots = (0..looks).filter_map(|look| self.live.select((look * live / looks) as u32));
+        let mut linked: Vec<u32> = slots.filter(|&slot| self.slots[slot as usize].stage == Stage::Linked).collect();
+        linked.dedup();
+        linked.iter().step_by(linked.len().div_ceil(count).max(1)).copied().collect()
     }
 
     /// Whether a link may lead to a slot.
