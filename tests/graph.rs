@@ -386,7 +386,7 @@ fn searches_that_do_not_say_find_enough_whatever_the_data() {
     };
     for metric in [Metric::Cosine, Metric::L2, Metric::Dot] {
         let (recall, with_little, _) = measured(metric, &|random| noise(random, 128), 1);
-        assert!(recall >= 0.95 && with_little < 0.9, "{metric:?}: {recall}, with little effort {with_little}");
+        assert!(recall >= 0.9 && with_little < 0.9 * recall, "{metric:?}: {recall}, with little effort {with_little}");
     }
     let (recall, with_little, plan) = measured(Metric::Cosine, &|random| noise(random, 48), 1);
     assert!(recall >= 0.95 && plan.way == Way::Graph, "{recall}, with little effort {with_little}: {plan:?}");
