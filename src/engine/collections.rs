@@ -32,7 +32,7 @@ use crate::revision::Revision;
 use crate::vector::collection::{Changes, Collection, Horizon, Item, SearchNumber};
 use crate::vector::graph::{Graph, Pass, Repair, Scratch};
 use crate::vector::graph_file::{self, GraphFile};
-use crate::vector::plan::{self, GRAPH_FROM};
+use crate::vector::plan::{self, Way};
 use crate::vector::storage::{SlotEntry, SlotLog, encode_frame};
 use crate::vector::{CollectionSpec, Metric, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -868,7 +868,9 @@ impl SharedCollection {
             let counts = self.read(Collection::graph_counts);
             let is_growing = counts.tail > counts.linked / WAITING_PART;
             let part = counts.linked / MEASURED_PART * if is_growing { MEASURED_PART - 1 } else { 1 };
-            if counts.linked < GRAPH_FROM || upkeep.linked_since.is_some_and(|since| since <= part) {
+            // Where searches look at all vectors anyway, there is nothing to measure.
+            let is_walked = plan::choose(plan::EF_DEFAULT, counts.linked, counts.linked) == Way::Graph;
+            if !is_walked || upkeep.linked_since.is_some_and(|since| since <= part) {
                 return None;
             }
             let slots = self.read(|c| c.sample_linked(plan::MEASURED_VECTORS));

@@ -168,7 +168,9 @@ fn run(settings: Settings, plan: Plan, bug: Option<Bug>, counts: &Counts) -> Res
                     return Err(format!("{failed}: poisoned for want of space"));
                 }
                 one_more(&counts.poisoned);
-            } else if is(|r| matches!(r, Rejection::StorageFull(_))) {
+            } else if is(|r| matches!(r, Rejection::StorageFull(_)))
+                || failed.contains("Files") && is(|r| *r == Rejection::OUT_OF_FILES)
+            {
                 one_more(&counts.full);
             } else if let Some(other) = oracle.rejections.first() {
                 return Err(format!("{failed}: a write is refused with {other}"));
