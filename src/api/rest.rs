@@ -110,8 +110,8 @@ impl http_body::Body for Lent {
         if let Some(frame) = ready!(Pin::new(&mut *body).poll_frame(cx)) {
             return Poll::Ready(Some(frame.map_err(Into::into)));
         }
-        let is_cut = self.is_http2 && self.body.take().is_some_and(|body| !body.is_end_stream());
-        self.body = None;
+        let ended = self.body.take();
+        let is_cut = self.is_http2 && ended.is_some_and(|body| !body.is_end_stream());
         Poll::Ready(is_cut.then(|| Err("the stream was reset before the end of its body".into())))
     }
 

@@ -1,5 +1,5 @@
-//! Background work on collections: making memory ready, putting vectors into the graph, repairing around deleted ones, filling the index over
-//! metadata, loading graph files.
+//! Background work on collections: making memory ready, putting vectors into the graph, repairing around deleted ones, measuring what
+//! searches find, filling the index over metadata, loading graph files.
 //!
 //! Threads
 //! - `upkeep`, one, as batch work: everything that takes a collection's lock, in slices of tens of microseconds, and hands out
