@@ -7,6 +7,8 @@ use common::{Duration, Server, call, contains, ok, timeout};
 use kiss_vdb::client::{Client, EventStream, ServerEvent};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
 
 async fn next(stream: &mut EventStream) -> ServerEvent {
     let event = timeout(Duration::from_secs(20), stream.next_event()).await.expect("an event in time");
@@ -334,6 +336,39 @@ async fn a_snapshot_shows_a_key_that_is_prolonged_behind_it_however_slow_its_rea
     assert_eq!(event.event, "snapshot_end");
     assert_eq!((rows.len(), rows.last().map(String::as_str)), (24, Some("z")));
     assert_eq!(next(&mut walks).await.json().unwrap()["patch"]["beat"], 1);
+}
+
+/// A refusal would end an `EventSource` for good.
+#[tokio::test]
+async fn a_stream_for_whose_snapshot_there_is_no_place_waits_for_one() {
+    const PLACES: usize = 32;
+    let server = Server::start(&[]);
+    let mut c = server.client();
+    let filling = "x".repeat(1 << 20);
+    for n in 0..12 {
+        ok(&mut c, &format!("PUT /v1/state/k{n} {{\"value\":\"{filling}\"}}")).await;
+    }
+    let request = "GET /v1/events?snapshot=true&heartbeat_ms=1000 HTTP/1.1\r\nhost: h\r\n\r\n";
+    let mut stand_still = Vec::new();
+    for _ in 0..PLACES {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(16 << 10).unwrap();
+        let mut stream = socket.connect(address(&server).parse().unwrap()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        until(&mut stream, "event: snapshot\n").await;
+        stand_still.push(stream);
+    }
+    // Open, with signs of life, and at no place to resume from. What fits is looked up beside it.
+    let mut waits = connect(&server).await;
+    waits.write_all(request.as_bytes()).await.unwrap();
+    let said = until(&mut waits, "\r\n:\n\n\r\n").await;
+    assert!(said.starts_with("HTTP/1.1 200 OK") && said.contains("retry: 1000"), "{said}");
+    assert!(!said.contains("id:") && !said.contains("event:"), "{said}");
+    let mut few = server.target.events("?snapshot=true&key=none", None).await.unwrap();
+    assert_eq!(next(&mut few).await.event, "snapshot_end");
+    // It gets the place of one that leaves.
+    stand_still.pop();
+    assert!(until(&mut waits, "event: snapshot_end\nid: 12\n").await.contains("event: snapshot\n"));
 }
 
 #[tokio::test]
@@ -673,11 +708,34 @@ async fn in_a_relaxed_mode_a_crash_loses_a_range_and_says_so() {
     assert_eq!(ok(&mut server.client(), "GET /v1/health").await["revision"], head + 1);
 }
 
+fn address(server: &Server) -> String {
+    server.target.url().strip_prefix("http://").unwrap().to_owned()
+}
+
+async fn connect(server: &Server) -> TcpStream {
+    TcpStream::connect(address(server)).await.unwrap()
+}
+
+/// What comes until a text has come.
+async fn until(stream: &mut TcpStream, text: &str) -> String {
+    let mut said = Vec::new();
+    let read = async {
+        let mut at = 0;
+        while memchr::memmem::find(&said[at..], text.as_bytes()).is_none() {
+            at = said.len().saturating_sub(text.len());
+            said.reserve(64 << 10);
+            assert!(stream.read_buf(&mut said).await.unwrap() > 0, "it goes on");
+        }
+    };
+    let in_time = timeout(Duration::from_secs(20), read).await;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(in_time.is_ok(), "no {text:?} in {} bytes: {:.300}", said.len(), said);
+    said
+}
+
 /// What a server sends to raw bytes, until it closes or is silent for a second.
 async fn raw(server: &Server, request: &str) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut socket =
-        tokio::net::TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).await.unwrap();
+    let mut socket = connect(server).await;
     socket.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     while let Ok(Ok(1..)) = timeout(Duration::from_secs(1), socket.read_buf(&mut answer)).await {}

@@ -5,7 +5,7 @@ use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Fields, Head, Object, Params, Payload, accepted, parse_object, read_json};
 use super::live::Pending;
 use super::state::MetaBody;
-use super::walk::{Walk, WalkPlace};
+use super::walk::Walk;
 use super::{App, json};
 use crate::engine::Engine;
 use crate::engine::command::{Command, EventType, KEY_BYTES_MAX, Key, Op};
@@ -242,11 +242,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
         if let Some((reason, requested)) = reset {
             push_reset(&mut out, &app.engine, reason, requested, None);
         }
-        let mut walk = Walk::new(filter);
-        if walk.needs_place(&app.engine) {
-            walk.place = Some(WalkPlace::wait(&app).await?);
-        }
-        Phase::Snapshot(Box::new(walk))
+        Phase::Snapshot(Box::new(Walk::new(&app.engine, filter, &app.walks)))
     } else {
         match reset {
             Some((reason, requested)) => push_reset(&mut out, &app.engine, reason, requested, Some(after)),
@@ -377,10 +373,8 @@ impl EventStream {
 
     /// Notes that the reader took some of what was sent.
     pub fn note_taken(&self) {
-        if let Phase::Snapshot(walk) = &self.phase
-            && let Some(place) = &walk.place
-        {
-            place.hold();
+        if let Phase::Snapshot(walk) = &self.phase {
+            walk.note_taken();
         }
     }
 
@@ -393,7 +387,14 @@ impl EventStream {
         }
         match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Ended => return Poll::Ready(None),
-            Phase::Snapshot(walk) => {
+            Phase::Snapshot(mut walk) => {
+                if walk.poll_place(cx).is_pending() {
+                    self.phase = Phase::Snapshot(walk);
+                    if self.subscription.poll_draining(cx) {
+                        return Poll::Ready(Some(Content::Text(self.farewell())));
+                    }
+                    return self.poll_silence(cx);
+                }
                 if let Some(bytes) = self.snapshot_step(walk) {
                     return Poll::Ready(bytes.map(Content::Text));
                 }
@@ -408,14 +409,7 @@ impl EventStream {
             Poll::Ready(Step::Reset(reason, requested)) => {
                 let mut out = String::new();
                 if let Some(walks) = &self.walks {
-                    let mut walk = Walk::new(self.subscription.filter().clone());
-                    if walk.needs_place(&self.engine) {
-                        let Ok(permit) = Arc::clone(walks).try_acquire_owned() else {
-                            // It comes back by the id it has, and waits for a place before its stream begins.
-                            return Poll::Ready(Some(Content::Text(self.farewell())));
-                        };
-                        walk.place = Some(WalkPlace::take(permit));
-                    }
+                    let walk = Walk::new(&self.engine, self.subscription.filter().clone(), walks);
                     push_reset(&mut out, &self.engine, reason, requested, None);
                     self.phase = Phase::Snapshot(Box::new(walk));
                 } else {
@@ -425,12 +419,17 @@ impl EventStream {
                 Poll::Ready(Some(Content::Text(out.into())))
             }
             Poll::Ready(Step::Drained) => Poll::Ready(Some(Content::Text(self.farewell()))),
-            // Whoever revoked the key before the waker was known has woken nobody.
-            Poll::Pending if self.access.as_ref().is_some_and(Access::is_over) => {
-                Poll::Ready(Some(Content::Text(self.farewell())))
-            }
-            Poll::Pending => self.poll_heartbeat(cx).map(|bytes| bytes.map(Content::Text)),
+            Poll::Pending => self.poll_silence(cx),
         }
+    }
+
+    /// There is nothing to say: waits until its time is over, or a heartbeat due.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Content>> {
+        // Whoever revoked the key before the waker was known has woken nobody.
+        if self.access.as_ref().is_some_and(Access::is_over) {
+            return Poll::Ready(Some(Content::Text(self.farewell())));
+        }
+        self.poll_heartbeat(cx).map(|bytes| Some(Content::Text(bytes)))
     }
 
     /// The next rows, or the end of the snapshot; `None` when there is nothing to send yet.
@@ -458,7 +457,7 @@ impl EventStream {
         (!out.is_empty()).then(|| Some(out.into()))
     }
 
-    fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+    fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Bytes> {
         let heartbeat = self.heartbeat;
         let ends_at = self.access.as_ref().and_then(|access| access.ends_at);
         let no_later = |due: Instant| ends_at.map_or(due, |at| due.min(at));
@@ -466,13 +465,16 @@ impl EventStream {
         let timer = self.timer.get_or_insert_with(set);
         while timer.as_mut().poll(cx).is_ready() {
             if ends_at.is_some_and(|at| Instant::now() >= at) {
-                return Poll::Ready(Some(self.farewell()));
+                return Poll::Ready(self.farewell());
             }
             let due = self.last_sent + heartbeat;
             if Instant::now() >= due {
                 timer.as_mut().reset(no_later(Instant::now() + heartbeat));
-                let id = format!("id: {}\n\n", self.subscription.reached());
-                return Poll::Ready(Some(id.into()));
+                // A stream that waits for its snapshot is at no place it could resume from.
+                if matches!(self.phase, Phase::Snapshot(_)) {
+                    return Poll::Ready(Bytes::from_static(b":\n\n"));
+                }
+                return Poll::Ready(format!("id: {}\n\n", self.subscription.reached()).into());
             }
             timer.as_mut().reset(no_later(due));
         }

@@ -1,7 +1,5 @@
 //! Snapshots within streams: a consistent walk over the keys a stream's filter wants, a slice at a time.
 
-use super::App;
-use super::error::ApiResult;
 use super::events::CHUNK_BYTES;
 use super::state::push_entry;
 use crate::engine::Engine;
@@ -10,15 +8,16 @@ use crate::engine::command::Key;
 use crate::engine::feed::EventFilter;
 use crate::engine::state::is_live;
 use crate::engine::view::View;
-use crate::error::Rejection;
 use crate::revision::Revision;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
+use tokio_util::sync::PollSemaphore;
 
 /// Slices of a snapshot looked at before other tasks of the thread get their turn.
 const SLICES_PER_POLL: usize = 4;
@@ -26,8 +25,6 @@ const SLICES_PER_POLL: usize = 4;
 const SMALL_BYTES_MAX: usize = CHUNK_BYTES;
 /// A deadline is past by so much that nothing decided before it can still be on its way.
 const LONG_PAST_MS: u64 = 60_000;
-/// How long a stream that wants a snapshot waits until it may walk one.
-const WALK_PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is looked whether a walk may keep its place.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// A walk that sends nothing for so long loses its place; those whose reader is seen to take anything are cut by [`super::live`].
@@ -56,7 +53,9 @@ pub struct Walk {
     /// Rows so far.
     pub count: u64,
     /// Where it needs one.
-    pub place: Option<Arc<WalkPlace>>,
+    place: Option<Arc<WalkPlace>>,
+    /// While it is in line for one.
+    line: Option<PollSemaphore>,
 }
 
 /// One of [`super::WALKS_MAX`]: each walk makes every write keep an old version, and a slow one keeps many. A walk that stands still
@@ -70,18 +69,8 @@ pub struct WalkPlace {
 }
 
 impl WalkPlace {
-    /// Waits for a place, and not for ever.
-    pub async fn wait(app: &App) -> ApiResult<Arc<Self>> {
-        let permit = tokio::time::timeout(WALK_PATIENCE, Arc::clone(&app.walks).acquire_owned()).await;
-        match permit {
-            Ok(Ok(permit)) => Ok(Self::take(permit)),
-            _ => Err(Rejection::Overloaded("too many snapshots are being sent; retry in a moment").into()),
-        }
-    }
-
-    /// Has one.
     #[must_use]
-    pub fn take(permit: OwnedSemaphorePermit) -> Arc<Self> {
+    fn take(permit: OwnedSemaphorePermit) -> Arc<Self> {
         let walks = Arc::clone(permit.semaphore());
         let place = Arc::new(Self {
             permit: Mutex::new(Some(permit)),
@@ -140,9 +129,9 @@ impl Drop for Walk {
 }
 
 impl Walk {
-    /// Of what the filter wants.
+    /// Of what the filter wants, in line for one of the places if it needs any.
     #[must_use]
-    pub fn new(filter: EventFilter) -> Self {
+    pub fn new(engine: &Engine, filter: EventFilter, places: &Arc<Semaphore>) -> Self {
         let mut prefixes: Vec<String> = Vec::new();
         // Both in order: what begins with a name stands behind it.
         let mut names: Vec<&str> =
@@ -158,7 +147,7 @@ impl Walk {
         if prefixes.is_empty() && !are_only_collections {
             prefixes.push(String::new());
         }
-        Self {
+        let mut walk = Self {
             filter,
             rows: Vec::new().into_iter(),
             whole_at: None,
@@ -168,12 +157,30 @@ impl Walk {
             from: String::new(),
             count: 0,
             place: None,
+            line: None,
+        };
+        walk.line = walk.needs_place(engine).then(|| PollSemaphore::new(Arc::clone(places)));
+        walk
+    }
+
+    /// Ready when it may begin. Its stream is open meanwhile, because a refusal would end an `EventSource` for good.
+    pub fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(line) = &mut self.line {
+            self.place = ready!(line.poll_acquire(cx)).map(WalkPlace::take);
+            self.line = None;
+        }
+        Poll::Ready(())
+    }
+
+    /// Notes that the reader took some of what was sent.
+    pub fn note_taken(&self) {
+        if let Some(place) = &self.place {
+            place.hold();
         }
     }
 
     /// Whether it takes a place: when it walks the keys, rather than look up a few small ones.
-    #[must_use]
-    pub fn needs_place(&self, engine: &Engine) -> bool {
+    fn needs_place(&self, engine: &Engine) -> bool {
         match engine.small_snapshot(&self.filter) {
             Some((entries, _)) => entries.iter().map(|(_, entry)| entry.value.len()).sum::<usize>() > SMALL_BYTES_MAX,
             None => !self.prefixes.is_empty(),
@@ -273,7 +280,7 @@ mod tests {
     use super::*;
     use crate::config::Resolved;
     use crate::engine::command::{Command, Condition, Op, Value};
-    use tokio::sync::Semaphore;
+    use std::task::Waker;
 
     fn engine() -> (Engine, crate::engine::Threads) {
         let flags = [("ephemeral", "true".to_owned())];
@@ -295,12 +302,16 @@ mod tests {
         }
     }
 
+    /// One that may begin.
+    fn walk(engine: &Engine, filter: EventFilter) -> Walk {
+        let mut walk = Walk::new(engine, filter, &Arc::new(Semaphore::new(1)));
+        assert!(walk.poll_place(&mut Context::from_waker(Waker::noop())).is_ready());
+        walk
+    }
+
     /// The keys it shows, each chunk no larger than it may be.
     fn shown(engine: &Engine, filter: EventFilter) -> Vec<String> {
-        let mut walk = Walk::new(filter);
-        if walk.needs_place(engine) {
-            walk.place = Some(WalkPlace::take(Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap()));
-        }
+        let mut walk = walk(engine, filter);
         let mut all = String::new();
         loop {
             let mut out = String::new();
@@ -321,13 +332,13 @@ mod tests {
         for key in ["a", "a1", "a2", "b", "b/1", "c", "d"] {
             put(&engine, key, 10).await;
         }
-        assert!(!Walk::new(filter(&["a", "c"], &[])).needs_place(&engine));
+        assert!(walk(&engine, filter(&["a", "c"], &[])).place.is_none());
         assert_eq!(shown(&engine, filter(&["c", "a", "no"], &[])), ["a", "c"]);
         assert_eq!(shown(&engine, filter(&["a", "b/1"], &["b", "c"])), ["a", "b", "b/1", "c"]);
         for key in ["a", "a1", "c"] {
             put(&engine, key, CHUNK_BYTES / 2).await;
         }
-        assert!(Walk::new(filter(&["a", "c"], &[])).needs_place(&engine));
+        assert!(walk(&engine, filter(&["a", "c"], &[])).place.is_some());
         assert_eq!(shown(&engine, filter(&["c", "a", "no"], &[])), ["a", "c"]);
         threads.stop();
     }
@@ -339,9 +350,8 @@ mod tests {
         for n in 0..4 {
             put(&engine, &format!("k{n}"), CHUNK_BYTES / 2).await;
         }
-        let mut walk = Walk::new(EventFilter::default());
-        let place = WalkPlace::take(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
-        walk.place = Some(Arc::clone(&place));
+        let mut walk = walk(&engine, EventFilter::default());
+        let place = Arc::clone(walk.place.as_ref().unwrap());
         let mut out = String::new();
         assert_eq!(walk.step(&engine, &mut out), Ok(None));
         assert!(walk.whole_at.is_some(), "one slice");
@@ -359,9 +369,8 @@ mod tests {
         for n in 0..8 {
             put(&engine, &format!("k{n}"), 2 * CHUNK_BYTES).await;
         }
-        let mut walk = Walk::new(EventFilter::default());
-        let place = WalkPlace::take(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
-        walk.place = Some(Arc::clone(&place));
+        let mut walk = walk(&engine, EventFilter::default());
+        let place = Arc::clone(walk.place.as_ref().unwrap());
         let mut out = String::new();
         assert_eq!(walk.step(&engine, &mut out), Ok(None));
         place.lose();

@@ -830,10 +830,7 @@ impl Subscription {
                 }
                 continue;
             }
-            // In this order: a wake-up in between finds the waker, one before is seen to by the look below.
-            self.waiter.waker.register(cx.waker());
-            self.waiter.woken.swap(false, Ordering::AcqRel);
-            if self.feed.is_draining() {
+            if self.poll_draining(cx) {
                 return Poll::Ready(Step::Drained);
             }
             match self.look(frames_max, bytes_max) {
@@ -846,6 +843,14 @@ impl Subscription {
                 Look::Behind => self.start_catch_up(frames_max, bytes_max),
             }
         }
+    }
+
+    /// Whether streams are being told to end; whoever waits for something else is woken for that, and for what it wants to see.
+    pub fn poll_draining(&self, cx: &mut Context<'_>) -> bool {
+        // In this order: a wake-up in between finds the waker, one before is seen to by whoever asks.
+        self.waiter.waker.register(cx.waker());
+        self.waiter.woken.swap(false, Ordering::AcqRel);
+        self.feed.is_draining()
     }
 
     /// Finds the cursor's place in the ring, if the ring reaches back that far.
