@@ -5,6 +5,7 @@
 
 use crate::error::Error;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -184,7 +185,7 @@ impl Resolved {
     /// Collects the settings. `flags` are name and text; `file` is the `--config` path, else `kiss-vdb.toml` if it exists.
     pub fn collect(
         file: Option<PathBuf>,
-        environment: impl Fn(&str) -> Option<String>,
+        environment: impl Fn(&str) -> Option<OsString>,
         flags: impl IntoIterator<Item = (&'static str, String)>,
     ) -> Result<Self, Error> {
         let mut values: BTreeMap<_, _> =
@@ -203,6 +204,10 @@ impl Resolved {
         for setting in SETTINGS {
             // An empty variable is what shells and compose files make of an unset one.
             if let Some(value) = environment(setting.env).filter(|v| !v.is_empty()) {
+                // Taken for unset, it would leave a server open, or in another directory.
+                let value = value.into_string().map_err(|_| {
+                    Error::Config(format!("{} (environment) is not UTF-8: write it in UTF-8, or unset it", setting.env))
+                })?;
                 values.insert(setting.name, (value, Source::Environment(setting.env)));
             }
         }
@@ -405,8 +410,16 @@ mod tests {
         let path = dir.path().join("c.toml");
         std::fs::write(&path, file).unwrap();
         let flags = flags.iter().map(|(n, v)| (*n, (*v).to_owned()));
-        let environment = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+        let environment = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).into());
         Resolved::collect(Some(path), environment, flags)
+    }
+
+    #[test]
+    fn a_variable_that_is_no_text_is_refused_by_name() {
+        use std::os::unix::ffi::OsStringExt;
+        let environment = |name: &str| (name == "API_KEY").then(|| OsString::from_vec(vec![b'p', 0xe4]));
+        let error = Resolved::collect(Some("/dev/null".into()), environment, []).unwrap_err().to_string();
+        assert!(error.contains("API_KEY") && error.contains("UTF-8"), "{error}");
     }
 
     #[test]

@@ -8,9 +8,10 @@
 //! Writes to the mapped rows of a collection pass by: the lab looks at that file itself.
 
 use crate::faults::{self, Bug};
+use parking_lot::RwLock;
 use rustix::fs::{Advice, FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
-use std::fs::Metadata;
+use std::fs::{Metadata, TryLockError};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -58,10 +59,71 @@ pub struct File {
     lab: Option<crate::lab::Watched>,
 }
 
-/// Tells the lab of an operation on a name. It may refuse.
-#[inline]
-#[cfg_attr(not(test), expect(unused_variables, reason = "without a lab there is nobody to tell"))]
+impl Op<'_> {
+    /// The name it is about.
+    fn path(&self) -> Option<&Path> {
+        match *self {
+            Op::Open(path) | Op::Create(path) | Op::OpenOrCreate(path) | Op::Rename { to: path, .. } => Some(path),
+            Op::Remove(path) | Op::List(path) | Op::CreateDir(path) | Op::RemoveDir(path) | Op::SyncDir(path) => {
+                Some(path)
+            }
+            Op::Read | Op::Write { .. } | Op::Allocate { .. } | Op::SetLength(_) | Op::Sync => None,
+        }
+    }
+}
+
+/// A directory that is this process's alone. Should it be moved, or something be mounted in its place, no operation on a name below it
+/// succeeds any more: it would be done to what stands there now, which may be another database.
+#[derive(Debug)]
+pub struct Held {
+    path: PathBuf,
+    _lock: std::fs::File,
+    _dir: std::fs::File,
+}
+
+/// What is held, by path, with the device and the number of the directory. One, but in a restore and in tests.
+static HELD: RwLock<Vec<(PathBuf, (u64, u64))>> = RwLock::new(Vec::new());
+
+fn identity(of: &Metadata) -> (u64, u64) {
+    (of.dev(), of.ino())
+}
+
+impl Held {
+    /// Takes a directory by the locked file in it, and by the directory itself, as the file may be removed. `None` when another process
+    /// has it.
+    pub fn take(path: &Path, lock: std::fs::File) -> io::Result<Option<Self>> {
+        let dir = std::fs::File::open(path)?;
+        // Not every file system locks directories.
+        if matches!(dir.try_lock(), Err(TryLockError::WouldBlock)) {
+            return Ok(None);
+        }
+        HELD.write().push((path.to_owned(), identity(&dir.metadata()?)));
+        Ok(Some(Self { path: path.to_owned(), _lock: lock, _dir: dir }))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.write().retain(|(path, _)| *path != self.path);
+    }
+}
+
+/// An error when what has this name is no longer in the directory that is held.
+pub fn check_held(path: &Path) -> io::Result<()> {
+    let held = HELD.read().iter().find(|(dir, _)| path.starts_with(dir)).cloned();
+    let Some((dir, taken)) = held else { return Ok(()) };
+    if dir.metadata().is_ok_and(|found| identity(&found) == taken) {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "{} is not the directory it was when it was locked: it was moved, or something else mounted in its place",
+        dir.display()
+    )))
+}
+
+/// Looks whether the name still leads where it should, and tells the lab. Both may refuse.
 fn tell(op: Op<'_>) -> io::Result<()> {
+    op.path().map_or(Ok(()), check_held)?;
     #[cfg(test)]
     crate::lab::tell(op)?;
     Ok(())

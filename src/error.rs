@@ -172,7 +172,7 @@ pub enum Error {
         found: PathBuf,
     },
     /// The data directory is not ours to write.
-    #[error("{what} {}: {cause}. The data directory (DATA_DIR) must be one that the user who runs the server may write: change its owner, or choose another", path.display())]
+    #[error("{what} {}: {cause}. The data directory (DATA_DIR) must be one that the user who runs the server may write, on a disk that may be written to: change its owner, mount the disk anew, or choose another", path.display())]
     NotWritable {
         /// What was attempted.
         what: &'static str,
@@ -202,11 +202,11 @@ impl Error {
         move |cause| Self::Io { what, path, cause }
     }
 
-    /// Whether free space would help.
+    /// Whether more space, or a higher limit of it, would help.
     #[must_use]
     pub fn is_storage_full(&self) -> bool {
-        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
-        matches!(self, Self::Io { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { cause, .. } if matches!(cause.kind(), FileTooLarge | QuotaExceeded | StorageFull))
     }
 
     /// As [`Error::io`], for what needs a data directory that this user may write.

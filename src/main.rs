@@ -10,14 +10,18 @@ use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved, SETTINGS, Setting};
 use kiss_vdb::engine::frame::push_fmt;
 use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
+use kiss_vdb::error::Error;
 use kiss_vdb::heap::{self, Heap};
 use kiss_vdb::turns::{self, Turn};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::net::TcpSocket;
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -111,8 +115,8 @@ impl FromArgMatches for SettingFlags {
 }
 
 impl SettingFlags {
-    fn resolve(self) -> Result<Resolved, kiss_vdb::error::Error> {
-        Resolved::collect(self.config, |name| std::env::var(name).ok(), self.given)
+    fn resolve(self) -> Result<Resolved, Error> {
+        Resolved::collect(self.config, |name| std::env::var_os(name), self.given)
     }
 }
 
@@ -175,6 +179,10 @@ fn start_logging(config: &Config) -> anyhow::Result<()> {
 fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let config = resolved.build()?;
     start_logging(&config)?;
+    check_threads(&config)?;
+    // A file larger than the process may write is an error like a full disk's, and not its end.
+    // SAFETY: nothing is called by it.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // Before there are other threads.
     heap::keep_giving_back().context("cannot start a thread")?;
     let file_limit = serve::raise_file_limit();
@@ -200,13 +208,88 @@ fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     // What can be wrong at once is told at once, and not after a recovery.
     let socket = bind(SocketAddr::new(config.bind_addr, config.port))?;
     let tls = config.tls.as_ref().map(|(cert, key)| Tls::new(cert, key)).transpose()?;
-    let (engine, threads) = Engine::open(&config)?;
+    let stop = Stop::on_signals(&runtime)?;
+    let (engine, threads) = Engine::open(&config).map_err(with_cure)?;
     heap::give_back();
-    let served = accepting.block_on(run(&config, engine, max_connections, socket, tls, runtime.handle().clone()));
+    let server = run(&config, engine, max_connections, socket, tls, runtime.handle().clone(), stop.opened());
+    let served = accepting.block_on(server);
     threads.stop();
     // Tasks that outlived the drain are cut here rather than waited for.
     runtime.shutdown_background();
     served
+}
+
+/// Threads beside those there are one of for each core: the engine's and the runtimes' own, and some for blocking calls.
+const OTHER_THREADS: usize = 12;
+
+/// Starts as many threads as a server has, and ends them: where the system does not allow them it says so now, and what to do.
+fn check_threads(config: &Config) -> anyhow::Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let workers = if config.worker_threads > 0 { config.worker_threads } else { cores };
+    // For requests; for scans, and for links.
+    let needed = workers + 2 * cores + config.stream_threads.max(1) + OTHER_THREADS;
+    let gate = std::sync::RwLock::new(());
+    std::thread::scope(|scope| {
+        let _closed = gate.write();
+        for started in 0..needed {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, || drop(gate.read()));
+            thread.with_context(|| {
+                format!(
+                    "the system lets this process start {started} threads, and it takes {needed}: raise the limit (ulimit -u; the \
+                     pids of a container or TasksMax of a unit; ulimit -v), or lower WORKER_THREADS and STREAM_THREADS"
+                )
+            })?;
+        }
+        Ok(())
+    })
+}
+
+/// What to do about an error that a start ends with, where the system's word says little.
+fn with_cure(error: Error) -> anyhow::Error {
+    let cure = if error.is_storage_full() {
+        "a start needs room for a segment of the log, an eighth of MAX_LOG_MB and at most 64 MiB: free some, or lower MAX_LOG_MB"
+    } else if error.is_out_of_files() {
+        "raise the limit of open files (ulimit -n, LimitNOFILE of a unit): each collection takes some"
+    } else {
+        return error.into();
+    };
+    anyhow::anyhow!("{error}; {cure}")
+}
+
+/// What a signal does.
+struct Stop {
+    wanted: Arc<watch::Sender<bool>>,
+    is_open: Arc<AtomicBool>,
+}
+
+impl Stop {
+    /// From here on SIGTERM and SIGINT are ours. By itself the system ends nothing that runs as the first process of a container.
+    fn on_signals(runtime: &Runtime) -> anyhow::Result<Self> {
+        let _entered = runtime.enter();
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = Self { wanted: Arc::new(watch::channel(false).0), is_open: Arc::default() };
+        let (wanted, is_open) = (Arc::clone(&stop.wanted), Arc::clone(&stop.is_open));
+        runtime.spawn(async move {
+            let name = tokio::select! {
+                _ = interrupt.recv() => "SIGINT",
+                _ = terminate.recv() => "SIGTERM",
+            };
+            tracing::info!(signal = name, "stopping");
+            wanted.send_replace(true);
+            if !is_open.load(Ordering::SeqCst) {
+                // Nothing has begun that a recovery does not do again.
+                std::process::exit(0);
+            }
+        });
+        Ok(stop)
+    }
+
+    /// The server is open: from here on it stops in order.
+    fn opened(&self) -> watch::Receiver<bool> {
+        self.is_open.store(true, Ordering::SeqCst);
+        self.wanted.subscribe()
+    }
 }
 
 fn bind(address: SocketAddr) -> anyhow::Result<TcpSocket> {
@@ -229,6 +312,7 @@ async fn run(
     socket: TcpSocket,
     tls: Option<Tls>,
     requests: Handle,
+    stopped: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let listener = serve::listen(socket).context("cannot listen")?;
     let app = App::new(engine, config)?;
@@ -237,18 +321,9 @@ async fn run(
     if let Some(tls) = tls {
         tokio::spawn(tls.keep_fresh());
     }
-    let (stop, stopped) = watch::channel(false);
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::spawn(async move {
-        let name = tokio::select! {
-            _ = tokio::signal::ctrl_c() => "SIGINT",
-            _ = terminate.recv() => "SIGTERM",
-        };
-        tracing::info!(signal = name, "stopping");
-        // Nobody listens any more when the server ended by itself.
-        stop.send(true).ok();
-    });
-    print_banner(config, listener.local_addr()?)?;
+    if let Err(error) = print_banner(config, listener.local_addr()?) {
+        tracing::warn!(%error, "cannot say on stdout that the server is ready");
+    }
     notify_ready();
     let streams = StreamThreads::start(config.stream_threads).context("cannot start the threads for streams")?;
     let runtimes = serve::Runtimes { requests, streams };
@@ -276,7 +351,7 @@ fn send_ready(address: &std::ffi::OsStr) -> std::io::Result<()> {
 }
 
 /// The first line on stdout once requests are accepted: scripts wait for it.
-fn print_banner(config: &Config, address: SocketAddr) -> anyhow::Result<()> {
+fn print_banner(config: &Config, address: SocketAddr) -> std::io::Result<()> {
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let url = format!("{scheme}://{address}");
     let (data, durability) = match &config.data_dir {

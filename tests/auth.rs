@@ -411,6 +411,13 @@ async fn limits_by_client_are_429_and_let_go() {
     let _second = worker.events("", None).await.unwrap();
     let refused = worker.events("", None).await.expect_err("a third stream").to_string();
     assert!(refused.contains("429"), "{refused}");
+    // What ends any other client's request for good ends an EventSource for good, too: it is told when to come back instead.
+    let event_source = [("accept", "text/event-stream"), ("cache-control", "no-cache")];
+    let told = c.send("GET".parse().unwrap(), "/v1/events", &event_source, "").await.unwrap();
+    assert_eq!((told.status.as_u16(), &told.headers["content-type"]), (200, &"text/event-stream".parse().unwrap()));
+    let text = String::from_utf8(told.body.to_vec()).unwrap();
+    let retry_ms: u64 = text.strip_prefix("retry: ").unwrap().split('\n').next().unwrap().parse().unwrap();
+    assert!((1000..5000).contains(&retry_ms) && text.ends_with("\n: 429 Too Many Requests\n\n"), "{text}");
     drop(first);
     for _ in 0..50 {
         tokio::time::sleep(Duration::from_millis(250)).await;

@@ -707,6 +707,10 @@ fn a_backup_goes_through_pipes_and_a_broken_one_is_refused() {
         assert!(ran.status.code() == Some(1) && err.contains("what the server sent is damaged at"), "{name}: {err}");
         answer.join().unwrap();
     }
+    // Whatever it is called: it can be read but once.
+    let named = program("", &["restore", "/dev/stdin", dir.path().join("named").to_str().unwrap()]).spawn().unwrap();
+    assert_eq!(finish(named, bytes).code, 0);
+    std::fs::remove_dir_all(dir.path().join("named")).unwrap();
     let ran = restore(bytes);
     assert_eq!(ran.code, 0, "{ran:?}");
     let restored = Server::start_in(&target, &[]);

@@ -474,7 +474,7 @@ fn a_stored_vector_is_found_by_its_id_wherever_the_walk_leads() {
             hits(&answer)[0].id.as_str() == id
         };
         missed += usize::from(!run(&search));
-        search.stored = Some(VectorId::new(id).unwrap());
+        search.stored = Some((VectorId::new(id).unwrap(), Revision::ZERO));
         assert!(run(&search), "{id}");
     }
     assert!(missed > 0, "the walk found all of them by itself");

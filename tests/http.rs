@@ -532,6 +532,7 @@ async fn vectors_write_and_read() {
         row("info", "GET /v1/vector/c", 200, json!({"count":2,"index":{"kind":"exact","indexed":2,"pending":0},"revision":11})),
         row("all", "GET /v1/vector", 200, json!({"collections":[{"collection":"c"}]})),
         row("none", "GET /v1/vector/none", 404, code("collection_not_found")),
+        row("drop under a condition", r#"DELETE /v1/vector/c {"if_revision":99}"#, 400, bad()),
         row("drop", "DELETE /v1/vector/c", 200, json!({"deleted":true,"count":2,"revision":12})),
         row("dropped", "DELETE /v1/vector/c", 404, code("collection_not_found")),
         row("anew with another shape", r#"POST /v1/vector/c {"dim":3,"metric":"dot"}"#, 201, json!({"dim":3,"count":0})),

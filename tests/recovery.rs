@@ -334,6 +334,9 @@ async fn one_server_owns_a_data_directory() {
     let server = Server::start_in(dir.path(), &[]);
     let said = Server::refuses_to_start(dir.path(), &[]);
     assert!(said.contains("in use by another server") && said.contains(dir.path().to_str().unwrap()), "{said}");
+    // As whoever takes the file for one left behind does.
+    std::fs::remove_file(dir.path().join("LOCK")).unwrap();
+    assert!(Server::refuses_to_start(dir.path(), &[]).contains("in use by another server"));
     server.kill();
     assert!(Server::start_in(dir.path(), &[]).stop(), "the lock goes with the process");
 }
@@ -594,10 +597,7 @@ async fn a_log_removed_under_the_server_poisons_it() {
     let server = Server::start_in(&data, &[]);
     let c = &mut server.client();
     ok(c, r#"PUT /v1/state/k {"value":1}"#).await;
-    std::fs::rename(&data, dir.path().join("moved")).unwrap();
-    tokio::time::sleep(Duration::from_millis(2500)).await;
-    ok(c, r#"PUT /v1/state/k {"value":2}"#).await;
-    std::fs::remove_dir_all(dir.path().join("moved")).unwrap();
+    std::fs::remove_dir_all(&data).unwrap();
     let started = Instant::now();
     while call(c, "GET /v1/health").await.status != 503 {
         assert!(started.elapsed() < Duration::from_secs(60), "it goes on as if nothing had happened");
@@ -605,7 +605,44 @@ async fn a_log_removed_under_the_server_poisons_it() {
     }
     let refused = call(c, r#"PUT /v1/state/k {"value":3}"#).await;
     assert_eq!((refused.status.as_u16(), &refused.json().unwrap()["code"]), (503, &json!("poisoned")));
-    assert_eq!(ok(c, "GET /v1/state/k").await["value"], 2, "reads go on");
+    assert_eq!(ok(c, "GET /v1/state/k").await["value"], 1, "reads go on");
+}
+
+/// What stands where the directory was may be another database: that of whoever moved it, or one mounted there.
+#[tokio::test]
+async fn a_directory_that_was_moved_is_not_looked_for_in_its_old_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, moved) = (dir.path().join("data"), dir.path().join("moved"));
+    let small = ["--max-log-mb", "1"];
+    let first = Server::start_in(&data, &small);
+    let c = &mut first.client();
+    ok(c, r#"PUT /v1/state/first {"value":1}"#).await;
+    std::fs::rename(&data, &moved).unwrap();
+    let second = Server::start_in(&data, &small);
+    ok(&mut second.client(), r#"PUT /v1/state/second {"value":1}"#).await;
+    // More than a segment holds, so that it needs the next before it has looked around.
+    let filling = "x".repeat(100 << 10);
+    let started = Instant::now();
+    let mut written = 0;
+    let refused = loop {
+        let answer = call(c, &format!("PUT /v1/state/first{written} {{\"value\":\"{filling}\"}}")).await;
+        if !answer.status.is_success() {
+            break answer;
+        }
+        written += 1;
+        assert!(started.elapsed() < Duration::from_secs(60), "it goes on in another's directory");
+    };
+    assert_eq!((refused.status.as_u16(), &refused.json().unwrap()["code"]), (503, &json!("poisoned")));
+    assert!(written > 0 && ok(c, "GET /v1/state/first").await["value"] == 1, "reads go on");
+    assert_eq!(call(c, "POST /v1/admin/snapshot").await.status, 503);
+    assert!(first.stop() && second.stop());
+    for (dir, keys, key) in [(&data, 1, "second"), (&moved, written + 1, "first")] {
+        let server = Server::start_in(dir, &small);
+        let c = &mut server.client();
+        ok(c, &format!("GET /v1/state/{key}")).await;
+        let page = ok(c, "GET /v1/state?keys_only=true&limit=1000").await;
+        assert_eq!(page["items"].as_array().unwrap().len(), keys, "{key}");
+    }
 }
 
 /// A sync that fails in the kernel's name: the server poisons itself, reads go on, and what it acknowledged is there after a restart.

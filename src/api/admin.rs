@@ -77,9 +77,10 @@ pub async fn snapshot(State(app): State<App>, uri: Uri) -> ApiResult {
     Ok(json(StatusCode::OK, body))
 }
 
-/// Blocks of a backup that wait to be sent: a megabyte.
-const BACKUP_BLOCKS: usize = 4;
-/// A reader of a backup that takes no block for so long is cut: the log is held for it.
+/// Pieces of a backup that wait to be sent, and what is in one: a block is as large as a value may be.
+const BACKUP_PIECES: usize = 4;
+const BACKUP_PIECE_BYTES: usize = 256 << 10;
+/// A reader of a backup that takes no piece for so long is cut: the log is held for it.
 const BACKUP_STALL: Duration = Duration::from_secs(60);
 
 /// `GET /v1/admin/backup`
@@ -99,25 +100,30 @@ pub async fn backup(State(app): State<App>, method: Method, uri: Uri) -> ApiResu
 fn begin_backup(app: App) -> Result<BackupBody, Rejection> {
     let permit = Arc::clone(&app.backups).try_acquire_owned();
     let permit = permit.map_err(|_| Rejection::Overloaded("a backup is being taken; retry when it is done"))?;
-    let (send, blocks) = mpsc::channel(BACKUP_BLOCKS);
+    let (send, blocks) = mpsc::channel(BACKUP_PIECES);
     let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
         let _permit = permit;
         let started = Instant::now();
         let send = |piece| runtime.block_on(send.send_timeout(piece, BACKUP_STALL)).is_ok();
-        let taken = app.engine.backup(|block| send(Some(block.into())));
-        if matches!(taken, Ok(Some(_))) {
-            send(None);
-        }
-        match taken {
-            Ok(Some(taken)) => tracing::info!(
+        let send_block = |block: Vec<u8>| {
+            let mut block = Bytes::from(block);
+            while !block.is_empty() {
+                if !send(Some(block.split_to(block.len().min(BACKUP_PIECE_BYTES)))) {
+                    return false;
+                }
+            }
+            true
+        };
+        match app.engine.backup(send_block) {
+            Ok(Some(taken)) if send(None) => tracing::info!(
                 revision = taken.revision.0,
                 keys = taken.keys,
                 vectors = taken.vectors,
                 took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
                 "backup"
             ),
-            Ok(None) => tracing::warn!("a backup was cut short: its reader went away or stalled, or the server stops"),
+            Ok(_) => tracing::warn!("a backup was cut short: its reader went away or stalled, or the server stops"),
             Err(error) => tracing::error!(%error, "the backup failed"),
         }
     });

@@ -19,7 +19,7 @@ use crate::revision::Revision;
 use crate::vector::CollectionName;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame as BodyFrame;
@@ -36,7 +36,7 @@ use tokio::time::{Instant, Sleep};
 
 /// How long a client waits before it reconnects, in milliseconds.
 const RETRY_MS: u64 = 1000;
-/// On shutdown clients are told to come back within this spread, so that they don't all come at once.
+/// Clients that are sent away are told to come back within this spread, so that they don't all come at once.
 const RETRY_SPREAD_MS: u64 = 2000;
 /// Bytes put into one chunk of a stream: enough to share a send among many small events.
 pub const CHUNK_BYTES: usize = 64 << 10;
@@ -203,6 +203,35 @@ fn wants_json(headers: &Fields) -> bool {
     }
 }
 
+/// Whether this is an `EventSource`: what it accepts, and that it wants no cache's answer, is what the Fetch standard has it say.
+#[must_use]
+pub fn is_event_source(head: &Head) -> bool {
+    let says = |name, value: &str| head.headers.first(name).is_some_and(|found| found == value);
+    head.method == Method::GET && says(header::ACCEPT, "text/event-stream") && says(header::CACHE_CONTROL, "no-cache")
+}
+
+/// A refusal that passes, as an `EventSource` survives it: any other status than 200 ends it for good.
+#[must_use]
+pub fn come_back(refusal: Response) -> Response {
+    let seconds = refusal.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+    let retry_ms = seconds.unwrap_or(1_u64) * RETRY_MS + spread_ms();
+    let mut response = Response::new(Body::from(format!("retry: {retry_ms}\n: {}\n\n", refusal.status())));
+    put_stream_headers(&mut response);
+    response
+}
+
+fn put_stream_headers(response: &mut Response) {
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+}
+
+/// Not the same for all that are sent away at once.
+fn spread_ms() -> u64 {
+    std::hash::RandomState::new().hash_one(()) % RETRY_SPREAD_MS
+}
+
 /// `GET /v1/events`
 pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
     let Head { uri, headers, grant, client, .. } = head;
@@ -268,10 +297,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
     };
     let mut response = Response::new(Body::empty());
     response.extensions_mut().insert(Pending::new(stream));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    put_stream_headers(&mut response);
     Ok(response.into())
 }
 
@@ -483,8 +509,7 @@ impl EventStream {
 
     fn farewell(&mut self) -> Bytes {
         self.phase = Phase::Ended;
-        let spread = std::hash::RandomState::new().hash_one(self.subscription.reached()) % RETRY_SPREAD_MS;
-        format!("retry: {}\n\n", RETRY_MS / 2 + spread).into()
+        format!("retry: {}\n\n", RETRY_MS / 2 + spread_ms()).into()
     }
 }
 

@@ -350,6 +350,7 @@ impl Guard {
         let request_id = head.headers.first(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
         // A long poll takes as long as it was asked to.
         let may_wait = head.uri.path() == "/v1/events";
+        let is_event_source = may_wait && events::is_event_source(&head);
         let mut admin = None;
         let let_in = self.let_in(&mut head, meter, &mut admin);
         let mut audit = admin.map(|key| AdminAct { key, peer: self.peer, route: meter.route, status: None });
@@ -364,6 +365,9 @@ impl Guard {
         let status = answer.status();
         if let Some(audit) = &mut audit {
             audit.status = Some(status.as_u16());
+        }
+        if is_event_source && matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            answer = events::come_back(answer.into_response()).into();
         }
         let took = started.elapsed();
         let is_slow = !may_wait && app.slow_request.is_some_and(|slow| took >= slow);

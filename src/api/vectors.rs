@@ -2,7 +2,8 @@
 
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
-    Head, Object, Params, Payload, aside, meta, parse_list, parse_object, read_json, unique_names, vector,
+    Head, Object, Params, Payload, aside, meta, must_be_json, parse_list, parse_object, read_body, read_json,
+    unique_names, vector,
 };
 use super::offer;
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor, push_outcome};
@@ -133,11 +134,22 @@ pub async fn info(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     Ok(json(StatusCode::OK, out))
 }
 
+/// A body that says nothing.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoFields {}
+
 /// `DELETE /v1/vector/{collection}`
-pub async fn drop_collection(State(app): State<App>, path: NamePath, head: Head) -> ApiResult {
+pub async fn drop_collection(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
     Params::parse(&head.uri, &[])?;
-    let committed = app.commit(&head, &[], Command::one(Op::DeleteCollection { collection })).await?;
+    let bytes = read_body(&head.headers, body, app.max_body_bytes).await?;
+    if !bytes.is_empty() {
+        // A condition that was overlooked would delete what its sender wants to keep.
+        must_be_json(&head.headers)?;
+        let NoFields {} = parse_object(&bytes)?;
+    }
+    let committed = app.commit(&head, &bytes, Command::one(Op::DeleteCollection { collection })).await?;
     Ok(json(StatusCode::OK, outcome_json(&committed.outcomes[0])))
 }
 
@@ -520,9 +532,10 @@ impl SearchBody<'_> {
             (None, Some(id)) => {
                 let id = VectorId::new(id)?;
                 let item = collection.read(|c| c.get(id.as_str(), true));
-                let numbers =
-                    item.and_then(|i| i.vector).ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
-                (Vector::new(numbers)?, Some(id))
+                let Some(Item { vector: Some(numbers), revision, .. }) = item else {
+                    return Err(Rejection::VectorNotFound(id.as_str().to_owned()));
+                };
+                (Vector::new(numbers)?, Some((id, revision)))
             }
             _ => return Err(Rejection::invalid("give vector, vector_base64 or id, one of them")),
         };

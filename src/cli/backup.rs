@@ -178,7 +178,18 @@ pub fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
             INTERRUPTED.store(true, Ordering::Relaxed);
         }
     });
-    let restored = if is_stream(&args.file) { restore_stdin(&args.dir)? } else { restore_file(&args.file, &args.dir)? };
+    let restored = if is_stream(&args.file) {
+        let stdin = std::io::stdin();
+        if stdin.is_terminal() {
+            return Err(usage("stdin is a terminal: send a backup to it, or name a file"));
+        }
+        restore_stream(stdin, "stdin", &args.dir)?
+    } else if args.file.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        let pipe = std::fs::File::open(&args.file).with_context(|| format!("cannot open {}", args.file.display()))?;
+        restore_stream(pipe, &args.file.display().to_string(), &args.dir)?
+    } else {
+        restore_file(&args.file, &args.dir)?
+    };
     let mut out = Output::new();
     out.line(&format!(
         "{}: revision {} · {} keys · {} vectors in {} collections · the next write gets revision {}",
@@ -207,22 +218,18 @@ fn restore_file(file: &Path, dir: &Path) -> anyhow::Result<Restored> {
 }
 
 /// A restore reads its backup twice, first to check it: what comes but once is kept beside the directory meanwhile.
-fn restore_stdin(dir: &Path) -> anyhow::Result<Restored> {
-    let mut stdin = std::io::stdin();
-    if stdin.is_terminal() {
-        return Err(usage("stdin is a terminal: send a backup to it, or name a file"));
-    }
+fn restore_stream(mut stream: impl Read, name: &str, dir: &Path) -> anyhow::Result<Restored> {
     restore::refuse_used(dir)?;
     let beside = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut kept = tempfile::Builder::new()
         .prefix(".kiss-vdb-restore-")
         .tempfile_in(beside)
         .with_context(|| format!("cannot write to {}", beside.display()))?;
-    let bar = bytes_bar(None, "from stdin");
+    let bar = bytes_bar(None, &format!("from {name}"));
     let mut buffer = vec![0; 1 << 20];
     let mut bytes = 0;
     loop {
-        let read = stdin.read(&mut buffer).context("cannot read stdin")?;
+        let read = stream.read(&mut buffer).with_context(|| format!("cannot read {name}"))?;
         if INTERRUPTED.load(Ordering::Relaxed) {
             return Err(Interrupted.into());
         }
@@ -237,7 +244,7 @@ fn restore_stdin(dir: &Path) -> anyhow::Result<Restored> {
     restore_file(kept.path(), dir).map_err(|mut error| {
         // The file it was kept in is gone when this is read.
         if let Some(RestoreError::Read(ReadError::Damaged(damaged))) = error.downcast_mut() {
-            damaged.path = "stdin".into();
+            damaged.path = name.into();
         }
         error
     })

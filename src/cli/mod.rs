@@ -142,19 +142,28 @@ pub struct ServerFlags {
 }
 
 /// A variable of the environment; an empty one is what shells make of an unset one.
-fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
+fn variable(name: &str) -> anyhow::Result<Option<String>> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty());
+    value.map(|value| value.into_string().map_err(|_| usage(format!("{name} (environment) is not UTF-8")))).transpose()
 }
 
 impl ServerFlags {
-    fn key(&self) -> Option<String> {
-        self.api_key.clone().or_else(|| variable("API_KEY"))
+    fn key(&self) -> anyhow::Result<Option<String>> {
+        if self.api_key.is_some() { Ok(self.api_key.clone()) } else { variable("API_KEY") }
+    }
+
+    fn has_key(&self) -> bool {
+        self.key().is_ok_and(|key| key.is_some())
     }
 
     fn target(&self) -> anyhow::Result<Target> {
-        let url = self.url.clone().or_else(|| variable("KISS_URL")).unwrap_or_else(|| DEFAULT_URL.to_owned());
-        let ca_cert = self.ca_cert.clone().or_else(|| variable("KISS_CA_CERT").map(PathBuf::from));
-        Target::trusting(&url, self.key(), ca_cert.as_deref()).map_err(|error| usage(format!("{error:#}")))
+        let url = if self.url.is_some() { self.url.clone() } else { variable("KISS_URL")? };
+        let url = url.unwrap_or_else(|| DEFAULT_URL.to_owned());
+        let ca_cert = self
+            .ca_cert
+            .clone()
+            .or_else(|| std::env::var_os("KISS_CA_CERT").filter(|p| !p.is_empty()).map(PathBuf::from));
+        Target::trusting(&url, self.key()?, ca_cert.as_deref()).map_err(|error| usage(format!("{error:#}")))
     }
 
     fn client(&self) -> anyhow::Result<Client> {
@@ -228,7 +237,7 @@ fn report(error: &anyhow::Error, server: &ServerFlags) -> Exit {
     let (exit, text) = match (refused, problem) {
         (None, _) => (exit(error), format!("kiss-vdb: {error:#}")),
         (Some(Refused(answer)), Some(problem)) => {
-            let (exit, words) = meaning(&problem.code, server.key().is_some());
+            let (exit, words) = meaning(&problem.code, server.has_key());
             // Contexts, if any, then what there is to say in place of the whole answer.
             let context: String =
                 error.chain().take_while(|cause| !cause.is::<Refused>()).map(|cause| format!("{cause}: ")).collect();

@@ -9,12 +9,10 @@
 use crate::error::Rejection;
 use memchr::{memchr, memchr2, memchr2_iter};
 use serde::Deserialize;
-use serde::de::{MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::fmt;
 
 /// The media type of nearly every body and answer.
 pub const JSON: &str = "application/json";
@@ -154,102 +152,193 @@ pub fn compact(text: &str) -> String {
     out
 }
 
-/// Members of an object in order, values as text, and where each name stands; a repeated name keeps its last value, as parsers do.
+/// Containers of fewer bytes are read again rather than remembered.
+const SMALL_CONTAINER_BYTES: usize = 64;
+
+/// Compact JSON, and where its larger containers end: what is nested in an object is passed over without being read, so that going
+/// down a path of objects costs their members, and not all that is below them at each step.
+struct Nested<'a> {
+    text: &'a str,
+    /// First and last byte, in the order of the first.
+    containers: Vec<(usize, usize)>,
+}
+
+/// Members of an object in order, with where their values begin, and where each name stands; a repeated name keeps its last value, as
+/// parsers do.
 #[derive(Default)]
 struct Members<'a> {
-    list: Vec<(Cow<'a, str>, &'a RawValue)>,
+    list: Vec<(Cow<'a, str>, usize)>,
     places: HashMap<Cow<'a, str>, usize>,
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InOrder;
-        impl<'de> Visitor<'de> for InOrder {
-            type Value = Members<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut members = Members::default();
-                while let Some((name, value)) = map.next_entry::<Name<'de>, &'de RawValue>()? {
-                    match members.places.entry(name.0.clone()) {
-                        Entry::Occupied(place) => members.list[*place.get()].1 = value,
-                        Entry::Vacant(free) => {
-                            free.insert(members.list.len());
-                            members.list.push((name.0, value));
-                        }
+impl<'a> Nested<'a> {
+    fn new(text: &'a str) -> Self {
+        let bytes = text.as_bytes();
+        let mut containers = Vec::new();
+        let mut open = Vec::new();
+        let mut at = 0;
+        while let Some(found) = bytes[at..].iter().position(|&byte| is_structure(byte)) {
+            at += found;
+            match bytes[at] {
+                b'"' => at = skip_string(bytes, at),
+                b'{' | b'[' => {
+                    open.push(containers.len());
+                    containers.push((at, at));
+                }
+                _ => {
+                    let Some(place) = open.pop() else { break };
+                    containers[place].1 = at;
+                    // What lies in a small one is small, and gone.
+                    if at - containers[place].0 < SMALL_CONTAINER_BYTES {
+                        containers.truncate(place);
                     }
                 }
-                Ok(members)
+            }
+            at += 1;
+        }
+        Self { text, containers }
+    }
+
+    fn byte(&self, at: usize) -> u8 {
+        self.text.as_bytes().get(at).copied().unwrap_or_default()
+    }
+
+    /// Behind the value that begins at `at`.
+    fn end(&self, at: usize) -> usize {
+        let bytes = self.text.as_bytes();
+        match self.byte(at) {
+            b'"' => skip_string(bytes, at) + 1,
+            b'{' | b'[' => match self.containers.binary_search_by_key(&at, |container| container.0) {
+                Ok(place) => self.containers[place].1 + 1,
+                Err(_) => end_of_container(bytes, at),
+            },
+            _ => {
+                bytes[at..].iter().position(|b| matches!(b, b',' | b'}' | b']')).map_or(bytes.len(), |count| at + count)
             }
         }
-        deserializer.deserialize_map(InOrder)
+    }
+
+    fn value(&self, at: usize) -> &'a str {
+        &self.text[at..self.end(at)]
+    }
+
+    fn is_object(&self, at: usize) -> bool {
+        self.byte(at) == b'{'
+    }
+
+    fn is_null(&self, at: usize) -> bool {
+        self.byte(at) == b'n'
+    }
+
+    /// Of the object that begins at `at`.
+    fn members(&self, at: usize) -> Result<Members<'a>, Rejection> {
+        let mut members = Members::default();
+        let mut at = at + 1;
+        while self.byte(at) == b'"' {
+            let end = self.end(at);
+            let name = self.name(&self.text[at..end])?;
+            // Behind the colon.
+            let value = end + 1;
+            match members.places.entry(name.clone()) {
+                Entry::Occupied(place) => members.list[*place.get()].1 = value,
+                Entry::Vacant(free) => {
+                    free.insert(members.list.len());
+                    members.list.push((name, value));
+                }
+            }
+            at = self.end(value) + usize::from(self.byte(self.end(value)) == b',');
+        }
+        Ok(members)
+    }
+
+    fn name(&self, literal: &'a str) -> Result<Cow<'a, str>, Rejection> {
+        if !literal.contains('\\') {
+            return Ok(Cow::Borrowed(&literal[1..literal.len() - 1]));
+        }
+        let name = serde_json::from_str(literal).map(Cow::Owned);
+        name.map_err(|e| Rejection::invalid(format!("JSON object cannot be merged: {e}")))
     }
 }
 
-/// A member name that borrows where it has no escapes (serde's own `Cow` always copies).
-#[derive(Deserialize)]
-struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
-
-fn members(text: &str) -> Result<Members<'_>, Rejection> {
-    // The streaming parser's own depth guard counts objects only as it enters them, one per call here.
-    serde_json::from_str(text).map_err(|e| Rejection::invalid(format!("JSON object cannot be merged: {e}")))
+/// Behind the object or list that begins at `at`.
+fn end_of_container(bytes: &[u8], at: usize) -> usize {
+    let (mut at, mut depth) = (at, 0_usize);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'"' => at = skip_string(bytes, at),
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' if depth <= 1 => return at + 1,
+            b'}' | b']' => depth -= 1,
+            _ => {}
+        }
+        at += 1;
+    }
+    bytes.len()
 }
 
-fn is_object(text: &str) -> bool {
-    text.starts_with('{')
-}
-
-/// Applies a JSON merge patch (RFC 7396) to `target` (`None` = absent); both compact, and so is the result.
+/// Applies a JSON merge patch (RFC 7396) to `target` (`None` = absent); both compact and valid, and so is the result.
 ///
-/// Members the patch does not touch keep their text, so their number literals stay as they were sent. Cost: O(size of
-/// the objects along the patch's path, once per level). Errors only on member names that are not Unicode.
+/// Members the patch does not touch keep their text, so their number literals stay as they were sent. Cost: O(size of both), however
+/// deep they are. Errors only on member names that are not Unicode.
 pub fn merge_patch(target: Option<&str>, patch: &str) -> Result<String, Rejection> {
-    if !is_object(patch) {
-        return Ok(patch.to_owned());
+    let target = target.map(Nested::new);
+    let patch = Nested::new(patch);
+    let mut out = String::with_capacity(target.as_ref().map_or(0, |target| target.text.len()) + patch.text.len());
+    merge(&mut out, target.as_ref().map(|target| (target, 0)), &patch, 0)?;
+    Ok(out)
+}
+
+/// Appends what the patch's value at `at` makes of the target's at its place.
+fn merge(
+    out: &mut String,
+    target: Option<(&Nested<'_>, usize)>,
+    patch: &Nested<'_>,
+    at: usize,
+) -> Result<(), Rejection> {
+    if !patch.is_object(at) {
+        out.push_str(patch.value(at));
+        return Ok(());
     }
-    let patch = members(patch)?.list;
-    let Members { list, mut places } = match target {
-        Some(target) if is_object(target) => members(target)?,
-        _ => Members::default(),
-    };
-    let mut merged: Vec<(Cow<'_, str>, Cow<'_, str>)> =
-        list.into_iter().map(|(name, value)| (name, Cow::Borrowed(value.get()))).collect();
-    let mut removed = vec![false; merged.len()];
-    for (name, value) in patch {
-        let value = value.get();
-        let at = places.get(&name).copied();
-        if value == "null" {
-            if let Some(at) = at {
-                removed[at] = true;
-            }
-            continue;
-        }
-        let old = at.filter(|&at| !removed[at]).map(|at| merged[at].1.clone());
-        let new = Cow::Owned(merge_patch(old.as_deref(), value)?);
-        if let Some(at) = at {
-            merged[at].1 = new;
-            removed[at] = false;
-        } else {
-            places.insert(name.clone(), merged.len());
-            merged.push((name, new));
-            removed.push(false);
+    let target = target.filter(|(target, at)| target.is_object(*at));
+    let Members { list, places } = target.map_or_else(|| Ok(Members::default()), |(target, at)| target.members(at))?;
+    // By member of the target, and those it does not have.
+    let mut changes = vec![None; list.len()];
+    let mut added = Vec::new();
+    for (name, value) in patch.members(at)?.list {
+        match places.get(&name) {
+            Some(&place) => changes[place] = Some(value),
+            None => added.push((name, value)),
         }
     }
-    let mut out = String::from("{");
-    for (at, (name, value)) in merged.iter().enumerate() {
-        if removed[at] {
-            continue;
-        }
-        if out.len() > 1 {
+    let begin_member = |out: &mut String, name: &str| {
+        if !out.ends_with('{') {
             out.push(',');
         }
-        push_string(&mut out, name);
+        push_string(out, name);
         out.push(':');
-        out.push_str(value);
+    };
+    out.push('{');
+    for ((name, old), change) in list.iter().zip(changes) {
+        match (change, target) {
+            (Some(new), _) if patch.is_null(new) => {}
+            (Some(new), Some((target, _))) => {
+                begin_member(out, name);
+                merge(out, Some((target, *old)), patch, new)?;
+            }
+            (_, target) => {
+                begin_member(out, name);
+                out.push_str(target.map_or("null", |(target, _)| target.value(*old)));
+            }
+        }
+    }
+    for (name, new) in added {
+        if !patch.is_null(new) {
+            begin_member(out, &name);
+            merge(out, None, patch, new)?;
+        }
     }
     out.push('}');
-    Ok(out)
+    Ok(())
 }
 
 /// Appends `text` as a JSON string literal.
@@ -281,6 +370,8 @@ pub fn push_string(out: &mut String, text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::{Just, Strategy, prop_assert, prop_assert_eq, prop_oneof, proptest};
+    use serde_json::{Map, Value};
 
     #[test]
     fn merge_patch_follows_rfc_7396_appendix_a() {
@@ -303,6 +394,7 @@ mod tests {
             // Ours: names compare after unescaping; literals nobody touched stay as they are.
             (r#"{"\u0061":1.0,"n":1e400}"#, r#"{"a":2.50}"#, r#"{"a":2.50,"n":1e400}"#),
             (r#"{"a":1}"#, r#"{"a":null,"a":{"x":1}}"#, r#"{"a":{"x":1}}"#),
+            (r#"{"a":{"x":1},"b":0,"a":{"y":2}}"#, r#"{"a":{"z":3}}"#, r#"{"a":{"y":2,"z":3},"b":0}"#),
         ] {
             assert_eq!(merge_patch(Some(target), patch).unwrap(), expected, "{target} + {patch}");
         }
@@ -350,6 +442,54 @@ mod tests {
     fn deepest_allowed_patch_merges() {
         let deep = |leaf: &str| format!("{}{leaf}{}", "{\"a\":".repeat(DEPTH_MAX), "}".repeat(DEPTH_MAX));
         assert_eq!(merge_patch(Some(&deep("1")), &deep("2")).unwrap(), deep("2"));
+    }
+
+    /// As the RFC's own few lines of pseudocode have it.
+    fn by_the_book(target: Value, patch: &Value) -> Value {
+        let Value::Object(patch) = patch else { return patch.clone() };
+        let mut merged = if let Value::Object(members) = target { members } else { Map::new() };
+        for (name, value) in patch {
+            if value.is_null() {
+                merged.remove(name);
+            } else {
+                let old = merged.remove(name).unwrap_or_default();
+                merged.insert(name.clone(), by_the_book(old, value));
+            }
+        }
+        Value::Object(merged)
+    }
+
+    fn value() -> impl Strategy<Value = Value> {
+        // Some longer than what is remembered, some that look like structure.
+        let text = prop_oneof!["[a-c]", "[\\[\\]{},:\"\\\\\n\u{e9}]{0,8}", "[a-z]{70}"];
+        let leaf = prop_oneof![Just(Value::Null), (0..3_i32).prop_map(Value::from), text.clone().prop_map(Value::from)];
+        leaf.prop_recursive(5, 40, 6, move |inner| {
+            let members = proptest::collection::vec((text.clone(), inner.clone()), 0..6);
+            prop_oneof![
+                proptest::collection::vec(inner, 0..4).prop_map(Value::from),
+                members.prop_map(|members| Value::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_merge_is_the_books(target in value(), patch in value()) {
+            let merged = merge_patch(Some(&target.to_string()), &patch.to_string()).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Value>(&merged).unwrap(), by_the_book(target, &patch));
+            prop_assert_eq!(compact(&merged), merged);
+        }
+
+        #[test]
+        fn what_is_passed_over_ends_where_it_would_when_read(value in value()) {
+            let text = value.to_string();
+            let nested = Nested::new(&text);
+            for &(at, last) in &nested.containers {
+                prop_assert!(last - at >= SMALL_CONTAINER_BYTES);
+                prop_assert_eq!(nested.end(at), end_of_container(text.as_bytes(), at));
+            }
+            prop_assert_eq!(nested.end(0), text.len());
+        }
     }
 
     #[test]

@@ -202,7 +202,7 @@ pub struct Threads {
     /// Ends the wait of the snapshot thread.
     snapshots_stop: Arc<(Mutex<bool>, Condvar)>,
     /// Held until everything is written.
-    _lock: Option<std::fs::File>,
+    _lock: Option<Arc<crate::disk::Held>>,
 }
 
 impl Engine {
@@ -380,14 +380,18 @@ impl Engine {
     pub async fn search(
         &self,
         name: &str,
-        prepare: impl FnOnce(&SharedCollection) -> Result<Vec<Search>, Rejection>,
+        prepare: impl Fn(&SharedCollection) -> Result<Vec<Search>, Rejection>,
     ) -> Result<(Vec<Answer>, Revision, u64), Rejection> {
         let started = Instant::now();
         let collection = self.collection(name)?;
-        let searches = prepare(&collection)?;
+        let mut searches = prepare(&collection)?;
         let (ticket, at) = {
             let _settled = collection.settled();
             let state = self.inner.state.read();
+            // What an id stood for may have changed since; here it cannot.
+            if !collection.read(|c| searches.iter().all(|search| search.is_current(c))) {
+                searches = prepare(&collection)?;
+            }
             (collection.begin_search(state.revision(), &searches), state.revision())
         };
         let count = searches.len() as u64;

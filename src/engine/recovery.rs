@@ -10,12 +10,12 @@ use super::linker::Background;
 use super::snapshot::{self, Snapshot};
 use super::state::State;
 use super::wal::{OpenedWal, Wal};
-use crate::disk;
+use crate::disk::{self, Held};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::CollectionName;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::fs::{Metadata, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ pub struct Recovered {
     /// Revision and replay point of the snapshots on disk that are known to be good.
     pub replay_needed: Vec<(Revision, Revision)>,
     /// Held as long as the engine lives; see [`lock`].
-    pub lock: Option<File>,
+    pub lock: Option<Arc<Held>>,
 }
 
 impl Paths {
@@ -75,7 +75,7 @@ impl Paths {
 
 /// Takes the data directory for this process, and makes it where it is not there. The lock goes with the process, however it
 /// ends.
-pub(super) fn lock(dir: &Path) -> Result<File, Error> {
+pub(super) fn lock(dir: &Path) -> Result<Arc<Held>, Error> {
     let path = dir.join(LOCK);
     for _ in 0..LOCK_TRIES {
         disk::create_dir_all(dir).map_err(Error::opening("cannot create", dir))?;
@@ -92,7 +92,8 @@ pub(super) fn lock(dir: &Path) -> Result<File, Error> {
         // A restore that failed takes its lock's file away: whoever had opened it before holds a lock on nothing.
         let is_same = |found: Metadata| file.metadata().is_ok_and(|held| held.ino() == found.ino());
         if path.metadata().is_ok_and(is_same) {
-            return Ok(file);
+            let held = Held::take(dir, file).map_err(Error::io("cannot lock", dir))?;
+            return held.map(Arc::new).ok_or_else(|| Error::Locked(dir.to_owned()));
         }
     }
     Err(Error::Locked(dir.to_owned()))
@@ -152,7 +153,7 @@ pub fn recover(paths: Option<&Paths>, max_log_bytes: u64, background: &Arc<Backg
 /// Recovers a data directory that is this process's already.
 pub(super) fn recover_locked(
     paths: &Paths,
-    lock: File,
+    lock: Arc<Held>,
     max_log_bytes: u64,
     background: &Arc<Background>,
 ) -> Result<Recovered, Error> {

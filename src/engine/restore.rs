@@ -16,12 +16,11 @@ use super::recovery::{LOCK, Preparer, RESTORING, lock, recover_locked};
 use super::snapshot;
 use super::state::State;
 use super::wal::{self, Gap};
-use crate::disk;
+use crate::disk::{self, Held};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::CollectionName;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,9 +89,14 @@ pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Res
     })
 }
 
-/// A restore fills nothing that holds something, but for the lock's file of one that was killed before it began.
+/// A restore fills nothing that holds something, but for the lock's file of one that was killed before it began, and what a new file
+/// system holds.
 pub fn refuse_used(dir: &Path) -> Result<(), RestoreError> {
-    if dir.exists() && !disk::list(dir).map_err(Error::io("cannot list", dir))?.iter().all(|path| path.ends_with(LOCK))
+    if dir.exists()
+        && !disk::list(dir)
+            .map_err(Error::io("cannot list", dir))?
+            .iter()
+            .all(|path| path.ends_with(LOCK) || path.ends_with("lost+found"))
     {
         return Err(RestoreError::NotEmpty(dir.to_owned()));
     }
@@ -103,7 +107,7 @@ fn build(
     file: &Path,
     paths: &Paths,
     contents: Contents,
-    lock: &File,
+    lock: &Arc<Held>,
     go_on: impl Fn(u64, u64) -> bool,
 ) -> Result<Restored, RestoreError> {
     let mark = paths.dir.join(RESTORING);
@@ -224,9 +228,8 @@ fn load(
 }
 
 /// Opens the directory as a start would.
-fn check(paths: &Paths, lock: &File, restored: Restored, gap: Gap) -> Result<(), Error> {
-    let lock = lock.try_clone().map_err(Error::io("cannot lock", &paths.dir))?;
-    let recovered = recover_locked(paths, lock, u64::MAX, &Background::new())?;
+fn check(paths: &Paths, lock: &Arc<Held>, restored: Restored, gap: Gap) -> Result<(), Error> {
+    let recovered = recover_locked(paths, Arc::clone(lock), u64::MAX, &Background::new())?;
     let state = &recovered.state;
     let vectors: usize = state.collections().values().map(|c| c.read(|c| c.len())).sum();
     let counts = (state.key_counts().0 as u64, state.collections().len() as u64, vectors as u64);

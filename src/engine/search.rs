@@ -52,8 +52,8 @@ const INLINE_VECTORS: usize = 100_000;
 pub struct Search {
     /// What to look near.
     pub query: Query,
-    /// Whose numbers these are, where they are a stored vector's: it is looked at wherever the walk leads.
-    pub stored: Option<VectorId>,
+    /// Whose numbers these are, and of which revision, where they are a stored vector's: it is looked at wherever the walk leads.
+    pub stored: Option<(VectorId, Revision)>,
     /// Which vectors count.
     pub filter: Option<Filter>,
     /// Hits wanted, 1 to `K_MAX`.
@@ -148,6 +148,15 @@ thread_local! {
 }
 
 impl Search {
+    /// Whether the stored vector it looks near is still what it was.
+    #[must_use]
+    pub fn is_current(&self, collection: &Collection) -> bool {
+        let is_same = |(id, revision): &(VectorId, Revision)| {
+            collection.get(id.as_str(), false).is_some_and(|item| item.revision == *revision)
+        };
+        self.stored.as_ref().is_none_or(is_same)
+    }
+
     fn effort(&self, usual: usize) -> usize {
         let effort = plan::effort(self.ef, usual, self.offset + self.k);
         // What is scored again must have been followed, unless less was asked for.
@@ -426,7 +435,7 @@ impl SearchTicket {
             }
             _ => graph.search(probe, plan.ef, kept, wanted, usize::MAX, false, is_visible, scratch),
         };
-        let stored = search.stored.as_ref().and_then(|id| self.collection.read(|c| c.slot_of(id)));
+        let stored = search.stored.as_ref().and_then(|(id, _)| self.collection.read(|c| c.slot_of(id)));
         let unseen: Vec<u32> = tail.iter().copied().chain(stored).filter(|&slot| scratch.is_new(slot)).collect();
         let more = match selected {
             Some(selected) => graph.scan_more(probe, &unseen, |slot| selected.contains(slot), scratch),

@@ -526,9 +526,8 @@ impl Sequencer {
             return;
         }
         self.last_tick = Instant::now();
-        if let Some(path) = self.wal.removed() {
-            let cause = std::io::Error::other("it was removed while the server ran, and with it what it held");
-            self.inner.poison(&Error::io("cannot write to", path)(cause));
+        if let Err(error) = self.wal.check_place() {
+            self.inner.poison(&error);
             return;
         }
         if self.inner.feed.has_failed() {

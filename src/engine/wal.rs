@@ -1069,9 +1069,15 @@ impl Wal {
         Ok(())
     }
 
-    /// The newest segment, if it was removed.
-    pub fn removed(&self) -> Option<&Path> {
-        self.active.path.as_deref().filter(|path| self.active.file.is_removed(path))
+    /// An error when the newest segment is not where it would be looked for.
+    pub fn check_place(&self) -> Result<(), Error> {
+        let Some(path) = self.active.path.as_deref() else { return Ok(()) };
+        let cause = if self.active.file.is_removed(path) {
+            Err(std::io::Error::other("it was removed while the server ran, and with it what it held"))
+        } else {
+            disk::check_held(path)
+        };
+        cause.map_err(Error::io("cannot write to", path))
     }
 
     /// Whether there is nothing but zeros behind the last frame; for the lab. What is there could come back to life.
