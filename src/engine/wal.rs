@@ -1261,9 +1261,7 @@ impl Scan {
         if used == at {
             return Ok((at as u64, 0));
         }
-        if let Some(durable) = durable_behind(&bytes[at..], used - at, segment.salt, self.next)
-            && durable >= self.next
-        {
+        if is_vouched_behind(&bytes[at..], used - at, segment.salt, self.next) {
             let detail = format!(
                 "revision {} does not match its checksum, and a later frame says that it was durable",
                 self.next
@@ -1377,14 +1375,61 @@ impl Segment {
     }
 }
 
-/// The highest revision that frames beginning within the first `used` bytes of a damaged tail say was durable. Only
-/// what could be a frame at or after `next` is worth its checksum: bytes of a value must not cost one each.
-fn durable_behind(bytes: &[u8], used: usize, salt: u32, next: Revision) -> Option<Revision> {
-    let could_be = |at: &usize| {
-        FrameHeader::parse(&bytes[*at..]).is_some_and(|h| h.durable < h.first_revision && h.first_revision >= next)
+/// One, as a polynomial over GF(2) in the order of a CRC32C's bits. Shifted to the right by n it is x to the nth power, below 32.
+const X: u32 = 1 << 31;
+/// Castagnoli's polynomial in that order.
+const CASTAGNOLI: u32 = 0x82f6_3b78;
+
+/// Of two polynomials, modulo Castagnoli's.
+fn product(a: u32, mut b: u32) -> u32 {
+    (0..32).fold(0, |sum, n| {
+        let term = if a & (X >> n) == 0 { 0 } else { b };
+        b = (b >> 1) ^ if b & 1 == 0 { 0 } else { CASTAGNOLI };
+        sum ^ term
+    })
+}
+
+/// What zeros, so many bytes of them, make of a checksum of what is before them: a product with a power of x, so that checksums of two
+/// parts give that of both (as zlib's `crc32_combine` does).
+fn past_zeros(crc: u32, powers: &[u32; usize::BITS as usize], bytes: usize) -> u32 {
+    let bits = (0..powers.len()).filter(|n| bytes >> n & 1 == 1);
+    bits.fold(crc, |crc, n| product(powers[n], crc))
+}
+
+/// Whether a frame that begins within the first `used` bytes of a damaged tail says that `next` was durable. Those bytes may be a value
+/// made of what looks like frames, each as long as all that follows: a checksum is not taken of the bytes, but of two checksums of what
+/// lies before them.
+fn is_vouched_behind(bytes: &[u8], used: usize, salt: u32, next: Revision) -> bool {
+    let could_be = |header: &FrameHeader| header.durable >= next && header.durable < header.first_revision;
+    let found = |at: usize| Some((at, FrameHeader::parse(&bytes[at..]).filter(could_be)?));
+    let mut places = (0..used).step_by(FRAME_ALIGN).filter_map(found).peekable();
+    if places.peek().is_none() {
+        return false;
+    }
+    // Of the bytes before each place.
+    let mut before = vec![0];
+    before.extend(bytes.chunks_exact(FRAME_ALIGN).scan(0, |crc, chunk| {
+        *crc = crc32c::crc32c_append(*crc, chunk);
+        Some(*crc)
+    }));
+    let checksum_before = |at: usize| {
+        let place = at / FRAME_ALIGN;
+        crc32c::crc32c_append(before[place], &bytes[place * FRAME_ALIGN..at])
     };
-    let places = (0..used).step_by(FRAME_ALIGN).filter(could_be);
-    places.filter_map(|at| frame_at(&bytes[at..], salt)).map(|found| found.header.durable).max()
+    // x to the 8th, 16th, 32nd power, and so on.
+    let mut powers = [X >> 8; usize::BITS as usize];
+    for n in 1..powers.len() {
+        powers[n] = product(powers[n - 1], powers[n - 1]);
+    }
+    places.any(|(at, header)| {
+        let (from, to) = (at + 8, at.saturating_add(FRAME_HEADER_BYTES).saturating_add(header.length as usize));
+        if to > bytes.len() {
+            return false;
+        }
+        // What came before, the salt in its place, led to the checksum at the end.
+        let crc = past_zeros(salt ^ checksum_before(from), &powers, to - from) ^ checksum_before(to);
+        crc == header.crc || faults::is_on(Bug::SkipChecksum)
+    })
 }
 
 #[cfg(test)]
@@ -1392,6 +1437,7 @@ mod tests {
     use super::*;
     use crate::engine::codec::Event;
     use crate::engine::command::EventType;
+    use proptest::prelude::{any, prop_assert_eq, proptest};
 
     fn record(first: u64, events: usize, bytes: usize) -> Record {
         let event = |n: usize| Event::Published {
@@ -1405,6 +1451,25 @@ mod tests {
             ts_ms: 1000 + first,
             events: (0..events).map(event).collect(),
             answer: None,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_behind_damage_is_known_by_its_checksum(
+            salt in any::<u32>(), before in 0..9_usize, length in 0..40_usize, damaged in any::<bool>(),
+        ) {
+            let mut frames = FrameBuffer { bytes: Vec::new() };
+            frames.push(Kind::Record, Revision(12), 1, Revision(11), |out| out.resize(out.len() + length, b'x'));
+            frames.seal(salt);
+            let mut bytes = vec![b'x'; before * FRAME_ALIGN];
+            bytes.append(&mut frames.bytes);
+            if damaged {
+                bytes[before * FRAME_ALIGN + 9] ^= 1;
+            }
+            for (next, is_vouched) in [(11, !damaged), (12, false)] {
+                prop_assert_eq!(is_vouched_behind(&bytes, bytes.len(), salt, Revision(next)), is_vouched);
+            }
         }
     }
 
