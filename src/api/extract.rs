@@ -480,6 +480,9 @@ fn parse_nested<'a, T: Deserialize<'a>>(bytes: &'a [u8], depth_max: usize) -> Ap
         check_depth(bytes, depth_max)?;
         check_surrogates(bytes)?;
         let text = std::str::from_utf8(bytes).map_err(|_| invalid("the body is not UTF-8"))?;
+        if text.is_empty() {
+            return Err(invalid("the body is empty; this route takes JSON"));
+        }
         serde_json::from_str(text)
             .map_err(|e| invalid(format!("the body is not what this route takes: {}", in_plain_words(&e))))
     })
@@ -590,7 +593,7 @@ fn faulty_item<'a, I: Deserialize<'a>>(bytes: &'a [u8], list: &str) -> Option<Re
 
 /// The parser's words without its type names.
 fn in_plain_words(error: &serde_json::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = error.to_string().replace("EOF while parsing", "it ends within");
     for (name, plain) in
         [("u64", "a whole number"), ("usize", "a whole number"), ("f32", "a number"), ("a borrowed string", "a string")]
     {

@@ -336,9 +336,14 @@ impl Drop for AdminAct<'_> {
 /// Whether the server is well: asked without a key, and however much its asker's address asks besides.
 const HEALTH_ROUTE: &str = "/v1/health";
 
+/// The console and what it is made of.
+fn is_page(path: &str) -> bool {
+    path == "/" || path.starts_with("/console/")
+}
+
 /// What needs no key: whether the server is well, the page that asks for the key, and what a browser asks before it sends one.
 fn is_public(path: &str, method: &Method) -> bool {
-    path == HEALTH_ROUTE || path == "/" || path.starts_with("/console/") || *method == Method::OPTIONS
+    path == HEALTH_ROUTE || is_page(path) || *method == Method::OPTIONS
 }
 
 impl Guard {
@@ -470,7 +475,8 @@ impl Guard {
             *admin = Some(grant.as_ref().map_or_else(|| "(open)".into(), |grant| grant.name.clone()));
         }
         let client = grant.as_ref().map_or(address, |grant| Client::Key(grant.name.clone()));
-        if path != HEALTH_ROUTE {
+        // A page of the console is twenty files at once.
+        if path != HEALTH_ROUTE && !is_page(path) {
             auth.check_rate(&client)?;
         }
         if !is_public(path, &head.method) {
