@@ -12,7 +12,7 @@ use parking_lot::RwLock;
 use rustix::fs::{Advice, FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::{Metadata, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -76,12 +76,12 @@ impl Op<'_> {
 /// succeeds any more: it would be done to what stands there now, which may be another database.
 #[derive(Debug)]
 pub struct Held {
-    path: PathBuf,
+    place: (PathBuf, (u64, u64)),
     _lock: std::fs::File,
     _dir: std::fs::File,
 }
 
-/// What is held, by path, with the device and the number of the directory. One, but in a restore and in tests.
+/// What is held, by path, with the device and the number of the directory. One, but in tests.
 static HELD: RwLock<Vec<(PathBuf, (u64, u64))>> = RwLock::new(Vec::new());
 
 fn identity(of: &Metadata) -> (u64, u64) {
@@ -97,28 +97,39 @@ impl Held {
         if matches!(dir.try_lock(), Err(TryLockError::WouldBlock)) {
             return Ok(None);
         }
-        HELD.write().push((path.to_owned(), identity(&dir.metadata()?)));
-        Ok(Some(Self { path: path.to_owned(), _lock: lock, _dir: dir }))
+        let place = (path.to_owned(), identity(&dir.metadata()?));
+        HELD.write().push(place.clone());
+        Ok(Some(Self { place, _lock: lock, _dir: dir }))
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        HELD.write().retain(|(path, _)| *path != self.path);
+        HELD.write().retain(|place| *place != self.place);
     }
 }
 
-/// An error when what has this name is no longer in the directory that is held.
-pub fn check_held(path: &Path) -> io::Result<()> {
-    let held = HELD.read().iter().find(|(dir, _)| path.starts_with(dir)).cloned();
-    let Some((dir, taken)) = held else { return Ok(()) };
-    if dir.metadata().is_ok_and(|found| identity(&found) == taken) {
-        return Ok(());
+/// What stands at the path of a held directory is another one.
+#[derive(Debug, thiserror::Error)]
+#[error("{} is not the directory it was when it was locked: it was moved, or something else mounted in its place", .0.display())]
+struct Moved(PathBuf);
+
+/// An error when what has this name is no longer in the directory that is held, or when that cannot be known.
+fn check_held(path: &Path) -> io::Result<()> {
+    let held = HELD.read();
+    let innermost = held.iter().filter(|(dir, _)| path.starts_with(dir)).max_by_key(|(dir, _)| dir.as_os_str().len());
+    let Some((dir, taken)) = innermost.cloned() else { return Ok(()) };
+    drop(held);
+    match dir.metadata() {
+        Ok(found) if identity(&found) == taken => Ok(()),
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Err(error),
+        _ => Err(io::Error::other(Moved(dir))),
     }
-    Err(io::Error::other(format!(
-        "{} is not the directory it was when it was locked: it was moved, or something else mounted in its place",
-        dir.display()
-    )))
+}
+
+/// Whether the directory that this name is in is held, and no longer in its place.
+pub fn is_moved(path: &Path) -> Option<io::Error> {
+    check_held(path).err().filter(|error| error.get_ref().is_some_and(|cause| cause.is::<Moved>()))
 }
 
 /// Looks whether the name still leads where it should, and tells the lab. Both may refuse.

@@ -182,7 +182,7 @@ pub enum Error {
         cause: std::io::Error,
     },
     /// Another server owns the data directory.
-    #[error("the data directory {} is in use by another server or a restore (its LOCK file is held); stop that one or choose another DATA_DIR", .0.display())]
+    #[error("the data directory {} is in use by another server or a restore (it is locked); stop that one or choose another DATA_DIR", .0.display())]
     Locked(PathBuf),
     /// A restore was cut short.
     #[error("the data directory {} holds a part of a backup, of which a restore was cut short (its RESTORING file is there); empty it and restore again", .0.display())]

@@ -179,12 +179,12 @@ fn start_logging(config: &Config) -> anyhow::Result<()> {
 fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let config = resolved.build()?;
     start_logging(&config)?;
-    check_threads(&config)?;
     // A file larger than the process may write is an error like a full disk's, and not its end.
     // SAFETY: nothing is called by it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // Before there are other threads.
     heap::keep_giving_back().context("cannot start a thread")?;
+    check_threads(&config)?;
     let file_limit = serve::raise_file_limit();
     // Some files are the engine's and the runtime's own.
     let others = 128 + collections_max(file_limit) * COLLECTION_FILES;
@@ -247,7 +247,7 @@ fn check_threads(config: &Config) -> anyhow::Result<()> {
 /// What to do about an error that a start ends with, where the system's word says little.
 fn with_cure(error: Error) -> anyhow::Error {
     let cure = if error.is_storage_full() {
-        "a start needs room for a segment of the log, an eighth of MAX_LOG_MB and at most 64 MiB: free some, or lower MAX_LOG_MB"
+        "a start needs room for a segment of the log, an eighth of MAX_LOG_MB and at most 64 MiB: free some, raise the limit (ulimit -f), or lower MAX_LOG_MB"
     } else if error.is_out_of_files() {
         "raise the limit of open files (ulimit -n, LimitNOFILE of a unit): each collection takes some"
     } else {

@@ -608,6 +608,38 @@ async fn a_log_removed_under_the_server_poisons_it() {
     assert_eq!(ok(c, "GET /v1/state/k").await["value"], 1, "reads go on");
 }
 
+/// It would clean up what it has not made.
+#[tokio::test]
+async fn a_restore_whose_directory_was_moved_touches_nothing_in_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_in(&at("other"), &[]);
+    let c = &mut server.client();
+    let filling = "x".repeat(1 << 20);
+    for n in 0..40 {
+        ok(c, &format!("PUT /v1/state/k{n} {{\"value\":\"{filling}\"}}")).await;
+    }
+    let backup = call(c, "GET /v1/admin/backup").await;
+    std::fs::write(at("backup"), &backup.body).unwrap();
+    server.kill();
+    let restore = || {
+        let mut command = std::process::Command::new(common::BINARY);
+        command.arg("restore").arg(at("backup")).arg(at("new")).stderr(std::process::Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let child = restore();
+    while !at("new/RESTORING").exists() {
+        std::thread::yield_now();
+    }
+    std::fs::rename(at("new"), at("moved")).unwrap();
+    std::fs::rename(at("other"), at("new")).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("it was moved"), "{said}");
+    let server = Server::start_in(&at("new"), &[]);
+    ok(&mut server.client(), "GET /v1/state/k39").await;
+}
+
 /// What stands where the directory was may be another database: that of whoever moved it, or one mounted there.
 #[tokio::test]
 async fn a_directory_that_was_moved_is_not_looked_for_in_its_old_place() {

@@ -107,7 +107,7 @@ pub const AUDIT: &str = "audit";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest name of a client's that is taken over.
 const REQUEST_ID_BYTES_MAX: usize = 128;
-/// Snapshots walked for streams at the same time; more wait before their stream opens.
+/// Snapshots walked for streams at the same time; more wait, their streams open.
 pub const WALKS_MAX: usize = 32;
 /// Bodies in memory together: this, and never less than four of the largest.
 const BODIES_BYTES_MIN: usize = 256 << 20;

@@ -380,7 +380,7 @@ impl Engine {
     pub async fn search(
         &self,
         name: &str,
-        prepare: impl Fn(&SharedCollection) -> Result<Vec<Search>, Rejection>,
+        prepare: impl FnOnce(&SharedCollection) -> Result<Vec<Search>, Rejection>,
     ) -> Result<(Vec<Answer>, Revision, u64), Rejection> {
         let started = Instant::now();
         let collection = self.collection(name)?;
@@ -389,9 +389,7 @@ impl Engine {
             let _settled = collection.settled();
             let state = self.inner.state.read();
             // What an id stood for may have changed since; here it cannot.
-            if !collection.read(|c| searches.iter().all(|search| search.is_current(c))) {
-                searches = prepare(&collection)?;
-            }
+            collection.read(|c| searches.iter_mut().try_for_each(|search| search.renew(c)))?;
             (collection.begin_search(state.revision(), &searches), state.revision())
         };
         let count = searches.len() as u64;

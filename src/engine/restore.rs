@@ -74,7 +74,7 @@ pub fn restore(file: &Path, dir: &Path, go_on: impl Fn(u64, u64) -> bool) -> Res
     build(file, &paths, contents, &lock, go_on).inspect_err(|_| {
         // What cannot be removed is refused by the next restore, and by a start as long as the mark is there.
         for part in [&paths.log, &paths.snapshots, &paths.vectors] {
-            if std::fs::remove_dir_all(part).is_err_and(|error| error.kind() != ErrorKind::NotFound) {
+            if disk::remove_dir_all(part).is_err_and(|error| error.kind() != ErrorKind::NotFound) {
                 return;
             }
         }

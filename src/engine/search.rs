@@ -5,6 +5,7 @@
 //! vectors not yet linked was noted when it began; those it has not met on its walk it scans.
 
 use super::collections::SharedCollection;
+use crate::error::Rejection;
 use crate::revision::Revision;
 use crate::vector::codes::Probe;
 use crate::vector::collection::{Collection, Groups, Query, Scan, SearchNumber};
@@ -148,13 +149,17 @@ thread_local! {
 }
 
 impl Search {
-    /// Whether the stored vector it looks near is still what it was.
-    #[must_use]
-    pub fn is_current(&self, collection: &Collection) -> bool {
-        let is_same = |(id, revision): &(VectorId, Revision)| {
-            collection.get(id.as_str(), false).is_some_and(|item| item.revision == *revision)
-        };
-        self.stored.as_ref().is_none_or(is_same)
+    /// Looks near what the stored vector it began with is now.
+    pub fn renew(&mut self, collection: &Collection) -> Result<(), Rejection> {
+        let Some((id, revision)) = &mut self.stored else { return Ok(()) };
+        let item =
+            collection.get(id.as_str(), false).ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
+        if item.revision != *revision {
+            *revision = item.revision;
+            let numbers = collection.get(id.as_str(), true).and_then(|item| item.vector).unwrap_or_default();
+            self.query = Query::new(collection.spec(), &numbers);
+        }
+        Ok(())
     }
 
     fn effort(&self, usual: usize) -> usize {

@@ -1073,11 +1073,13 @@ impl Wal {
     pub fn check_place(&self) -> Result<(), Error> {
         let Some(path) = self.active.path.as_deref() else { return Ok(()) };
         let cause = if self.active.file.is_removed(path) {
-            Err(std::io::Error::other("it was removed while the server ran, and with it what it held"))
+            std::io::Error::other("it was removed while the server ran, and with it what it held")
+        } else if let Some(moved) = disk::is_moved(path) {
+            moved
         } else {
-            disk::check_held(path)
+            return Ok(());
         };
-        cause.map_err(Error::io("cannot write to", path))
+        Err(Error::io("cannot write to", path)(cause))
     }
 
     /// Whether there is nothing but zeros behind the last frame; for the lab. What is there could come back to life.
