@@ -54,7 +54,7 @@ addEventListener('hashchange', route);
 // ---- The connection ---------------------------------------------------------------------------------------------------
 // A filter that matches nothing, and a heartbeat each second that carries the newest revision: what it costs does not grow
 // with what the server does. While this stream stands, what is shown is true; when it does not, the page says so.
-let head = null, lostAt = null, refusal = '';
+let head = null, lostAt = null, refusal = '', link = 'connecting';
 function setHead(n, isReset = false) {
   if (!Number.isSafeInteger(n) || (!isReset && head !== null && n <= head)) return;
   head = n;
@@ -71,7 +71,7 @@ const pulse = new Stream({
     refusal = status === 'stopped' ? message : '';
     const isUp = status === 'connected';
     document.body.dataset.link = status === 'connecting' && lostAt !== null ? 'reconnecting' : status;
-    say($('pill-text'), isUp ? 'live' : refusal ? 'refused' : document.hidden ? 'asleep' : lostAt === null ? 'connecting' : 'reconnecting');
+    link = isUp ? 'live' : refusal ? 'refused' : document.hidden ? 'asleep' : lostAt === null ? 'connecting' : 'reconnecting';
     if (isUp) {
       if (lostAt !== null) overview.poll();
       lostAt = null;
@@ -84,12 +84,17 @@ const pulse = new Stream({
 pulse.path = '/v1/events?types=console.pulse';
 function banner() {
   const isAway = lostAt !== null && !document.hidden;
-  $('banner').hidden = !isAway && !refusal;
+  // While the page's own stream stands, the one of the view may be refused: then what the view shows grows old.
+  const stalled = isAway || refusal || !view ? undefined : views[view].streams.find((s) => s.isFailing);
+  $('banner').hidden = !isAway && !refusal && !stalled;
+  say($('pill-text'), stalled ? 'not live' : link);
+  $('pill').classList.toggle('stalled', Boolean(stalled));
   say($('hurry'), refusal ? hasKey() ? 'Use another key' : 'Give a key' : 'Try now');
   if (refusal) say($('banner-text'), refusal);
-  else if (isAway) {
-    const wait = Math.ceil((pulse.retryAt - Date.now()) / 1000);
-    say($('banner-text'), `The server does not answer. What you see is from ${lostAt.toTimeString().slice(0, 8)}. ${wait > 0 ? `Next try in ${wait} s.` : 'Trying …'}`);
+  else if (isAway || stalled) {
+    const { retryAt, trouble } = stalled ?? pulse, wait = Math.ceil((retryAt - Date.now()) / 1000);
+    const why = trouble ? `The server opens no stream: ${trouble}.` : 'The server does not answer.';
+    say($('banner-text'), `${why} What you see is ${stalled ? 'not kept up to date' : `from ${lostAt.toTimeString().slice(0, 8)}`}. ${wait > 0 ? `Next try in ${wait} s.` : 'Trying …'}`);
   }
 }
 setInterval(banner, 500);

@@ -17,7 +17,7 @@ export async function learn() {
     try { found = (await post('/v1/token', { ttl_ms: 1000 })).grant ?? null; } catch (e) {
       if (asked !== whichKey()) return false;
       // Away, or busy: what was known stays, and the next connection asks again.
-      if (e.status !== 403) return false;
+      if (e.status !== 403 || e.isAway) return false;
       setKey('');
       onKeyNeeded.call('That key may not read, and this page shows what can be read.');
     }

@@ -90,7 +90,7 @@ async function poll() {
   } catch (e) {
     health = null;
     if (e.status === undefined) throw e; // Not the server's: ours.
-    isRefused = e.status === 403; // A key with limits may not see what is about all: asking again does not help.
+    isRefused = e.status === 403 && !e.isAway; // A key with limits may not see what is about all: asking again does not help.
     if (nodes && e.status && e.status !== 401) say(nodes.error, e.message); // The others are the banner's to tell.
   } finally { isBusy = false; }
 }

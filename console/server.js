@@ -3,6 +3,9 @@
 import { exact, query } from './lib.js';
 
 const KEY = 'kiss-vdb-key';
+// Until an answer begins. A browser has six connections to a server without TLS, and each window holds two of them: a request
+// of a third window waits in the browser, and would for good. What writes gets longer, since whether it was done is not known then.
+const READ_MS = 10_000, WRITE_MS = 30_000;
 let key = sessionStorage.getItem(KEY) ?? ''; // This tab only; it goes when the tab goes.
 let refused = null; // The key that was last asked about: one refusal is told once, however many requests meet it.
 let skew = 0; // The server's clock minus ours, in ms, when they differ noticeably.
@@ -31,17 +34,28 @@ async function problem(res, sent) {
     onKeyNeeded.call(sent ? `That key was not accepted: ${detail}.` : '');
   }
   const text = res.status === 401 ? sent ? `The server does not accept this key: ${detail}.` : 'This server asks for a key.' : detail.replace(/^operation 0: /, '');
-  return Object.assign(new Error(text), { status: res.status, code: body.code, body });
+  // A proxy whose server is away says so as it likes, with 404 and 403 too; only the server's own refusal is one.
+  const isOwn = res.headers.get('content-type')?.startsWith('application/problem+json');
+  const isAway = res.status !== 401 && (!isOwn || res.status >= 500 || res.status === 429);
+  return Object.assign(new Error(text), { status: res.status, code: body.code, body, isAway });
 }
+/** An error of no answer. `isAway` on any error: not a refusal, and the same may be asked again. */
+const away = (text) => Object.assign(new Error(text), { status: 0, isAway: true });
 async function call(method, path, body, accept) {
   const sent = key, headers = { ...auth(), ...(body === undefined ? {} : { 'Content-Type': 'application/json' }), ...(accept ? { Accept: accept } : {}) };
+  const patience = new AbortController(), ms = method === 'GET' ? READ_MS : WRITE_MS, timer = setTimeout(() => patience.abort(), ms);
   let res;
-  try { res = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: 'no-store' }); }
-  catch { throw Object.assign(new Error('The server does not answer.'), { status: 0 }); }
+  try { res = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: 'no-store', signal: patience.signal }); }
+  catch {
+    const open = 'Perhaps too many windows of this console are open: a browser has six connections for all of them.';
+    throw away(!patience.signal.aborted ? 'The server does not answer.' : method === 'GET' ? `No answer in ${ms / 1000} s. ${open}` : `No answer in ${ms / 1000} s, so whether it was done is not known. ${open}`);
+  } finally { clearTimeout(timer); }
   const date = Date.parse(res.headers.get('date'));
   if (date) skew = Math.abs(date - Date.now()) > 2000 ? date - Date.now() : 0;
-  if (!res.ok && path !== '/v1/health') throw await problem(res, sent);
-  return res.text();
+  // The health of a server that is not well comes with 503, and is read all the same.
+  const isHealth = path === '/v1/health' && res.headers.get('content-type')?.startsWith('application/json');
+  if (!res.ok && !isHealth) throw await problem(res, sent);
+  try { return await res.text(); } catch { throw away('The server broke off its answer.'); }
 }
 export const getText = (path) => call('GET', path);
 export const get = async (path) => exact(await call('GET', path));
@@ -69,11 +83,12 @@ export function cursorAfter(name) {
  *
  * `onFrame({id, type, data})`: type is empty for a heartbeat. `onOpen(isFresh)`: connected; fresh when there is no position
  * yet, so that what a snapshot built before has to go. `onStatus(status, message)`: connecting, connected, reconnecting,
- * stopped; a message says why it will not come back by itself.
+ * stopped; a message says why it will not come back by itself. `isFailing`: the last attempt failed and there will be another;
+ * `trouble` is what it was answered, or '' when there was no answer.
  */
 export class Stream {
   constructor({ heartbeat = 5000, onFrame, onOpen = () => {}, onStatus = () => {} }) {
-    Object.assign(this, { heartbeat, onFrame, onOpen, onStatus, lastId: null, path: null, retryAt: 0, isOn: false, abort: null, wake: null });
+    Object.assign(this, { heartbeat, onFrame, onOpen, onStatus, lastId: null, path: null, retryAt: 0, isOn: false, abort: null, wake: null, isFailing: false, trouble: '' });
   }
   /** Follows another path, from its start. */
   open(path) {
@@ -92,6 +107,7 @@ export class Stream {
   stop() {
     this.abort?.();
     this.abort = null;
+    this.isFailing = false;
     this.onStatus('stopped');
   }
   start() {
@@ -117,16 +133,17 @@ export class Stream {
         if (!res.ok) {
           const error = await problem(res, sent);
           if (life.isOver) break;
-          if (res.status < 500 && res.status !== 429) { this.abort = null; clearTimeout(timer); return this.onStatus('stopped', error.message); }
+          if (!error.isAway) { this.abort = null; clearTimeout(timer); return this.onStatus('stopped', error.message); }
           wait = 1000 * Number(res.headers.get('retry-after') ?? 0);
           throw error;
         }
         refused = null;
+        this.isFailing = false;
         this.onOpen(this.lastId === null);
         this.onStatus('connected');
         failures = 0;
         await this.parse(res.body, alive, life);
-      } catch { failures++; } finally { clearTimeout(timer); attempt.abort(); }
+      } catch (e) { failures++; this.isFailing = true; this.trouble = e.status ? e.message : ''; } finally { clearTimeout(timer); attempt.abort(); }
       if (life.isOver) break;
       wait ||= Math.min(this.retry * 2 ** Math.max(0, failures - 1), 8000) * (0.8 + Math.random() * 0.4);
       this.retryAt = Date.now() + wait;
