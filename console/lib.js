@@ -15,6 +15,8 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
+/** The beginning of a text, as a part of one row. */
+export const brief = (text) => visible(text.slice(0, 300).replace(/\s+/g, ' '));
 /** A name with what would not be seen, or would turn its letters round, written out. */
 export const visible = (name) => name.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`);
 
@@ -40,7 +42,19 @@ export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** Whether text in a node is selected, if only a part: then it is read or about to be copied, and is left as it is. */
+export const isSelected = (node) => { const s = getSelection(); return s.type === 'Range' && s.containsNode(node, true); };
+
+/** Makes the children of a node these, and moves none that is in its place: what is moved loses focus, selection and press. */
+export function arrange(node, children) {
+  const wanted = new Set(children);
+  for (const there of [...node.children]) if (!wanted.has(there)) there.remove();
+  children.forEach((child, i) => { if (node.children[i] !== child) node.insertBefore(child, node.children[i] ?? null); });
+}
+
 export const int = (n) => n == null || Number.isNaN(n) ? '–' : Math.round(n).toLocaleString('en');
+/** So many of something. */
+export const many = (n, word) => `${int(n)} ${word}${n === 1 ? '' : 's'}`;
 /** A rate: short, with a decimal where it matters. */
 export const rate = (n) => n == null ? '–' : n < 9.95 ? n.toFixed(n > 0.04 ? 1 : 0) : n < 99_950 ? int(n) : `${(n / 1000).toFixed(0)}k`;
 /** Bytes that a text in base64 stands for. */
@@ -121,15 +135,12 @@ export function paint(pre, text) {
 }
 
 const CHILDREN = 200, LONG = 2000;
-function scalar(v) {
-  if (typeof v === 'string') {
-    const text = JSON.stringify(v);
-    if (text.length <= LONG) return [el('span', { class: 's' }, text)];
-    const span = el('span', { class: 's' }, `${text.slice(0, LONG)}…`);
-    const all = el('button', { type: 'button', class: 'link', onclick: () => { span.textContent = text; all.remove(); } }, ` show all ${int(text.length)} characters`);
-    return [span, all];
-  }
-  return [el('span', { class: typeof v === 'boolean' || v === null ? 'w' : 'n' }, JSON.stringify(v))];
+function words(v) {
+  const text = JSON.stringify(v);
+  if (text.length <= LONG) return [el('span', { class: 's' }, text)];
+  const span = el('span', { class: 's' }, `${text.slice(0, LONG)}…`);
+  const all = el('button', { type: 'button', class: 'link', onclick: () => { span.textContent = text; all.remove(); } }, ` show all ${int(text.length)} characters`);
+  return [span, all];
 }
 /**
  * JSON as a tree that folds. A level is built when it is opened and in slices, so that neither depth nor size of a stored
@@ -137,23 +148,52 @@ function scalar(v) {
  */
 export function jsonView(value, levels = 2, name) {
   const label = name === undefined ? [] : [el('span', { class: 'k' }, typeof name === 'number' ? String(name) : JSON.stringify(name)), ': '];
-  if (typeof value !== 'object' || value === null || isRaw(value)) return el('div', { class: 'json' }, label, scalar(value));
-  const isList = Array.isArray(value), names = isList ? null : Object.keys(value), size = isList ? value.length : names.length;
-  if (size === 0) return el('div', { class: 'json' }, label, isList ? '[]' : '{}');
-  const box = el('details', { class: 'json' }, el('summary', {}, label, el('span', { class: 'soft' }, isList ? `[ ${int(size)} ]` : `{ ${int(size)} }`)));
-  const fill = (from) => {
-    const end = Math.min(size, from + CHILDREN);
-    for (let i = from; i < end; i++) box.append(isList ? jsonView(value[i], levels - 1, i) : jsonView(value[names[i]], levels - 1, names[i]));
-    if (end < size) {
-      const more = el('button', { type: 'button', class: 'link', onclick: () => { more.remove(); fill(end); } }, `${int(size - end)} more`);
-      box.append(more);
-    }
+  const node = isFolded(value) ? folded(value, levels, label) : el('div', { class: 'json' }, label, scalar(value));
+  return Object.assign(node, { shown: value, called: name, levels });
+}
+const isFolded = (v) => typeof v === 'object' && v !== null && !isRaw(v) && (Array.isArray(v) ? v.length : Object.keys(v).length) > 0;
+function scalar(v) {
+  if (typeof v === 'object' && v !== null && !isRaw(v)) return [Array.isArray(v) ? '[]' : '{}'];
+  return typeof v === 'string' ? words(v) : [el('span', { class: typeof v === 'boolean' || v === null ? 'w' : 'n' }, JSON.stringify(v))];
+}
+/** An object or a list. `take(value)` shows another one in it, `size` is how much it holds. */
+function folded(value, levels, label) {
+  const sum = el('span', { class: 'soft' }), box = el('details', { class: 'json' }, el('summary', {}, label, sum)), inside = el('div');
+  const more = el('button', { type: 'button', class: 'link', onclick: () => { reach += CHILDREN; draw(); } });
+  let reach = 0; // How many of its children are wanted; none until it is opened.
+  const draw = () => {
+    const isList = Array.isArray(value), names = isList ? null : Object.keys(value), size = isList ? value.length : names.length;
+    say(sum, isList ? `[ ${int(size)} ]` : `{ ${int(size)} }`);
+    if (!reach) return;
+    const known = new Map([...inside.children].map((child) => [child.called, child]));
+    arrange(inside, Array.from({ length: Math.min(size, reach) }, (_, i) => {
+      const name = isList ? i : names[i], child = known.get(name);
+      return child ? jsonUpdate(child, value[name]) : jsonView(value[name], levels - 1, name);
+    }));
+    say(more, `${int(size - reach)} more`);
+    reach < size ? box.append(more) : more.remove();
   };
-  let isFilled = false;
-  const open = () => { if (!isFilled) { isFilled = true; fill(0); } };
+  box.take = (next) => { value = next; draw(); };
+  const open = () => { if (!reach) { reach = CHILDREN; box.append(inside); draw(); } };
   box.ontoggle = () => box.open && open();
-  if (levels > 0 && size <= 100) { box.open = true; open(); }
+  if (levels > 0 && (Array.isArray(value) ? value : Object.keys(value)).length <= 100) { box.open = true; open(); }
+  draw();
   return box;
+}
+/**
+ * Shows another value in a view that is there and touches only what differs, so that what is open stays open and what has
+ * the focus keeps it. Returns the view, which is another one when the kind of the value is another.
+ */
+export function jsonUpdate(node, value) {
+  if (value === node.shown) return node;
+  if (node.take && isFolded(value) && Array.isArray(value) === Array.isArray(node.shown)) node.take(value);
+  else if (node.take || isFolded(value) || JSON.stringify(value) !== JSON.stringify(node.shown)) {
+    const other = jsonView(value, node.levels, node.called);
+    node.replaceWith(other);
+    return other;
+  }
+  node.shown = value;
+  return node;
 }
 
 /** A button that asks once more before it acts. */
@@ -178,13 +218,18 @@ export function toast(text, isBad = false) {
   setTimeout(() => note.remove(), isBad ? 8000 : 3000);
 }
 
-/** Copies text; where the browser does not let us, shows it to be copied by hand. */
+/** Copies text; where the browser does not let us, as over plain HTTP, shows it to be copied by hand until it is put away. */
 export async function copy(text, done = 'Copied') {
   try {
     await navigator.clipboard.writeText(text);
     toast(done);
   } catch {
-    toast(text);
+    document.getElementById('by-hand')?.remove();
+    const field = el('textarea', { readOnly: true, rows: 6, spellcheck: false, value: text, 'aria-label': 'To be copied' });
+    const box = el('div', { class: 'by-hand card', id: 'by-hand' }, el('p', {}, 'The browser does not let this page copy. It is selected here: Ctrl C.'), field,
+      el('div', { class: 'row end' }, el('button', { type: 'button', onclick: () => box.remove() }, 'Close')));
+    document.getElementById('toasts').before(box);
+    field.select();
   }
 }
 /** For a POSIX shell. */
