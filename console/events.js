@@ -1,19 +1,22 @@
 // Events: a live tail. A pause lets what comes wait; when too much waits the stream lets go, and resuming goes on from its
 // last id, so nothing that is in the log is lost.
 
-import { bytes, clock, copy, el, exact, field, icon, ICONS, int, jsonView, lazily, number, query, quote, say, sizeOf } from './lib.js';
+import { brief, bytes, clock, copy, el, exact, field, icon, ICONS, int, jsonView, lazily, number, query, quote, say, sizeOf, visible } from './lib.js';
 import { VirtualList } from './list.js';
 import { collectionsWords, keysWords, limits, reachesCollection, reachesKey, writes } from './key.js';
 import { Stream, curlKey, post } from './server.js';
 
-const SHOWN = 2000, HELD = 2000, HELD_CHARS = 16e6, ROW = 30;
+// By number, and by size: a thousand values of a megabyte are a gigabyte.
+const SHOWN = 2000, SHOWN_CHARS = 32e6, HELD = 2000, HELD_CHARS = 16e6, ROW = 30;
 const KINDS = ['key', 'prefix', 'types', 'job_id', 'tag', 'collection'];
 const KIND_WORDS = { key: 'key', prefix: 'prefix', types: 'type', job_id: 'job', tag: 'tag', collection: 'collection' };
 
-let shown = [], held = [], heldChars = 0, isPaused = false, seen = 0, serial = 0, status = '', chips = [], options = {}, address = null, picked = null, beyond = '';
+let shown = [], shownChars = 0, held = [], heldChars = 0, isPaused = false, seen = 0, serial = 0, status = '', chips = [], options = {}, address = null, picked = null, beyond = '';
 let nodes = null, list = null, go = () => {};
 
 const stream = new Stream({
+  // A snapshot that was cut off comes again from its start.
+  onOpen(isFresh) { if (isFresh && options.snapshot) empty(); },
   onFrame(f) {
     if (!f.type) return;
     seen++;
@@ -29,23 +32,29 @@ const stream = new Stream({
 });
 /** Newest first. */
 function add(frames) {
-  for (const f of frames) shown.push(f);
-  if (shown.length > SHOWN * 1.5) shown = shown.slice(-SHOWN);
+  for (const f of frames) { shown.push(f); shownChars += f.data.length; }
+  // Half as many again, so that not each new one moves them all.
+  if (shown.length > SHOWN * 1.5 || shownChars > SHOWN_CHARS) {
+    let from = Math.max(0, shown.length - SHOWN);
+    for (const f of shown.slice(0, from)) shownChars -= f.data.length;
+    while (shownChars > SHOWN_CHARS / 2 && from < shown.length - 1) shownChars -= shown[from++].data.length;
+    shown = shown.slice(from);
+  }
   // Who has scrolled down reads: what they read stays where it is.
   if (nodes && nodes.tail.scrollTop > 4) pushed += frames.length;
 }
 let pushed = 0;
 const at = (i) => shown[shown.length - 1 - i];
 
-/** What an event is about, in words for one row. Parsed once, when its row is first drawn. */
+const parse = (f) => f.data.length < 1e6 ? exact(f.data) : JSON.parse(f.data);
+/** What an event is about, in words for one row. Parsed when its row is first drawn, and not kept: it is held as text already. */
 function words(f) {
   if (f.words) return f.words;
-  const d = f.data.length < 1e6 ? exact(f.data) : JSON.parse(f.data);
-  const content = d.value ?? d.patch ?? d.data ?? (d.value_base64 !== undefined ? `${d.content_type}, ${bytes(sizeOf(d.value_base64))}` : undefined) ?? d.reason ?? (f.type === 'snapshot_end' ? `${int(number(d.count))} entries` : d.meta);
+  const d = parse(f), content = d.value ?? d.patch ?? d.data ?? (d.value_base64 !== undefined ? `${d.content_type}, ${bytes(sizeOf(d.value_base64))}` : undefined) ?? d.reason ?? (f.type === 'snapshot_end' ? `${int(number(d.count))} entries` : d.meta);
   return f.words = {
-    d, at: d.ts === undefined ? null : new Date(number(d.ts) * 1000), id: String(f.type === 'snapshot' ? d.revision : f.id),
-    subject: d.key ?? (d.collection ? d.id === undefined ? d.collection : `${d.collection} / ${d.id}` : ''),
-    peek: f.data.length > 200_000 ? bytes(f.data.length) : content === undefined ? '' : typeof content === 'string' ? content.slice(0, 300) : JSON.stringify(content).slice(0, 300),
+    at: d.ts === undefined ? null : new Date(number(d.ts) * 1000), id: String(f.type === 'snapshot' ? d.revision : f.id),
+    subject: visible(d.key ?? (d.collection ? d.id === undefined ? d.collection : `${d.collection} / ${d.id}` : '')),
+    peek: f.data.length > 200_000 ? bytes(f.data.length) : content === undefined ? '' : brief(typeof content === 'string' ? content : JSON.stringify(content)),
     kind: f.type.startsWith('state_') || f.type.startsWith('snapshot') ? 'state' : /^(vector|collection)_/.test(f.type) ? 'vector' : f.type === 'reset' ? 'reset' : 'own',
   };
 }
@@ -54,12 +63,13 @@ function row(i) {
   if (!f) return el('div'); // Cleared a moment ago; the list is about to hear of it.
   const w = words(f);
   return el('div', { class: `event ${w.kind}${f === picked ? ' open' : ''}`, role: 'option', 'aria-selected': String(f === picked) },
-    el('time', { class: 'soft' }, w.at ? clock(w.at) : ''), el('b', {}, f.type), el('span', { class: 'mono subject' }, w.subject), el('span', { class: 'peek mono' }, w.peek), el('span', { class: 'soft num' }, w.id));
+    el('time', { class: 'soft' }, w.at ? clock(w.at) : ''), el('b', {}, visible(f.type)), el('span', { class: 'mono subject' }, w.subject), el('span', { class: 'peek mono' }, w.peek), el('span', { class: 'soft num' }, w.id));
 }
 const draw = lazily(() => {
   if (!nodes) return;
   if (pushed) { nodes.tail.scrollTop += pushed * ROW; pushed = 0; }
-  list.active = picked ? shown.length - 1 - shown.indexOf(picked) : -1;
+  const place = picked ? shown.indexOf(picked) : -1;
+  list.active = place < 0 ? -1 : shown.length - 1 - place;
   list.set(shown.length);
   nodes.empty.hidden = shown.length > 0;
   info();
@@ -96,26 +106,32 @@ function addChip(kind, value) {
   navigate();
 }
 function drawChips() {
+  const at = [...nodes.chips.children].indexOf(document.activeElement);
   nodes.chips.replaceChildren(...chips.map((chip) => el('button', { type: 'button', class: 'chip', title: 'Remove this filter', onclick: () => { chips = chips.filter((c) => c !== chip); navigate(); } },
-    el('span', { class: 'soft' }, KIND_WORDS[chip[0]]), ' ', el('span', { class: 'mono' }, chip[1]), icon(ICONS.close))));
+    el('span', { class: 'soft' }, KIND_WORDS[chip[0]]), ' ', el('span', { class: 'mono' }, visible(chip[1])), icon(ICONS.close))));
+  if (at >= 0) (nodes.chips.children[Math.min(at, chips.length - 1)] ?? nodes.filter).focus(); // The one that was removed had it.
 }
-function clear() {
-  shown = []; held = []; heldChars = 0; seen = 0; picked = null;
-  if (stream.isHeld) { stream.isHeld = false; stream.run(true); }
+function empty() {
+  shown = []; shownChars = 0; held = []; heldChars = 0; seen = 0; picked = null;
   detail();
   draw();
+}
+function clear() {
+  empty();
+  if (stream.isHeld) { stream.isHeld = false; stream.run(true); }
 }
 
 // ---- One event ----------------------------------------------------------------------------------------------------------
 function detail() {
+  if (!picked && nodes.detail.contains(document.activeElement)) nodes.tail.focus();
   nodes.detail.hidden = picked === null;
   nodes.split.classList.toggle('two', picked !== null);
   if (!picked) return;
-  const { d, at: time, id } = words(picked), only = (kind, value, label) => el('button', { type: 'button', class: 'chip', onclick: () => addChip(kind, value) }, el('span', { class: 'soft' }, `only ${label}`), ' ', el('span', { class: 'mono' }, value));
+  const d = parse(picked), { at: time, id } = words(picked), only = (kind, value, label) => el('button', { type: 'button', class: 'chip', onclick: () => addChip(kind, value) }, el('span', { class: 'soft' }, `only ${label}`), ' ', el('span', { class: 'mono' }, visible(value)));
   const narrow = [picked.type !== 'snapshot' && !/^(reset|snapshot_end)$/.test(picked.type) && only('types', picked.type, 'type'), d.key !== undefined && only('key', d.key, 'key'), d.collection !== undefined && only('collection', d.collection, 'collection'),
     typeof d.meta?.job_id === 'string' && only('job_id', d.meta.job_id, 'job'), ...(Array.isArray(d.meta?.tags) ? d.meta.tags : []).filter((t) => typeof t === 'string').map((t) => only('tag', t, 'tag'))];
   nodes.detail.replaceChildren(
-    el('div', { class: 'pane-head' }, el('div', {}, el('h2', {}, picked.type), el('span', { class: 'soft' }, `revision ${id}${time ? ` · ${time.toISOString()}` : ''}`)), el('button', { type: 'button', class: 'ghost', 'aria-label': 'Close', title: 'Close (Esc)', onclick: close }, icon(ICONS.close))),
+    el('div', { class: 'pane-head' }, el('div', {}, el('h2', {}, visible(picked.type)), el('span', { class: 'soft' }, `revision ${id}${time ? ` · ${time.toISOString()}` : ''}`)), el('button', { type: 'button', class: 'ghost', 'aria-label': 'Close', title: 'Close (Esc)', onclick: close }, icon(ICONS.close))),
     el('div', { class: 'chips' }, narrow.filter(Boolean)),
     el('div', { class: 'pane-body' }, el('div', { class: 'value' }, jsonView(d, 4)),
       el('div', { class: 'row foot' }, el('button', { type: 'button', onclick: () => copy(picked.data) }, 'Copy as JSON'), d.key !== undefined && picked.type !== 'reset' ? el('a', { class: 'button', href: `#state?${query({ key: d.key, prefix: d.key })}` }, 'Open the key') : null)));
@@ -167,7 +183,7 @@ export const events = {
     const snapshot = el('input', { type: 'checkbox', name: 'snapshot' });
     snapshot.onchange = () => { snapshot.checked ? options.snapshot = 'true' : delete options.snapshot; navigate(); };
     nodes = {
-      since, snapshot, chips: el('div', { class: 'chips', id: 'chips' }), error: el('p', { class: 'error', role: 'alert', id: 'tail-error' }), info: el('span', { role: 'status', id: 'tail-info' }), tail: el('div', { class: 'tail', id: 'tail', role: 'listbox', 'aria-label': 'Events, newest first' }),
+      since, snapshot, filter: value, chips: el('div', { class: 'chips', id: 'chips' }), error: el('p', { class: 'error', role: 'alert', id: 'tail-error' }), info: el('span', { role: 'status', id: 'tail-info' }), tail: el('div', { class: 'tail', id: 'tail', role: 'listbox', 'aria-label': 'Events, newest first' }),
       pause: el('button', { type: 'button', id: 'pause', title: 'p', onclick: () => pause() }), emptyTitle: el('h2', {}), detail: el('aside', { class: 'card pane', id: 'event', hidden: true }), published: el('span', { class: 'soft', role: 'status', id: 'published' }),
     };
     nodes.live = el('span', { class: 'live' }, el('i', { class: 'dot' }), nodes.info);
@@ -203,8 +219,7 @@ export const events = {
       nodes.since.value = options.since ?? '';
       nodes.snapshot.checked = options.snapshot === 'true';
       isPaused = false; stream.isHeld = false;
-      shown = []; held = []; heldChars = 0; seen = 0; picked = null;
-      detail();
+      empty();
       const path = query(params());
       beyond = chips.some(([k, v]) => (k === 'key' || k === 'prefix') && !reachesKey(v)) ? keysWords() : chips.some(([k, v]) => k === 'collection' && !reachesCollection(v)) ? collectionsWords() : '';
       stream.open(beyond ? null : `/v1/events${path ? `?${path}` : ''}`);
