@@ -1,7 +1,7 @@
 // A map of vectors: their two main directions (PCA), found by power iteration on the data itself. The covariance, dim by dim
 // numbers, is never made: one step is Xᵀ(X v), and costs points times dim.
 
-import { color, el } from './lib.js';
+import { color, el, visible } from './lib.js';
 
 const STEPS = 40;
 const COLORS = 8;
@@ -137,9 +137,9 @@ export class VectorMap {
     if (p) {
       g.strokeStyle = ink; g.lineWidth = 1.5; g.beginPath(); g.arc(p.px, p.py, 7, 0, 7); g.stroke();
       const meta = p.meta ? JSON.stringify(p.meta) : '';
-      this.tip.textContent = `${this.pointed}${meta ? ` · ${meta.length > 140 ? `${meta.slice(0, 140)}…` : meta}` : ''}`;
+      this.tip.textContent = `${visible(this.pointed)}${meta ? ` · ${meta.length > 140 ? `${meta.slice(0, 140)}…` : meta}` : ''}`;
       this.tip.style.transform = `translate(${Math.round(Math.min(Math.max(p.px - this.tip.offsetWidth / 2, 4), w - this.tip.offsetWidth - 4))}px, ${Math.round(p.py > h / 2 ? p.py - this.tip.offsetHeight - 14 : p.py + 14)}px)`;
     }
-    c.setAttribute('aria-label', `Map of ${this.points.size} vectors, ${this.hits.size} of them hits`);
+    c.setAttribute('aria-label', `Map of ${this.points.size} ${this.points.size === 1 ? 'vector' : 'vectors'}, ${this.hits.size} of them hits`);
   }
 }

@@ -1,6 +1,6 @@
 // Vectors: the collections, searches with the approximate answer beside the exact one, and a map of a sample.
 
-import { bytes, copy, el, field, icon, ICONS, int, isObject, jsonView, lazily, number, query, say, sure, toast } from './lib.js';
+import { arrange, brief, bytes, copy, el, field, icon, ICONS, int, isObject, jsonView, lazily, many, number, query, say, sure, toast, visible } from './lib.js';
 import { collectionsWords, limits, reachesCollection, writes } from './key.js';
 import { VectorMap, pca, project } from './map.js';
 import { Stream, get, getText, post, remove } from './server.js';
@@ -41,20 +41,15 @@ const refresh = lazily(async () => {
     // How far the graphs are is in no stream: asked for while there is something to wait for.
     if (collections.some((c) => c.index.pending > 0)) setTimeout(refresh, 800);
     if (name !== null && info() && sampled !== name) sample();
-  } catch (e) { say(nodes.error, e.message); }
+  } catch (e) {
+    say(nodes.error, e.message);
+    if (e.isAway) setTimeout(refresh, 2000); // Its stream may stand all the time, and then says nothing of it.
+  }
 }, 250);
 function draw() {
   if (name === null && collections.length) return go('vectors', { collection: collections[0].collection });
-  const focused = document.activeElement?.dataset?.collection;
-  nodes.list.replaceChildren(...collections.map((c) => {
-    const share = c.count ? number(c.index.indexed) / number(c.count) : 1, fill = el('i');
-    fill.style.width = `${share * 100}%`;
-    return el('button', { type: 'button', class: c.collection === name ? 'collection open' : 'collection', 'data-collection': c.collection, 'aria-pressed': String(c.collection === name), onclick: () => go('vectors', { collection: c.collection }) },
-      el('b', { class: 'mono' }, c.collection), el('span', { class: 'big-number' }, int(number(c.count))), el('span', { class: 'soft' }, `${c.dim} × ${c.metric}`),
-      el('span', { class: 'progress thin', title: `${c.index.kind}: ${int(number(c.index.indexed))} indexed, ${int(number(c.index.pending))} pending` }, fill),
-      el('span', { class: 'soft spread' }, el('span', {}, c.index.kind === 'graph' ? c.index.pending > 0 ? `linking, ${int(number(c.index.pending))} to go` : 'graph' : 'exact'), el('span', {}, bytes(number(c.memory_bytes)))));
-  }));
-  if (focused) [...nodes.list.children].find((b) => b.dataset.collection === focused)?.focus();
+  const known = new Map([...nodes.list.children].map((b) => [b.dataset.collection, b]));
+  arrange(nodes.list, collections.map((c) => tile(c, known.get(c.collection))));
   const c = info();
   nodes.none.hidden = !isRead || collections.length > 0;
   say(nodes.noneTitle, limits()?.collections.length === 0 ? collectionsWords() : 'No collections yet.');
@@ -62,8 +57,27 @@ function draw() {
   say(nodes.goneTitle, name !== null && !reachesCollection(name) ? collectionsWords() : 'There is no such collection.');
   nodes.gone.hidden = !collections.length || Boolean(c) || name === null;
   if (!c) return;
-  say(nodes.title, c.collection);
-  say(nodes.facts, `${int(number(c.count))} vectors · ${c.dim} numbers each · ${c.metric} · ${c.index.kind === 'exact' ? 'every search looks at all' : `graph, ${int(number(c.index.indexed))} linked${c.index.pending > 0 ? `, ${int(number(c.index.pending))} pending` : ''}`} · ${bytes(number(c.memory_bytes))} · revision ${c.revision}`);
+  say(nodes.title, visible(c.collection));
+  say(nodes.facts, `${many(number(c.count), 'vector')} · ${c.dim} numbers each · ${c.metric} · ${c.index.kind === 'exact' ? 'every search looks at all' : `graph, ${int(number(c.index.indexed))} linked${c.index.pending > 0 ? `, ${int(number(c.index.pending))} pending` : ''}`} · ${bytes(number(c.memory_bytes))} · revision ${c.revision}`);
+}
+/** The button of a collection. One that is there is kept: replaced between press and release it would not hear the click. */
+function tile(c, button) {
+  if (!button) {
+    const part = { count: el('span', { class: 'big-number' }), kind: el('span', { class: 'soft' }), fill: el('i'), index: el('span'), size: el('span') };
+    part.bar = el('span', { class: 'progress thin' }, part.fill);
+    button = Object.assign(el('button', { type: 'button', class: 'collection', 'data-collection': c.collection, onclick: () => go('vectors', { collection: c.collection }) },
+      el('b', { class: 'mono' }, visible(c.collection)), part.count, part.kind, part.bar, el('span', { class: 'soft spread' }, part.index, part.size)), { parts: part });
+  }
+  const part = button.parts, indexed = number(c.index.indexed), pending = number(c.index.pending);
+  button.classList.toggle('open', c.collection === name);
+  button.setAttribute('aria-pressed', String(c.collection === name));
+  say(part.count, int(number(c.count)));
+  say(part.kind, `${c.dim} × ${c.metric}`);
+  say(part.index, c.index.kind === 'graph' ? pending > 0 ? `linking, ${int(pending)} to go` : 'graph' : 'exact');
+  say(part.size, bytes(number(c.memory_bytes)));
+  part.bar.title = `${c.index.kind}: ${int(indexed)} indexed, ${int(pending)} pending`;
+  part.fill.style.width = `${(c.count ? indexed / number(c.count) : 1) * 100}%`;
+  return button;
 }
 async function create(e) {
   e.preventDefault();
@@ -176,7 +190,7 @@ function light() {
 function gist(meta) {
   if (!isObject(meta) || !Object.keys(meta).length) return '';
   const text = ['text', 'title', 'name', 'content'].map((k) => meta[k]).find((v) => typeof v === 'string');
-  return text ? text.slice(0, 300) : JSON.stringify(meta).slice(0, 300);
+  return brief(text || JSON.stringify(meta));
 }
 // ---- Searching --------------------------------------------------------------------------------------------------------------
 function searchBy(id) {
@@ -248,7 +262,7 @@ function column(title, r, other, word) {
       const erase = sure(writes(el('button', { type: 'button', class: 'link danger', 'aria-label': `Delete ${h.id}` }, 'delete'), 'collections'), 'really?', async () => {
         try { await post(path(name, '/delete'), { id: h.id }); toast(`${h.id} deleted`); item.remove(); } catch (error) { toast(error.message, true); }
       });
-      const item = el('li', { class: isOff ? 'hit off' : 'hit', title: isOff ? word : '', 'data-id': h.id }, el('details', {}, el('summary', {}, el('span', { class: 'mono id' }, h.id), el('span', { class: 'score' }, fill), el('span', { class: 'num' }, score.toFixed(4)),
+      const item = el('li', { class: isOff ? 'hit off' : 'hit', title: isOff ? word : '', 'data-id': h.id }, el('details', {}, el('summary', {}, el('span', { class: 'mono id' }, visible(h.id)), el('span', { class: 'score' }, fill), el('span', { class: 'num' }, score.toFixed(4)),
         el('span', { class: 'peek soft' }, gist(h.meta)))));
       const box = item.firstChild;
       box.ontoggle = () => {
@@ -300,7 +314,7 @@ export const vectors = {
     nodes.gone.append(nodes.goneTitle);
     const drop = sure(writes(el('button', { type: 'button', class: 'danger', id: 'drop' }, 'Delete collection'), 'collections'), 'Really, all of it?', async () => {
       const gone = name;
-      try { const r = await remove(path(gone)); toast(`${gone} and ${int(number(r.count))} vectors deleted`); name = null; lastHits = null; collections = (await get('/v1/vector')).collections; go('vectors'); } catch (e) { toast(e.message, true); }
+      try { const r = await remove(path(gone)); toast(`${gone} and ${many(number(r.count), 'vector')} deleted`); name = null; lastHits = null; collections = (await get('/v1/vector')).collections; go('vectors'); } catch (e) { toast(e.message, true); }
     });
     nodes.search = el('form', { class: 'search-form', id: 'search', onsubmit: search },
       el('div', { class: 'row' }, el('label', {}, 'Like ', select('by', [['id', 'a stored id'], ['vector', 'a vector']])), el('label', { class: 'grow' }, 'Id or numbers ', input('what', { class: 'mono', required: true, placeholder: 'an id, or choose a point on the map' })), el('button', { class: 'main' }, icon(ICONS.search), 'Search')),
