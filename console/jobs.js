@@ -5,7 +5,7 @@
 // No filter of the stream says "has a job_id", so everything passes here and is looked at as text before it is parsed;
 // the field on top narrows the stream to keys that begin so.
 
-import { clock, copy, duration, el, exact, icon, ICONS, int, isObject, jsonView, lazily, merge, number, query, quote, say, toast } from './lib.js';
+import { arrange, brief, clock, copy, duration, el, exact, icon, ICONS, int, isObject, isSelected, jsonUpdate, jsonView, lazily, merge, number, query, quote, say, toast, visible } from './lib.js';
 import { keysWords, limits, mayWrite, reachesKey, writes } from './key.js';
 import { Stream, curlKey, history, post, serverNow, write } from './server.js';
 
@@ -17,6 +17,9 @@ const STATUS = {
   failed: 'failed', error: 'failed', failure: 'failed', crashed: 'failed', timeout: 'failed',
   cancelled: 'stopped', canceled: 'stopped', stopped: 'stopped', aborted: 'stopped', gone: 'stopped',
 };
+/** The kind of a word for a status; not of constructor and what else every object has. */
+const statusOf = (word) => Object.hasOwn(STATUS, word.toLowerCase()) ? STATUS[word.toLowerCase()] : undefined;
+const TIME_MAX = 8.64e15; // The last moment a Date can tell, in ms.
 const WORDS = { running: 'running', queued: 'queued', done: 'done', failed: 'failed', stopped: 'stopped' };
 const isOver = (job) => job.status === 'done' || job.status === 'failed' || job.status === 'stopped';
 const text = (v) => typeof v === 'string' && v !== '' ? v : undefined;
@@ -41,14 +44,14 @@ class Job {
     if (p !== undefined) this.progress = p;
     if (!isObject(value)) return;
     const word = text(value.status) ?? text(value.state) ?? text(value.phase);
-    if (word) { this.word = word; this.status = STATUS[word.toLowerCase()] ?? 'running'; }
+    if (word) { this.word = word; this.status = statusOf(word) ?? 'running'; }
     else if (p >= 100) this.status = 'done';
     else if (p !== undefined && this.status === 'done') this.status = 'running';
     if (text(value.error)) { this.note = value.error; if (!word) this.status = 'failed'; }
     this.title = text(value.title) ?? text(value.name) ?? text(value.task) ?? text(value.kind) ?? this.title;
     this.note = text(value.message) ?? text(value.stage) ?? text(value.note) ?? text(value.step) ?? this.note;
     const at = num(value.started_at_ms) ?? num(value.started_ms);
-    if (at) this.started = at;
+    if (at > 0 && at <= TIME_MAX) this.started = at;
   }
   line(revision, ts, level, words) {
     if (revision && this.seen.has(revision)) return;
@@ -113,7 +116,7 @@ function takeEvent(ev, isOld = false) {
       if (j.word !== was && j.word) j.line(revision, at, j.status === 'failed' ? 'error' : 'status', j.word);
     } else {
       const told = 'patch' in ev ? ev.patch : ev.value, word = isObject(told) && (text(told.status) ?? text(told.state) ?? text(told.phase));
-      if (word && word !== j.oldWord) j.line(revision, at, STATUS[word.toLowerCase()] === 'failed' ? 'error' : 'status', word);
+      if (word && word !== j.oldWord) j.line(revision, at, statusOf(word) === 'failed' ? 'error' : 'status', word);
       if (word) j.oldWord = word;
     }
   } else if (ev.type === 'state_deleted') {
@@ -229,13 +232,13 @@ function card(j) {
   }
   c.node.dataset.status = j.status;
   c.node.dataset.job = j.id;
-  say(c.status, j.word && STATUS[j.word.toLowerCase()] !== undefined ? j.word : j.word || WORDS[j.status]);
-  say(c.title, j.title || j.key || j.id);
+  say(c.status, visible(j.word || WORDS[j.status]));
+  say(c.title, visible(j.title || j.key || j.id));
   c.title.title = c.title.textContent;
-  say(c.id, j.title || j.key ? `#${j.id}` : '');
+  say(c.id, j.title || j.key ? `#${visible(j.id)}` : '');
   say(c.percent, percent(j));
   setBar(c.bar, j);
-  say(c.note, j.note || (j.lines.findLast((l) => l.level !== 'soft')?.words ?? ''));
+  say(c.note, brief(j.note || (j.lines.findLast((l) => l.level !== 'soft')?.words ?? '')));
   tick(j, c);
   c.node.classList.toggle('open', j.id === wanted);
   if (!j.asked && j.isOld) askTimes(j);
@@ -288,18 +291,28 @@ function renderDetail() {
   }
   const o = opened;
   nodes.detail.dataset.status = j.status;
-  say(o.title ??= nodes.detail.querySelector('h2'), j.title || j.key || j.id);
-  say(o.status, j.word || WORDS[j.status]);
+  say(o.title ??= nodes.detail.querySelector('h2'), visible(j.title || j.key || j.id));
+  say(o.status, visible(j.word || WORDS[j.status]));
   say(o.percent, percent(j) || '');
   setBar(o.bar, j);
   say(o.note, j.note);
   say(o.time, [elapsed(j), left(j)].filter(Boolean).join(' · '));
   drawLines(o, j);
-  const now = [...j.values];
-  if (o.shownRevision !== j.revision) {
-    o.shownRevision = j.revision;
-    o.value.replaceChildren(...now.map(([k, v]) => el('div', {}, el('a', { class: 'mono', href: `#state?${query({ prefix: k, key: k })}` }, k), v === undefined ? el('p', { class: 'soft' }, 'bytes') : jsonView(v, 1))), now.length ? '' : el('p', { class: 'soft' }, 'No key is left.'));
-  }
+  drawState(o, j);
+}
+/** The job's keys and what they hold; what is selected in there waits. */
+function drawState(o, j) {
+  if (o.shownRevision === j.revision || isSelected(o.value)) return;
+  o.shownRevision = j.revision;
+  const known = new Map([...o.value.children].map((box) => [box.dataset.key, box]));
+  const boxes = [...j.values].map(([k, v]) => {
+    const box = known.get(k) ?? el('div', { 'data-key': k }, el('a', { class: 'mono', href: `#state?${query({ prefix: k, key: k })}` }, visible(k)), el('p'));
+    if (v === undefined) box.lastChild.replaceWith(el('p', { class: 'soft' }, 'bytes'));
+    else if (box.lastChild.levels === undefined) box.lastChild.replaceWith(jsonView(v, 1));
+    else jsonUpdate(box.lastChild, v);
+    return box;
+  });
+  arrange(o.value, boxes.length ? boxes : [el('p', { class: 'soft' }, 'No key is left.')]);
 }
 function drawLines(o, j) {
   const isAtEnd = o.log.scrollHeight - o.log.scrollTop - o.log.clientHeight < 24;
@@ -313,7 +326,7 @@ function drawLines(o, j) {
   if (isAtEnd || !isSame) o.log.scrollTop = o.log.scrollHeight;
 }
 function detailHead(id, curl) {
-  return el('div', { class: 'pane-head' }, el('div', {}, el('h2', {}, id), el('span', { class: 'soft mono' }, `#${id}`)),
+  return el('div', { class: 'pane-head' }, el('div', {}, el('h2', {}, visible(id)), el('span', { class: 'soft mono' }, `#${visible(id)}`)),
     curl ? el('button', { type: 'button', title: 'Everything about this job, in a terminal', onclick: () => copy(curl, 'Copied as curl') }, 'Copy as curl') : null,
     el('button', { type: 'button', class: 'ghost', 'aria-label': 'Close', title: 'Close (Esc)', onclick: close }, icon(ICONS.close)));
 }
@@ -325,6 +338,7 @@ function close() {
 setInterval(() => {
   if (!nodes || nodes.root.hidden) return;
   for (const [id, c] of cards) { const j = jobs_.get(id); if (j && c.node.isConnected && !isOver(j)) tick(j, c); }
+  if (opened) drawState(opened, opened.job);
   if (opened && !isOver(opened.job)) say(opened.time, [elapsed(opened.job), left(opened.job)].filter(Boolean).join(' · '));
 }, 1000);
 
