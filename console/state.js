@@ -5,22 +5,23 @@
 // and not a thousand pages. Values are read for the rows in sight. From the first page's revision on a stream brings every
 // change; what a page or a value knew already is told by its revision.
 
-import { byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, jsonView, lazily, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast, visible } from './lib.js';
+import { arrange, byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, isSelected, jsonUpdate, jsonView, lazily, many, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast, visible } from './lib.js';
 import { keysWords, limits, reachesKey, writes } from './key.js';
 import { VirtualList } from './list.js';
 import { keyCount } from './overview.js';
 import { Stream, cursorAfter, curlKey, get, history, read, serverNow, write } from './server.js';
 
-const PAGE = 500, ROW = 32, PREVIEW = 160;
+const PAGE = 500, ROW = 32, PREVIEW = 160, AGAIN_MS = 2000;
 const LAST = '\u{10ffff}\u{10ffff}'; // After every key of a branch.
 const SEPARATOR = /[:/]/;
 
 // ---- The tree ---------------------------------------------------------------------------------------------------------
 // A branch: {prefix, depth, children, isOpen, isDone, after, count, isMore, asOf}; a key: {key, revision, expires, meta, preview}.
-// `sort` orders both. `after` is the name from which the next page goes on.
-const branch = (prefix, depth, count = 0, isMore = false, asOf = 0) => ({ sort: prefix, prefix, depth, children: [], isOpen: false, isDone: false, after: null, count, isMore, asOf, isLoading: false, error: '' });
+// `sort` orders both. `after` is the name from which the next page goes on. `isMore`: a page ended in it, so `count` is the
+// least there is; `isDoubtful`: of such a one something went since, so that may be less, or none at all.
+const branch = (prefix, depth, count = 0, isMore = false, asOf = 0) => ({ sort: prefix, prefix, depth, children: [], isOpen: false, isDone: false, after: null, count, isMore, asOf, isDoubtful: false, isLoading: false, error: '' });
 const leaf = (e, depth) => ({ sort: e.key, key: e.key, depth, revision: number(e.revision), created: e.created_revision, expires: number(e.expires_at_ms), meta: e.meta, preview: undefined, flash: 0 });
-let root = branch('', 0), rows = [], since = null, ticket = 0;
+let root = branch('', 0), rows = [], since = null, ticket = 0, stopped = '';
 
 /** Where `sort` is, or would be, among children that are in order. */
 function place(children, sort) {
@@ -44,11 +45,19 @@ async function more(b) {
       draw();
     }
     b.error = '';
+    if (b.isDone && b !== root) settle(b);
   } catch (e) {
     if (mine !== ticket) return;
     b.error = e.message;
-    b.isAway = e.status === 0 || e.status >= 500;
+    b.isAway = e.isAway;
+    // Without a position there is no stream that would tell; `load` asks for the root then.
+    if (e.isAway && since !== null) setTimeout(() => mine === ticket && b.error && !nodes.root.hidden && more(b), AGAIN_MS);
   } finally { b.isLoading = false; draw(); }
+}
+/** What could not be read while the server was away is asked for as soon as it is back. */
+function askAgain() {
+  (function each(b) { if (b.error) more(b); for (const c of b.children) if (c.isOpen) each(c); })(root);
+  if (open?.failed) refreshOpen();
 }
 /** Sorts a page into a branch. Returns how many children it brought. */
 function take(b, { items, next_cursor: next, revision }) {
@@ -75,6 +84,42 @@ function take(b, { items, next_cursor: next, revision }) {
     added++;
   }
   return added;
+}
+/** The branches that lead to a prefix, its own the last; none when it is not in the tree. */
+function trailTo(wanted) {
+  const trail = [];
+  for (let b = root; b.prefix !== wanted;) {
+    const end = separatorIn(b.prefix, wanted), name = wanted.slice(0, end);
+    b = b.children[place(b.children, name)];
+    if (end < 0 || b?.prefix !== name) return [];
+    trail.push(b);
+  }
+  return trail;
+}
+/** After a branch was read to its end, or counted anew: from there on it and those above are as many as what is in them. */
+function settle(b) {
+  const trail = trailTo(b.prefix);
+  for (const up of trail.toReversed()) {
+    if (!up.isDone) continue;
+    up.count = up.children.reduce((n, c) => n + (c.prefix === undefined ? 1 : c.count), 0);
+    up.isMore = up.children.some((c) => c.isMore);
+    up.asOf = 0; // What changes its children changes its count, and nothing else does.
+  }
+  prune(trail);
+}
+/** Counts the branches in sight that are doubtful. One after the other, and each second: a queue changes all the time. */
+async function recount() {
+  const mine = ticket, doubtful = rows.slice(Math.max(0, list.first), list.last + 1).filter((r) => r.isDoubtful && !r.children.length);
+  if (!doubtful.length) return;
+  try {
+    for (const b of doubtful) {
+      b.isDoubtful = false;
+      const r = await get(`/v1/state?${query({ prefix: b.prefix, limit: PAGE, keys_only: 'true' })}`);
+      if (mine !== ticket || b.isLoading || b.children.length) return;
+      Object.assign(b, { count: r.items.length, isMore: r.next_cursor !== null, asOf: number(r.revision) });
+      settle(b);
+    }
+  } catch { /* The next removal makes it doubtful again. */ } finally { draw(); }
 }
 /** The rows in sight order: a branch, then what is in it. A branch that has more ends in a row that loads it. */
 function flatten(b, into) {
@@ -108,6 +153,7 @@ function apply(ev) {
       inside.flash = Date.now();
       trail.push(inside);
       if (inside.isOpen || inside.children.length) { b = inside; continue; }
+      if (inside.isMore && isGone && revision > inside.asOf) inside.isDoubtful = true;
       if (revision > inside.asOf && !inside.isMore) {
         inside.count += isNew ? 1 : isGone ? -1 : 0;
         for (const up of trail.slice(0, -1)) if (revision > up.asOf) up.count += isNew ? 1 : isGone ? -1 : 0;
@@ -147,10 +193,11 @@ const stream = new Stream({
     if (open?.key === ev.key) changed(ev);
     draw();
   },
-  onStatus(status, message) {
+  onStatus(status, message = '') {
+    stopped = message;
     if (!nodes) return;
-    if (message) say(nodes.error, message);
-    if (status === 'connected') { say(nodes.error, ''); if (root.error) more(root); }
+    if (status === 'connected') askAgain();
+    draw();
   },
 });
 const follow = () => stream.open(`/v1/events?${query({ types: 'state_updated,state_deleted', since, prefix: root.prefix })}`);
@@ -167,7 +214,7 @@ async function load() {
   root.isDone = !reachesKey(prefix); // There is nothing to ask for.
   draw();
   await more(root);
-  if (root.error) { if (root.isAway) setTimeout(() => root.error && since === null && load(), 1000); return; }
+  if (root.error) { if (root.isAway) setTimeout(() => root.error && since === null && load(), AGAIN_MS / 2); return; }
   const again = async (b) => { for (const c of b.children) if (wasOpen.has(c.prefix)) { c.isOpen = true; await more(c); await again(c); } };
   await again(root);
   // A single branch has nothing to choose from.
@@ -216,7 +263,7 @@ const fetchPreviews = lazily(async () => {
       for (const row of asked.slice(0, told)) if (row.revision <= number(r.revision)) row.preview ??= '';
       i += told - 1;
     }
-  } catch { /* the next draw asks again */ } finally {
+  } catch { setTimeout(draw, AGAIN_MS); /* It asks again. */ } finally {
     isFetching = false;
     if (isNews || isWanted) draw();
   }
@@ -229,11 +276,11 @@ const draw = lazily(() => {
   rows = flatten(root, []);
   list.set(rows.length);
   const total = root.children.reduce((n, c) => n + (c.prefix ? c.count : 1), 0), isSome = !root.isDone || root.children.some((c) => c.isMore);
-  say(nodes.info, !root.children.length ? '' : prefix || keyCount() === undefined ? `${int(total)}${isSome ? '+' : ''} keys${prefix ? ' begin so' : ''}` : `${int(keyCount())} keys`);
+  say(nodes.info, !root.children.length ? '' : prefix || keyCount() === undefined ? `${isSome ? `${int(total)}+ keys` : many(total, 'key')}${prefix ? total === 1 && !isSome ? ' begins so' : ' begin so' : ''}` : many(keyCount(), 'key'));
   nodes.empty.hidden = !root.isDone || root.children.length > 0;
   nodes.makeOne.hidden = nodes.makeOne.disabled || !reachesKey(prefix ?? '');
   say(nodes.emptyTitle, !reachesKey(prefix ?? '') ? keysWords() : prefix ? 'No key begins so.' : 'No keys yet.');
-  if (root.error) say(nodes.error, root.error);
+  say(nodes.error, root.error || stopped);
 }, 30);
 const endsIn = (ms) => ms <= serverNow() ? 'ended' : duration((ms - serverNow()) / 1000 + 0.999);
 
@@ -302,62 +349,99 @@ function treeKey(e, i) {
 }
 
 // ---- One key ------------------------------------------------------------------------------------------------------------
-// `entry` is what is shown or edited (its revision is the condition of a save), `latest` what the server has now.
+// {key, latest, tab, drafts, view, failed}. `latest` is what the server has now: an entry, null when there is none, undefined
+// while that is not known. `drafts` are forms by their tab: what somebody has written there stays while they look at another
+// tab. `view` is the value as it is shown; `failed` says why the key could not be read.
+const opened = (key, more) => ({ key, latest: undefined, tab: 'value', drafts: {}, view: null, failed: '', ...more });
+const isDirty = () => Object.values(open?.drafts ?? {}).some((d) => d.isDirty);
+/** An answer that comes late does not take anybody away from another view. */
+const isHere = () => !nodes.root.hidden;
 function choose(key) { go('state', { prefix, key }); }
-async function openKey(key) {
-  if (open?.key === key && !open.isNew) return;
-  const mine = open = { key, entry: null, latest: null, tab: 'value', isDirty: false };
+function openKey(key) {
+  if (open?.key === key && !open.isNew) { if (open.failed) refreshOpen(); return; }
+  open = opened(key);
+  nodes.ask.hidden = true;
   if (!reachesKey(key)) return pane(el('div', { class: 'empty' }, keysWords()));
-  pane(el('div', { class: 'empty' }, 'Reading …'));
-  try {
-    const entry = await read(key);
-    if (open !== mine) return;
-    if (!entry) { mine.tab = 'history'; }
-    mine.entry = mine.latest = entry ?? null;
-    showTab(mine.tab);
-  } catch (e) { if (open === mine) pane(el('p', { class: 'error' }, e.message)); }
+  showTab('value');
+  refreshOpen();
 }
 function newKey() {
-  open = { key: '', entry: null, latest: null, tab: 'edit', isDirty: false, isNew: true };
-  showTab('edit');
-  nodes.detail.querySelector('[name=key]')?.focus();
+  leave(() => {
+    open = opened('', { latest: null, tab: 'edit', isNew: true });
+    go('state', { prefix });
+    showTab('edit');
+    nodes.detail.querySelector('[name=key]')?.focus();
+  });
 }
 function close() {
-  open = null;
-  go('state', { prefix });
-  nodes.tree.focus();
+  leave(() => {
+    open = null;
+    go('state', { prefix });
+    nodes.tree.focus();
+  });
 }
+/** Goes on; when something is written and not saved, only after it is said that it may go. */
+function leave(on) {
+  const o = open;
+  if (!isDirty()) return on();
+  const discard = el('button', { type: 'button', class: 'danger', onclick: () => { o.drafts = {}; nodes.ask.hidden = true; on(); } }, 'Discard it');
+  const stay = el('button', { type: 'button', class: 'main', id: 'stay', onclick: goOn }, 'Go on editing');
+  nodes.ask.replaceChildren(el('p', {}, 'What you wrote is not saved.'), el('div', { class: 'row' }, stay, discard));
+  nodes.ask.hidden = false;
+  stay.focus();
+}
+function goOn() {
+  nodes.ask.hidden = true;
+  open.drafts[open.tab]?.value.focus();
+}
+addEventListener('beforeunload', (e) => { if (isDirty()) e.preventDefault(); });
 /** The frame of the panel, with `body` in it. */
 function pane(...body) {
-  const o = open;
+  const o = open, focused = nodes.detail.contains(document.activeElement) ? document.activeElement.id : null;
   nodes.detail.hidden = false;
   nodes.split.classList.add('two');
   const curl = `curl ${quote(`${location.origin}/v1/state/${encodeURIComponent(o.key)}`)}${curlKey()}`;
-  const tab = (name, label) => el('button', { type: 'button', role: 'tab', id: `tab-${name}`, 'aria-selected': String(o.tab === name), onclick: () => showTab(name) }, label);
   const isBytes = o.latest && 'value_base64' in o.latest;
   nodes.detail.replaceChildren(
-    el('div', { class: 'pane-head' }, el('h2', { class: 'mono' }, o.isNew ? 'New key' : o.key),
-      o.isNew ? null : el('button', { type: 'button', onclick: () => copy(curl, 'Copied as curl') }, 'Copy as curl'),
-      el('button', { type: 'button', class: 'ghost', 'aria-label': 'Close', title: 'Close (Esc)', onclick: close }, icon(ICONS.close))),
-    o.isNew ? '' : nodes.badges,
-    o.isNew ? '' : el('div', { class: 'tabs', role: 'tablist' }, tab('value', 'Value'), o.latest ? writes(tab('edit', 'Edit')) : null, o.latest && !isBytes ? writes(tab('patch', 'Patch')) : null, tab('history', 'History')),
+    el('div', { class: 'pane-head' }, el('h2', { class: 'mono' }, o.isNew ? 'New key' : visible(o.key)),
+      o.isNew ? null : el('button', { type: 'button', id: 'key-curl', onclick: () => copy(curl, 'Copied as curl') }, 'Copy as curl'),
+      el('button', { type: 'button', class: 'ghost', id: 'key-close', 'aria-label': 'Close', title: 'Close (Esc)', onclick: close }, icon(ICONS.close))),
+    o.isNew ? '' : nodes.badges, nodes.ask, o.isNew ? '' : tabs(o.latest, isBytes),
     el('div', { class: 'pane-body' }, body));
   badges();
+  // What had the focus is another button now, or gone.
+  if (focused !== null) (document.getElementById(focused) ?? nodes.detail.querySelector('[aria-selected=true], textarea'))?.focus();
+}
+function tabs(e, isBytes) {
+  const o = open, has = (name) => e || o.drafts[name]?.isDirty;
+  const tab = (name, label) => el('button', { type: 'button', role: 'tab', id: `tab-${name}`, 'aria-selected': String(o.tab === name), tabIndex: o.tab === name ? 0 : -1, onclick: () => showTab(name) },
+    o.tab !== name && o.drafts[name]?.isDirty ? `${label} (not saved)` : label);
+  const box = el('div', { class: 'tabs', role: 'tablist' }, tab('value', 'Value'), has('edit') ? writes(tab('edit', 'Edit')) : null, has('patch') && !isBytes ? writes(tab('patch', 'Patch')) : null, tab('history', 'History'));
+  box.onkeydown = (event) => {
+    const all = [...box.querySelectorAll('button:not(:disabled)')], at = all.indexOf(document.activeElement);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: -1 }[event.key];
+    if (to === undefined || at < 0) return;
+    event.preventDefault();
+    all.at(to % all.length).focus();
+  };
+  return box;
 }
 function badges() {
   const o = open, e = o?.latest;
   if (!o || o.isNew) return;
-  const facts = !e ? [el('span', { class: 'badge bad' }, o.entry ? 'deleted' : 'no such key')] : [
+  if (e) o.hasBeen = true;
+  const facts = e === undefined ? [] : e === null ? [el('span', { class: 'badge bad' }, o.hasBeen ? 'deleted' : 'no such key')] : [
     el('span', { class: 'badge' }, `revision ${e.revision}`), e.created_revision !== undefined && el('span', { class: 'badge' }, `created at ${e.created_revision}`),
     e.expires_at_ms != null && el('span', { class: number(e.expires_at_ms) - serverNow() < 10_000 ? 'badge bad' : 'badge warn', id: 'deadline' }, `ends in ${endsIn(number(e.expires_at_ms))}`),
-    e.meta?.job_id != null && el('a', { class: 'badge', href: `#jobs?${query({ job: e.meta.job_id })}` }, `job ${e.meta.job_id}`),
-    ...(e.meta?.tags ?? []).map((t) => el('a', { class: 'badge', href: `#events?${query({ tag: t })}` }, `tag ${t}`)), e.content_type && el('span', { class: 'badge' }, e.content_type)];
-  nodes.badges.replaceChildren(...facts.filter(Boolean));
+    e.meta?.job_id != null && el('a', { class: 'badge', href: `#jobs?${query({ job: e.meta.job_id })}` }, `job ${visible(e.meta.job_id)}`),
+    ...(e.meta?.tags ?? []).map((t) => el('a', { class: 'badge', href: `#events?${query({ tag: t })}` }, `tag ${visible(t)}`)), e.content_type && el('span', { class: 'badge' }, e.content_type)];
+  const there = [...nodes.badges.children];
+  arrange(nodes.badges, facts.filter(Boolean).map((badge) => there.find((old) => old.isEqualNode(badge)) ?? badge));
 }
 const SHOW = { value: showValue, edit: () => showEdit(false), patch: () => showEdit(true), history: showHistory };
 function showTab(name) {
   open.tab = name;
-  open.isDirty = false;
+  nodes.ask.hidden = true;
   SHOW[name]();
 }
 function hex(raw) {
@@ -368,98 +452,190 @@ function hex(raw) {
   }
   return lines.join('\n') + (raw.length > 4096 ? `\n… ${bytes(raw.length - 4096)} more` : '');
 }
+/** The value. What changes is changed in its place, so that folds, focus and an armed button stay; what is selected waits. */
 function showValue() {
-  const e = open.entry = open.latest;
-  if (!e) return pane(el('div', { class: 'empty' }, 'There is nothing under this key now. Its history may say why.'));
-  const erase = sure(writes(el('button', { type: 'button', class: 'danger', id: 'delete' }, 'Delete')), 'Really delete?', () => attempt(async () => {
-    await write({ op: 'delete', key: e.key, if_revision: open.latest?.revision });
-    toast(`${e.key} deleted`);
-    close();
-  }));
-  const foot = el('div', { class: 'row foot' }, el('span', { class: 'grow' }), erase);
-  const error = el('p', { class: 'error', role: 'alert' });
-  open.error = error;
-  if ('value_base64' in e) {
-    const raw = Uint8Array.from(atob(e.value_base64), (c) => c.charCodeAt(0)), type = e.content_type ?? '';
-    const isText = /^text\/|json|xml/.test(type), isPicture = /^image\/(png|jpeg|gif|webp)$/.test(type);
-    return pane(isPicture ? el('img', { class: 'picture', alt: e.key, src: `data:${type};base64,${e.value_base64}` }) : el('pre', { class: 'bytes' }, isText ? new TextDecoder().decode(raw) : hex(raw)), el('p', { class: 'soft' }, bytes(raw.length)), error, foot);
+  const o = open, e = o.latest, v = o.view, isThere = v?.box.isConnected, kind = e && 'value_base64' in e ? 'bytes' : 'json';
+  if (isThere && isSelected(v.box) && e !== v.entry) {
+    v.note.hidden = false;
+    return say(v.note, `${e ? `Revision ${e.revision} came in` : 'This key was deleted'}. It shows when nothing is selected here.`);
   }
-  pane(el('div', { class: 'value', id: 'value' }, jsonView(e.value, 3)), error, el('div', { class: 'row foot' }, el('button', { type: 'button', onclick: () => copy(pretty(e.value)) }, 'Copy value'), el('span', { class: 'grow' }), erase));
-}
-function showEdit(isPatch) {
-  const o = open, e = o.entry = o.latest, isBytes = e && 'value_base64' in e;
-  const value = el('textarea', { name: 'value', rows: 12, spellcheck: false, value: isPatch ? '{\n  \n}' : o.restored ?? (e && !isBytes ? pretty(e.value) ?? '' : '{}') });
-  const ends = el('select', { name: 'ends' }, el('option', { value: 'keep', disabled: !e?.expires_at_ms }, 'as before'), el('option', { value: 'never' }, isPatch ? 'as it is' : 'never'), el('option', { value: 'in' }, 'in … seconds'));
-  ends.value = e?.expires_at_ms && !isPatch ? 'keep' : 'never';
-  if (isPatch) ends.firstChild.remove();
-  const seconds = el('input', { name: 'seconds', inputMode: 'decimal', disabled: true, 'aria-label': 'Seconds' });
-  const meta = el('input', { name: 'meta', class: 'mono', placeholder: '{"job_id": "1", "tags": ["a"]}', spellcheck: false, autocomplete: 'off', value: e?.meta ? JSON.stringify(e.meta) : '' });
-  const name = o.isNew ? el('label', {}, 'Key ', el('input', { name: 'key', class: 'mono', autocomplete: 'off', spellcheck: false, required: true, value: reachesKey(prefix ?? '') ? prefix ?? '' : limits().prefixes[0] ?? '' })) : null;
+  if (e === undefined) return pane(o.failed ? el('p', { class: 'error', role: 'alert' }, o.failed) : el('div', { class: 'empty' }, 'Reading …'));
+  if (e === null) return pane(el('div', { class: 'empty' }, 'There is nothing under this key now. Its history may say why.'));
+  if (isThere && v.kind === kind) {
+    v.note.hidden = true;
+    return kind === 'bytes' ? fillBytes(v, e) : fillJson(v, e);
+  }
+  o.view = { kind, box: el('div', { class: kind === 'json' ? 'value' : '', id: 'value' }), note: el('p', { class: 'note', id: 'waits', hidden: true }), entry: null };
+  kind === 'bytes' ? fillBytes(o.view, e) : fillJson(o.view, e);
   o.error = el('p', { class: 'error', role: 'alert' });
-  o.conflict = el('div', { class: 'conflict', id: 'conflict', hidden: true });
-  o.note = el('p', { class: 'note', id: 'newer', hidden: true });
-  const form = o.form = el('form', { class: 'edit', onsubmit: (event) => { event.preventDefault(); attempt(() => save()); } },
-    name, el('label', {}, isPatch ? 'Merge patch: fields to set, null removes one' : isBytes ? 'New value (JSON) in place of the bytes' : 'Value (JSON)', value),
-    el('div', { class: 'row' }, el('label', {}, 'Ends ', ends), el('label', { class: 'seconds' }, 'Seconds ', seconds), isPatch ? null : el('label', { class: 'grow' }, 'Labels (JSON) ', meta)),
-    o.note, o.conflict, o.error,
-    el('div', { class: 'row foot' }, el('button', { class: 'main', id: 'save' }, isPatch ? 'Apply patch' : o.isNew ? 'Create' : 'Save'), el('span', { class: 'soft' }, isPatch ? 'merged inside the commit' : o.isNew ? 'only if it is absent' : `only if it is still revision ${e?.revision ?? 0}`)));
-  o.isPatch = isPatch;
-  o.restored = undefined;
-  form.oninput = () => { o.isDirty = true; seconds.disabled = ends.value !== 'in'; };
-  value.onkeydown = (event) => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) form.requestSubmit(); };
-  pane(form);
-  if (isPatch) { value.focus(); value.setSelectionRange(4, 4); }
+  const erase = sure(writes(el('button', { type: 'button', class: 'danger', id: 'delete' }, 'Delete')), 'Really delete?', () => attempt(async () => {
+    await write({ op: 'delete', key: o.key, if_revision: o.latest?.revision });
+    toast(`${o.key} deleted`);
+    if (isHere()) close();
+  }));
+  const copyValue = kind === 'json' ? el('button', { type: 'button', id: 'copy-value', onclick: () => copy(pretty(o.view.entry.value)) }, 'Copy value') : null;
+  pane(o.view.note, o.view.box, o.error, el('div', { class: 'row foot' }, copyValue, el('span', { class: 'grow' }), erase));
 }
-async function attempt(work) {
-  const o = open;
-  const buttons = nodes.detail.querySelectorAll('.foot button');
+function fillJson(v, e) {
+  v.entry ? jsonUpdate(v.box.firstChild, e.value) : v.box.append(jsonView(e.value, 3));
+  v.entry = e;
+}
+function fillBytes(v, e) {
+  const isSame = v.entry?.value_base64 === e.value_base64 && v.entry?.content_type === e.content_type;
+  v.entry = e;
+  if (isSame) return;
+  const raw = Uint8Array.from(atob(e.value_base64), (c) => c.charCodeAt(0)), type = e.content_type ?? '';
+  const isText = /^text\/|json|xml/.test(type), isPicture = /^image\/(png|jpeg|gif|webp)$/.test(type);
+  v.box.replaceChildren(isPicture ? el('img', { class: 'picture', alt: e.key, src: `data:${type};base64,${e.value_base64}` }) : el('pre', { class: 'bytes' }, isText ? new TextDecoder().decode(raw) : hex(raw)), el('p', { class: 'soft' }, bytes(raw.length)));
+}
+document.addEventListener('selectionchange', () => { if (open?.tab === 'value' && open.view?.note.hidden === false && !isSelected(open.view.box)) showValue(); });
+
+function showEdit(isPatch) {
+  const o = open, tab = isPatch ? 'patch' : 'edit';
+  if (!o.drafts[tab]?.isDirty) o.drafts[tab] = draft(isPatch);
+  const d = o.drafts[tab];
+  pane(d.form);
+  if (d.isDirty && d.conflict.hidden) tellNews(d);
+  if (isPatch) d.value.focus();
+  if (isPatch && !d.isDirty) d.value.setSelectionRange(4, 4);
+}
+/** A form to write a key or a patch. `entry` is what it began from: the condition of a save, and what is as it was. */
+function draft(isPatch) {
+  const o = open, d = { isPatch, isDirty: false, isAgreed: false, entry: null, endsWas: '' };
+  d.value = el('textarea', { name: 'value', rows: 12, spellcheck: false, value: '{\n  \n}' });
+  d.ends = el('select', { name: 'ends' }, isPatch ? null : el('option', { value: 'keep' }, 'as before'), el('option', { value: 'never' }, isPatch ? 'as it is' : 'never'), el('option', { value: 'in' }, 'in … seconds'));
+  d.seconds = el('input', { name: 'seconds', inputMode: 'decimal', disabled: true, 'aria-label': 'Seconds' });
+  d.meta = el('input', { name: 'meta', class: 'mono', placeholder: '{"job_id": "1", "tags": ["a"]}', spellcheck: false, autocomplete: 'off' });
+  d.name = o.isNew ? el('input', { name: 'key', class: 'mono', autocomplete: 'off', spellcheck: false, required: true, value: reachesKey(prefix ?? '') ? prefix ?? '' : limits().prefixes[0] ?? '' }) : null;
+  d.error = el('p', { class: 'error', role: 'alert' });
+  d.conflict = el('div', { class: 'conflict', id: 'conflict', hidden: true });
+  d.note = el('p', { class: 'note', id: 'newer', hidden: true });
+  d.what = el('span');
+  d.when = el('span', { class: 'soft' });
+  d.save = el('button', { class: 'main', id: 'save' });
+  d.form = el('form', { class: 'edit', onsubmit: (event) => { event.preventDefault(); attempt(() => save(d), d); } },
+    d.name && el('label', {}, 'Key ', d.name), el('label', {}, d.what, d.value),
+    el('div', { class: 'row' }, el('label', {}, 'Ends ', d.ends), el('label', { class: 'seconds' }, 'Seconds ', d.seconds), isPatch ? null : el('label', { class: 'grow' }, 'Labels (JSON) ', d.meta)),
+    d.note, d.conflict, d.error, el('div', { class: 'row foot' }, d.save, d.when));
+  d.form.oninput = () => { d.isDirty = true; d.seconds.disabled = d.ends.value !== 'in'; };
+  d.value.onkeydown = (event) => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) d.form.requestSubmit(); };
+  begin(d, o.latest);
+  return d;
+}
+/** Lets a form begin from an entry; one that nobody has written in yet follows the key so. */
+function begin(d, e) {
+  const isBytes = e && 'value_base64' in e, { selectionStart, selectionEnd } = d.value;
+  d.entry = e;
+  d.note.hidden = true;
+  say(d.what, d.isPatch ? 'Merge patch: fields to set, null removes one' : isBytes ? 'New value (JSON) in place of the bytes' : 'Value (JSON)');
+  say(d.save, d.isPatch ? 'Apply patch' : open.isNew ? 'Create' : 'Save');
+  say(d.when, d.isPatch ? 'merged inside the commit' : open.isNew ? 'only if it is absent' : `only if it is still revision ${e?.revision ?? 0}`);
+  d.ends.value = d.endsWas = e?.expires_at_ms != null && !d.isPatch ? 'keep' : 'never';
+  if (d.isPatch) return;
+  d.ends.firstChild.disabled = e?.expires_at_ms == null;
+  d.meta.value = d.meta.defaultValue = e?.meta ? JSON.stringify(e.meta) : '';
+  d.value.value = e && !isBytes ? pretty(e.value) ?? '' : '{}';
+  if (document.activeElement === d.value) d.value.setSelectionRange(selectionStart, selectionEnd);
+}
+/** What came in while a form was written in. */
+function tellNews(d) {
+  const { latest } = open;
+  d.isAgreed = false;
+  if (d.isPatch) say(d.save, 'Apply patch');
+  d.note.hidden = latest?.revision === d.entry?.revision;
+  say(d.note, latest ? d.isPatch ? `Revision ${latest.revision} came in. Your patch goes on top of it.` : `Revision ${latest.revision} came in while you edit ${d.entry?.revision ?? 0}. Saving will compare them.` : 'This key was deleted meanwhile.');
+}
+async function attempt(work, d) {
+  const o = open, error = d?.error ?? o.error, buttons = nodes.detail.querySelectorAll('.foot button');
   o.isBusy = true;
   for (const b of buttons) b.disabled = true;
-  say(o.error, '');
+  say(error, '');
   try { await work(); } catch (e) {
     if (open !== o) return;
-    if (e.code === 'revision_conflict' && o.form) await showConflict();
-    else say(o.error, e.code === 'revision_conflict' ? 'Somebody changed it in this moment. Look again.' : e.message);
-  } finally { o.isBusy = false; for (const b of buttons) b.disabled = false; }
+    try {
+      if (e.code === 'revision_conflict' && d && !d.isPatch) await showConflict(d);
+      else say(error, e.code === 'revision_conflict' ? 'Somebody changed it in this moment. Look again.' : e.message);
+    } catch (other) { say(error, other.message); }
+  } finally {
+    o.isBusy = false;
+    for (const b of buttons) b.disabled = false;
+    if (open === o && o.tab === 'value') showValue(); // What came in meanwhile.
+  }
 }
-async function save(ifRevision) {
-  const o = open, f = o.form.elements, key = o.isNew ? f.key.value : o.key, op = { op: o.isPatch ? 'patch' : 'put', key };
-  op[o.isPatch ? 'patch' : 'value'] = field(f.value.value, o.isPatch ? 'The patch' : 'The value');
-  if (!o.isPatch) {
-    op.if_revision = ifRevision ?? o.entry?.revision ?? 0;
-    if (f.meta.value.trim()) op.meta = field(f.meta.value, 'Labels');
-    if (f.ends.value === 'keep' && o.entry?.expires_at_ms) op.ttl_ms = Math.max(1, number(o.entry.expires_at_ms) - serverNow());
+/**
+ * Deadline and labels for a save over `base`: those of the form where they were changed there, else those that `base` has.
+ * `isPast`: that deadline has passed. Kept, it would take what is saved away at once; there is none then.
+ */
+function terms(d, base) {
+  const out = {}, isEndKept = d.ends.value !== 'in' && d.ends.value === d.endsWas;
+  if (d.ends.value === 'in') {
+    out.ttl_ms = Math.round(Number(d.seconds.value) * 1000);
+    if (!(out.ttl_ms > 0)) throw new Error('Say in how many seconds the key ends.');
   }
-  if (f.ends.value === 'in') {
-    op.ttl_ms = Math.round(Number(f.seconds.value) * 1000);
-    if (!(op.ttl_ms > 0)) throw new Error('Say in how many seconds the key ends.');
+  if (d.isPatch) return out;
+  if (isEndKept && base?.expires_at_ms != null) {
+    const left = number(base.expires_at_ms) - serverNow();
+    left > 0 ? out.ttl_ms = left : out.isPast = true;
   }
-  const done = await write(op);
-  toast(`${key} is revision ${done.revision}`);
+  if (d.meta.value !== d.meta.defaultValue) { if (d.meta.value.trim()) out.meta = field(d.meta.value, 'Labels'); } else if (base?.meta) out.meta = base.meta;
+  return out;
+}
+/** Writes a form. `over`: the entry, or null, that somebody else wrote and that is to be overwritten. */
+async function save(d, over) {
+  const o = open, key = d.name ? d.name.value : o.key, content = field(d.value.value, d.isPatch ? 'The patch' : 'The value');
+  const base = over === undefined ? d.entry : over ?? d.entry, { isPast, ...rest } = terms(d, base);
+  const done = d.isPatch ? await patch(d, { op: 'patch', key, patch: content, ...rest }) : await write({ op: 'put', key, value: content, if_revision: (over === undefined ? d.entry : over)?.revision ?? 0, ...rest });
+  if (!done) return;
+  toast(`${key} is revision ${done.revision}.${isPast ? ' The deadline it had has passed: it has none now.' : ''}`);
+  d.isDirty = false;
   if (open !== o) return;
-  if (o.isNew) { open = null; return choose(key); }
-  o.latest = await read(key) ?? null;
+  if (o.isNew) { open = null; return isHere() && choose(key); }
+  await refreshOpen();
   if (open === o) showTab('value');
 }
-/** A lost race: both values side by side, and a choice. */
-async function showConflict() {
-  const o = open, key = o.isNew ? o.form.elements.key.value : o.key, theirs = await read(key) ?? null;
+/**
+ * A patch goes on top of whatever is there, but on top of nothing only after a yes: a fragment would become the key. Its
+ * condition is only that, and is brought up to date when it fails.
+ */
+async function patch(d, op) {
+  for (let tries = 0, at = open.latest?.revision ?? 0; ; tries++) {
+    if (!at && !d.isAgreed) {
+      d.isAgreed = true;
+      d.note.hidden = false;
+      say(d.note, 'This key was deleted meanwhile: the patch alone would become its value.');
+      say(d.save, 'Create it from the patch');
+      return null;
+    }
+    try { return await write(at ? { ...op, if_revision: at } : op); } catch (e) {
+      if (e.code !== 'revision_conflict' || tries === 20) throw e;
+      at = e.body.actual;
+    }
+  }
+}
+/** A lost race: both values side by side, with what else would be written, and a choice. */
+async function showConflict(d) {
+  const o = open, key = d.name ? d.name.value : o.key, theirs = await read(key) ?? null;
   if (open !== o) return;
-  const mine = el('pre'), other = el('pre');
-  try { paint(mine, pretty(exact(o.form.elements.value.value))); } catch { mine.textContent = o.form.elements.value.value; }
+  const mine = el('pre'), other = el('pre'), kept = terms(d, theirs ?? d.entry);
+  try { paint(mine, pretty(exact(d.value.value))); } catch { mine.textContent = d.value.value; }
   theirs && 'value' in theirs ? paint(other, pretty(theirs.value)) : other.textContent = theirs ? preview(theirs) : '(deleted)';
-  const over = el('button', { type: 'button', class: 'danger', onclick: () => { o.conflict.hidden = true; attempt(() => save(theirs?.revision ?? 0)); } }, 'Write mine over it');
+  const told = (ms, meta) => `${ms === undefined ? 'no deadline' : `ends in ${duration(ms / 1000 + 0.999)}`} · ${meta ? `labels ${visible(JSON.stringify(meta))}` : 'no labels'}`;
+  const ours = told(kept.ttl_ms, kept.meta), others = theirs ? told(theirs.expires_at_ms == null ? undefined : number(theirs.expires_at_ms) - serverNow(), theirs.meta) : '';
+  const isPlain = [ours, others].every((t) => t === '' || t === told());
+  const terms_ = (text) => isPlain || !text ? null : el('p', { class: 'soft' }, text);
+  const over = el('button', { type: 'button', class: 'danger', onclick: () => { d.conflict.hidden = true; attempt(() => save(d, theirs), d); } }, 'Write mine over it');
   const taken = el('button', { type: 'button', onclick: () => {
+    o.drafts = {};
     if (!theirs) return close();
     if (o.isNew) { open = null; return choose(key); }
     o.latest = theirs;
     showTab('edit');
   } }, 'Take theirs');
-  o.conflict.replaceChildren(el('p', {}, el('b', {}, 'Somebody wrote first. '), `You edited revision ${o.entry?.revision ?? 0}; it is ${theirs?.revision ?? 0} now. Nothing was written.`),
-    el('div', { class: 'both' }, el('div', {}, el('h3', {}, 'Yours'), mine), el('div', {}, el('h3', {}, theirs ? `Theirs, revision ${theirs.revision}` : 'Theirs'), other)),
+  d.conflict.replaceChildren(el('p', {}, el('b', {}, 'Somebody wrote first. '), `You edited revision ${d.entry?.revision ?? 0}; it is ${theirs?.revision ?? 0} now. Nothing was written.${kept.isPast ? ' The deadline has passed: yours would be written without one.' : ''}`),
+    el('div', { class: 'both' }, el('div', {}, el('h3', {}, 'Yours'), mine, terms_(ours)), el('div', {}, el('h3', {}, theirs ? `Theirs, revision ${theirs.revision}` : 'Theirs'), other, terms_(others))),
     el('div', { class: 'row' }, taken, over));
-  o.conflict.hidden = false;
-  o.note.hidden = true;
+  d.conflict.hidden = false;
+  d.note.hidden = true;
   if (!o.isNew) { o.latest = theirs; badges(); }
   taken.focus();
 }
@@ -472,7 +648,7 @@ function after(old, ev) {
   if (!isFirst && (old?.revision !== prev_revision || !('value' in old))) return undefined;
   return { ...entry, value: merge(isFirst ? undefined : old.value, ev.patch) };
 }
-async function changed(ev) {
+function changed(ev) {
   const o = open;
   if (o.latest && o.latest.revision >= ev.revision) return;
   if (o.tab === 'history') o.addChange?.(ev);
@@ -480,22 +656,34 @@ async function changed(ev) {
   if (latest === undefined) return refreshOpen();
   show(latest);
 }
+/** Reads the key, and asks again while there is nothing to show and nobody answers. */
 async function refreshOpen() {
-  const o = open;
+  const o = open, was = o.latest;
   if (o.isNew || !reachesKey(o.key)) return;
-  try { const now = await read(o.key) ?? null; if (open === o && now?.revision !== o.latest?.revision) show(now); } catch { /* the stream tells later */ }
+  try {
+    const now = await read(o.key) ?? null;
+    if (open !== o || o.latest !== was) return; // The stream was faster.
+    o.failed = '';
+    if (was === undefined || now?.revision !== was?.revision) show(now);
+  } catch (e) {
+    if (open !== o || o.latest !== undefined) return; // The stream tells later.
+    o.failed = e.message;
+    if (o.tab === 'value') showValue();
+    if (e.isAway) setTimeout(() => open === o && o.latest === undefined && refreshOpen(), AGAIN_MS);
+  }
 }
 function show(latest) {
-  const o = open;
+  const o = open, isFirst = o.latest === undefined;
   o.latest = latest;
   badges();
   if (o.isNew || o.isBusy) return;
+  if (isFirst) return showTab(latest ? o.tab : 'history');
   if (o.tab === 'value') return showValue();
   if (o.tab === 'history') return;
-  if (!o.conflict.hidden) return;
-  if (o.tab === 'edit' && !o.isDirty && latest) return showEdit(false);
-  o.note.hidden = false;
-  say(o.note, latest ? o.isPatch ? `Revision ${latest.revision} came in. Your patch goes on top of it.` : `Revision ${latest.revision} came in while you edit ${o.entry?.revision ?? 0}. Saving will compare them.` : 'This key was deleted meanwhile.');
+  const d = o.drafts[o.tab];
+  if (!d.conflict.hidden) return;
+  if (o.tab === 'edit' && !d.isDirty && latest) return begin(d, latest);
+  tellNews(d);
 }
 /** What the log still knows of the key, newest first. */
 async function showHistory() {
@@ -522,7 +710,13 @@ async function showHistory() {
       if (from >= number(r.head)) break;
       say(info, `Reading the log … ${Math.floor(from / number(r.head) * 100)} %`);
     }
-  } catch (e) { return void (isMine() && (info.className = 'error', say(info, e.message))); }
+  } catch (e) {
+    if (!isMine()) return;
+    info.className = 'error';
+    say(info, e.message);
+    if (e.isAway) setTimeout(() => isMine() && showHistory(), AGAIN_MS);
+    return;
+  }
   const last = number(found.at(-1)?.revision ?? 0);
   found.push(...live.filter((ev) => number(ev.revision) > last));
   let count = found.length;
@@ -544,13 +738,19 @@ function change(ev) {
     if (!item.open || item.children[1]) return;
     item.append(el('div', { class: 'value' }, jsonView(isGone ? ev : 'value_base64' in ev ? ev.value_base64 : told, 3)));
     if ('value' in ev) item.append(writes(el('button', { type: 'button', onclick: () => {
-      open.restored = pretty(ev.value);
-      open.latest ? showTab('edit') : (open = { ...open, isNew: true, restored: pretty(ev.value) }, showTab('edit'), nodes.detail.querySelector('[name=key]').value = ev.key);
-      open.isDirty = true;
+      leave(() => {
+        if (!open.latest) { open = opened(ev.key, { latest: null, isNew: true }); go('state', { prefix }); }
+        const d = open.drafts.edit = draft(false);
+        d.value.value = pretty(ev.value);
+        d.isDirty = true;
+        if (d.name) d.name.value = ev.key;
+        showTab('edit');
+      });
     } }, 'Edit from this value')));
   };
   return item;
 }
+setInterval(() => { if (nodes && !nodes.root.hidden && !document.hidden) recount(); }, 1000);
 setInterval(() => {
   if (!nodes || nodes.root.hidden) return;
   if (rows.slice(Math.max(0, list.first), list.last + 1).some((r) => r.expires || Date.now() - r.flash < 2000)) list.refresh();
@@ -563,16 +763,17 @@ export const state = {
   streams: [stream],
   fresh() {
     prefix = null;
-    if (!open?.isDirty) open = null; // What somebody is writing is theirs, whatever the key.
+    if (!isDirty()) open = null; // What somebody is writing is theirs, whatever the key.
   },
   mount(section, navigate) {
     go = navigate;
     const filter = el('input', { name: 'prefix', class: 'mono', placeholder: 'keys that begin with …', autocomplete: 'off', spellcheck: false, 'aria-label': 'Prefix' });
-    filter.oninput = lazily(() => filter.value !== prefix && go('state', { prefix: filter.value }), 200);
+    // What somebody writes stays beside whatever they look for.
+    filter.oninput = lazily(() => filter.value !== prefix && go('state', { prefix: filter.value, key: isDirty() && !open.isNew ? open.key : null }), 200);
     filter.onkeydown = (e) => { if (e.key === 'ArrowDown' || e.key === 'Enter') { e.preventDefault(); nodes.tree.focus(); if (rows.length) list.go(0); } };
     nodes = {
       root: section, filter, info: el('span', { class: 'soft', id: 'state-info', role: 'status' }), error: el('p', { class: 'error', role: 'alert' }), tree: el('div', { class: 'tree', id: 'tree', role: 'tree', 'aria-label': 'Keys' }),
-      emptyTitle: el('h2', {}), badges: el('div', { class: 'badges', id: 'badges' }), detail: el('aside', { class: 'card pane', id: 'detail', hidden: true }),
+      emptyTitle: el('h2', {}), badges: el('div', { class: 'badges', id: 'badges' }), detail: el('aside', { class: 'card pane', id: 'detail', hidden: true }), ask: el('div', { class: 'conflict', id: 'unsaved', role: 'alert', hidden: true }),
     };
     nodes.newKey = writes(el('button', { type: 'button', id: 'new-key', class: 'main', title: 'n', onclick: newKey }, 'New key'));
     nodes.makeOne = writes(el('button', { type: 'button', class: 'main', onclick: newKey }, 'Make one'));
@@ -585,6 +786,10 @@ export const state = {
     const next = params.get('prefix') ?? '', key = params.get('key'), own = limits()?.prefixes ?? [];
     // A key with limits begins where it may look, except while somebody empties the field to type.
     if (next === '' && own.length && !reachesKey('') && nodes.filter !== document.activeElement) return go('state', { prefix: own.find((p) => key?.startsWith(p)) ?? own[0], key });
+    if (open && isDirty() && (open.isNew ? key !== null : key !== open.key)) {
+      go('state', { prefix, key: open.isNew ? null : open.key });
+      return leave(() => { open = null; go('state', Object.fromEntries(params)); });
+    }
     if (nodes.filter !== document.activeElement) nodes.filter.value = next;
     if (next !== prefix) { prefix = next; root = branch('', 0); nodes.tree.scrollTop = 0; list.active = -1; load(); }
     if (key !== null) openKey(key);
@@ -592,5 +797,5 @@ export const state = {
     if (!open) { nodes.detail.hidden = true; nodes.split.classList.remove('two'); }
     draw();
   },
-  keys: { n: () => nodes.newKey.click(), Escape: () => open && close() },
+  keys: { n: () => nodes.newKey.click(), Escape: () => open && (nodes.ask.hidden ? close() : goOn()) },
 };
