@@ -57,12 +57,13 @@ const browser = await chromium.launch({
   args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking'],
 });
 const errors = [];
+let unloads = 0; // How often the browser asked whether a page may be left.
 let forgiven = /(?!)/; // What the browser itself logs for answers that a test provokes.
 async function open(context, at) {
   const page = await context.newPage();
   page.on('console', (m) => { if (m.type() === 'error' && !forgiven.test(m.text())) errors.push(`${m.text()} ${m.location().url}`); });
   page.on('pageerror', (e) => errors.push(String(e.stack)));
-  page.on('dialog', (d) => { errors.push(`dialog: ${d.message()}`); d.dismiss(); });
+  page.on('dialog', (d) => { if (d.type() === 'beforeunload') unloads++; else errors.push(`dialog: ${d.message()}`); d.dismiss(); });
   page.on('request', (r) => { if (!r.url().startsWith(new URL(at).origin) && !r.url().startsWith('data:')) errors.push(`outside: ${r.url()}`); });
   if (process.env.CONSOLE_DIR) {
     await page.route((u) => u.pathname === '/' || u.pathname.startsWith('/console/'), async (route) => {
@@ -78,6 +79,10 @@ async function open(context, at) {
 const POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const context = await browser.newContext({ viewport: { width: 1280, height: 820 }, colorScheme: 'light', permissions: ['clipboard-read', 'clipboard-write'] });
 const page = await open(context, url + '/');
+/** Another page, at a place of the same server. */
+const aside = (hash) => open(context, `${url}/${hash}`);
+/** What this server would answer. */
+const refusal = (status, detail) => ({ status, contentType: 'application/problem+json', body: JSON.stringify({ detail, code: 'rate_limited' }) });
 const text = (selector) => page.locator(selector).first().innerText();
 const clipboard = () => page.evaluate(() => navigator.clipboard.readText());
 const json = async (method, path, body) => JSON.parse(await api(method, path, body));
@@ -262,6 +267,7 @@ const tests = {
     await page.click('#delete');
     await page.click('text=Really delete?');
     await until('it goes', async () => await row('job:1').count() === 0);
+    await page.click('#unsaved >> text=Discard it'); // The edit from the history is still there.
     await until('#detail is gone', () => page.locator('#detail').isHidden());
     await assert.rejects(api('GET', '/v1/state/job:1'), /404/);
   },
@@ -866,7 +872,7 @@ const tests = {
     await other.goto(`${locked.url}/#events?collection=secret`);
     await told('#view-events .empty h2', /reaches the collection docs\.$/);
     await tab('Vectors');
-    await told('#collection-facts', /^1 vectors/);
+    await told('#collection-facts', /^1 vector ·/);
     await until('one alone', async () => await other.locator('.collection').count() === 1);
     await other.click('#new-collection');
     await other.fill('#create [name=name]', 'mine');
@@ -918,6 +924,283 @@ const tests = {
     await other.close();
     forgiven = /(?!)/;
     await locked.stop();
+  },
+
+  // From here on each test has a page of its own, and faults that are put between it and the server.
+  async 'state: what was opened while nobody answered is read when somebody does'() {
+    await api('POST', '/v1/batch', { ops: ['away:1', 'away:2', 'away.3'].map((key) => ({ op: 'put', key, value: { of: key } })) });
+    const other = await aside('#state?prefix=away');
+    await other.locator('#tree .node[aria-expanded]').waitFor();
+    let fault = null;
+    await other.route('**/v1/state?*', (r) => fault ? fault(r) : r.continue());
+    forgiven = /Failed to load resource/;
+    for (const [told, answer] of [[/does not answer/, (r) => r.abort()], [/come back in 1 s/, (r) => r.fulfill(refusal(429, 'too many; come back in 1 s'))], [/^502/, (r) => r.fulfill({ status: 502, body: '<html>' })]]) {
+      fault = answer;
+      await other.click('#tree .node[aria-expanded] .name');
+      await until('the branch says why', async () => told.test((await other.locator('#tree .soft').allInnerTexts()).join()));
+      await other.click('#tree .name[title="away.3"]');
+      await until('so does the key', async () => told.test(await other.locator('#detail .error').innerText()));
+      assert.doesNotMatch(await other.locator('#detail').innerText(), /no such key/, 'of what nobody knows');
+      fault = null;
+      await until('the branch is read', async () => await other.locator('#tree .name[title="away:2"]').count() === 1);
+      await until('so is the key', async () => /"of": "away\.3"/.test(await other.locator('#value').innerText()));
+      await other.reload();
+      await other.keyboard.press('Escape');
+      await other.locator('#tree .node[aria-expanded=false]').waitFor();
+    }
+    // One that is never answered, as behind the streams of two other windows.
+    fault = () => {};
+    await other.click('#tree .name[title="away.3"]');
+    await until('a word', async () => /No answer in 10 s.*windows of this console/.test(await other.locator('#detail .error').innerText()), 14000);
+    fault = null;
+    await until('the key is read', async () => /"of": "away\.3"/.test(await other.locator('#value').innerText()));
+    forgiven = /(?!)/;
+    await other.close();
+  },
+
+  async 'state: written over another, what was not changed stays as they set it'() {
+    await put('terms', { v: 1 });
+    const other = await aside('#state?prefix=terms&key=terms');
+    await other.click('#tab-edit');
+    await other.fill('#detail [name=value]', '{"mine": 1}');
+    await put('terms', { theirs: 1 }, { ttl_ms: 100_000, meta: { tags: ['set', 'by them'] } });
+    await other.locator('#newer').waitFor();
+    forgiven = /409/;
+    await other.click('#save');
+    await until('their deadline and labels on both sides', async () => (await other.locator('#conflict .both').innerText()).match(/ends in 1m \d\ds · labels \{"tags":\["set","by them"\]\}/g)?.length === 2);
+    await other.click('text=Write mine over it');
+    const now = await until('mine', async () => { const e = await json('GET', '/v1/state/terms'); return e.value.mine && e; });
+    assert.deepEqual(now.meta.tags, ['set', 'by them']);
+    assert(now.expires_at_ms > Date.now() + 60_000);
+    // A deadline that has passed is not kept: the save would be gone at once.
+    await put('ended', 1, { ttl_ms: 2000 });
+    await other.fill('#view-state [name=prefix]', 'ended');
+    await other.click('#tree .name[title=ended]');
+    await other.click('#tab-edit');
+    await other.fill('#detail [name=value]', '"mine"');
+    await until('it says so', async () => /deleted meanwhile/.test(await other.locator('#newer').innerText()));
+    await other.click('#save');
+    await until('that it has passed', async () => /The deadline has passed: yours would be written without one/.test(await other.locator('#conflict').innerText()));
+    await other.click('text=Write mine over it');
+    await until('a word', async () => /it has none now/.test(await other.locator('#toasts').innerText()));
+    forgiven = /(?!)/;
+    const kept = await json('GET', '/v1/state/ended');
+    assert.equal(kept.value, 'mine');
+    assert.equal(kept.expires_at_ms ?? null, null);
+    await other.close();
+  },
+
+  async 'state: a patch does not bring a deleted key back without a word'() {
+    await put('whole', { a: 1, b: 2 });
+    const other = await aside('#state?prefix=whole&key=whole');
+    await other.click('#tab-patch');
+    await other.fill('#detail [name=value]', '{"b": 3}');
+    await api('DELETE', '/v1/state/whole');
+    await until('it says so', async () => /deleted meanwhile/.test(await other.locator('#newer').innerText()));
+    await other.click('#save');
+    await until('asked', async () => await other.locator('#save').innerText() === 'Create it from the patch');
+    await assert.rejects(api('GET', '/v1/state/whole'), /404/);
+    // There again, it is a patch again, and goes on top of what came in.
+    await put('whole', { a: 4 });
+    await until('a patch', async () => await other.locator('#save').innerText() === 'Apply patch');
+    await other.click('#save');
+    await until('merged', async () => JSON.stringify((await json('GET', '/v1/state/whole')).value) === '{"a":4,"b":3}');
+    await other.close();
+  },
+
+  async 'state: what is written is not lost without a word'() {
+    for (const key of ['draft.1', 'draft.2']) await put(key, { of: key });
+    const other = await aside('#state?prefix=draft&key=draft.1');
+    const value = other.locator('#detail [name=value]'), ask = other.locator('#unsaved');
+    await other.click('#tab-edit');
+    await value.fill('"mine"');
+    await value.press('Escape');
+    await until('asked', () => ask.isVisible());
+    await other.keyboard.press('Escape');
+    await until('back in the text', async () => await ask.isHidden() && await value.evaluate((n) => n === document.activeElement));
+    await other.click('#tab-value');
+    await other.click('#tab-patch');
+    await other.click('#tab-edit');
+    assert.equal(await value.inputValue(), '"mine"', 'over other tabs');
+    await other.click('#tree .name[title="draft.2"]');
+    await until('asked', () => ask.isVisible());
+    assert.match(other.url(), /key=draft\.1/);
+    await other.click('text=Go on editing');
+    await other.fill('#view-state [name=prefix]', 'draft.');
+    await until('another prefix', () => /prefix=draft\.&key=draft\.1/.test(other.url()));
+    assert.equal(await value.inputValue(), '"mine"', 'over another prefix');
+    const before = unloads;
+    await other.evaluate(() => location.reload());
+    await until('the browser asks', () => unloads === before + 1);
+    await other.click('#tree .name[title="draft.2"]');
+    await other.click('text=Discard it');
+    await until('the other key', async () => await other.locator('#detail h2').innerText() === 'draft.2');
+    await other.click('#tab-edit');
+    await value.fill('"saved"');
+    await other.click('#save');
+    await until('saved', async () => (await json('GET', '/v1/state/draft.2')).value === 'saved');
+    await until('nothing is asked any more', async () => { await other.keyboard.press('Escape'); return other.locator('#detail').isHidden(); });
+    await other.close();
+  },
+
+  async 'state: a key that changes all the time can be read, copied and deleted'() {
+    const beat = (n) => ({ n, inner: { same: [1, 2], text: 'to be read' }, last: n });
+    await put('beat', beat(0));
+    const other = await aside('#state?prefix=beat&key=beat');
+    await other.locator('#value').waitFor();
+    let n = 0;
+    const next = async () => { await put('beat', beat(++n)); await until(`revision of ${n}`, async () => (await other.locator('#tree .peek').innerText()).includes(`"n":${n},`)); };
+    const shown = () => other.locator('#value').innerText();
+    await other.locator('#value summary', { hasText: '"same"' }).click(); // Folds it.
+    await other.locator('#value summary', { hasText: '"inner"' }).focus();
+    await next();
+    await until('shown', async () => (await shown()).includes('"last": 1'));
+    assert.equal(await other.evaluate(() => document.activeElement.textContent.includes('inner')), true, 'the focus stays');
+    assert.equal(await other.locator('#value details', { hasText: '"same"' }).last().evaluate((d) => d.open), false, 'and what is folded');
+    // What is selected waits.
+    const select = () => other.evaluate(() => getSelection().selectAllChildren(document.querySelector('#value')));
+    await select();
+    await next();
+    await until('a word', () => other.locator('#waits').isVisible());
+    assert((await shown()).includes('"last": 1'));
+    await other.evaluate(() => getSelection().removeAllRanges());
+    await until('shown', async () => (await shown()).includes('"last": 2') && await other.locator('#waits').isHidden());
+    await other.click('#delete');
+    await next();
+    await next();
+    await until('shown', async () => (await shown()).includes('"last": 4'));
+    assert.equal(await other.locator('#delete').innerText(), 'Really delete?');
+    assert.equal(await other.evaluate(() => document.activeElement.id), 'delete');
+    await other.keyboard.press('Enter');
+    await until('gone', async () => (await fetch(`${url}/v1/state/beat`)).status === 404 && await other.locator('#detail').isHidden());
+    // So too in Jobs.
+    await put('beat', { status: 'running', ...beat(1) }, { meta: { job_id: 'beat' } });
+    await other.goto(`${url}/#jobs?job=beat`);
+    await other.locator('#job .values summary', { hasText: '"inner"' }).click();
+    await other.locator('#job .values summary', { hasText: '"inner"' }).focus();
+    await put('beat', { status: 'running', ...beat(7) }, { meta: { job_id: 'beat' } });
+    await until('shown', async () => (await other.locator('#job .values').innerText()).includes('"last": 7'));
+    assert.equal(await other.evaluate(() => document.activeElement.textContent.includes('inner')), true, 'the focus stays');
+    assert.match(await other.locator('#job .values').innerText(), /to be read/, 'and what is open');
+    await api('DELETE', '/v1/state/beat');
+    await other.close();
+  },
+
+  async 'state: a branch of more than a page goes when its keys go'() {
+    const names = (of) => Array.from({ length: 700 }, (_, i) => `${of}:${String(i).padStart(4, '0')}`);
+    const all = async (op) => { for (const of of ['ghost.a', 'ghost.b']) await api('POST', '/v1/batch', { ops: names(of).map((key) => ({ op, key, ...(op === 'put' ? { value: 1 } : {}) })) }); };
+    await all('put');
+    await put('ghost.c', 1);
+    const other = await aside('#state?prefix=ghost');
+    const named = (name) => other.locator('#tree .node[aria-expanded]').filter({ has: other.getByText(name, { exact: true }) });
+    await until('at least a page', async () => /500\+/.test(await named('ghost.a:').innerText()) && /500\+/.test(await named('ghost.b:').innerText()));
+    await named('ghost.b:').click();
+    await other.locator('#tree .name[title="ghost.b:0001"]').waitFor();
+    await api('POST', '/v1/batch', { ops: names('ghost.a').slice(0, 300).map((key) => ({ op: 'delete', key })) });
+    await until('how many are left', async () => /\s400$/.test(await named('ghost.a:').innerText()));
+    for (const gone of [names('ghost.a').slice(300), names('ghost.b')]) await api('POST', '/v1/batch', { ops: gone.map((key) => ({ op: 'delete', key })) });
+    await until('neither', async () => await other.locator('#tree .node').count() === 1);
+    await other.close();
+  },
+
+  async 'a stream that is refused, and a proxy without its server'() {
+    const other = await aside('#events');
+    const says = (selector, pattern) => until(`${selector} says ${pattern}`, async () => pattern.test(await other.locator(selector).innerText()), 15000);
+    await says('#pill-text', /^live$/);
+    forgiven = /Failed to load resource|ERR_/;
+    const isView = (u) => u.pathname === '/v1/events' && u.searchParams.get('types') !== 'console.pulse';
+    await other.route(isView, (r) => r.fulfill(refusal(429, 'too many streams at a time')));
+    await other.goto(`${url}/#events?types=other`);
+    await says('#banner-text', /opens no stream: too many streams at a time\. What you see is not kept up to date\. (Next try in \d+ s\.|Trying …)/);
+    await says('#pill-text', /^not live$/);
+    await other.unroute(isView);
+    await says('#pill-text', /^live$/);
+    await says('#tail-info', /^live/);
+    await until('no banner', () => other.locator('#banner').isHidden());
+    // Whatever a proxy says, it is not this server's refusal.
+    for (const status of [404, 403]) {
+      await other.route('**/v1/**', (r) => r.fulfill({ status, contentType: 'text/html', body: '<h1>nothing here</h1>' }));
+      await other.reload();
+      await says('#banner-text', new RegExp(`opens no stream: ${status}.*(Next try|Trying)`));
+      await other.unroute('**/v1/**');
+      await says('#pill-text', /^live$/);
+      await says('#tail-info', /^live/);
+    }
+    forgiven = /(?!)/;
+    await other.close();
+  },
+
+  async 'events: bounded by size, once after a cut snapshot, and the focus stays'() {
+    const other = await aside('#events?types=heavy');
+    const says = (pattern) => until(`it says ${pattern}`, async () => pattern.test(await other.locator('#tail-info').innerText()), 20000);
+    await says(/live · 0/);
+    for (let i = 0; i < 40; i++) await publish('heavy', 'x'.repeat(1 << 20), { ephemeral: true });
+    await says(/live · 40 events/);
+    const rows = await other.locator('#tail .rows').evaluate((n) => n.clientHeight / 30);
+    assert(rows > 10 && rows < 33, `${rows} rows of a megabyte`);
+    // Enter on a filter removes it; the next one, or else the field, has the focus.
+    await other.goto(`${url}/#events?types=one,two`);
+    await other.locator('#chips .chip').first().focus();
+    await other.keyboard.press('Enter');
+    await until('on the other', async () => await other.locator('#chips .chip').count() === 1 && await other.evaluate(() => document.activeElement.classList.contains('chip')));
+    await other.keyboard.press('Enter');
+    await until('on the field', () => other.evaluate(() => document.activeElement.name === 'filter'));
+    // A snapshot that was cut off comes anew, and does not double what is there.
+    for (let i = 0; i < 3; i++) await put(`cut/${i}`, i);
+    let cuts = 0;
+    await other.route((u) => u.searchParams.get('snapshot') === 'true', async (r) => {
+      const part = (i) => `event: snapshot\ndata: ${JSON.stringify({ key: `cut/${i}`, value: i, revision: 1 })}\n\n`;
+      cuts++ ? await r.continue() : await r.fulfill({ contentType: 'text/event-stream', body: part(0) + part(1) });
+    });
+    await other.goto(`${url}/#events?prefix=cut/&snapshot=true`);
+    await says(/live · 4 events/);
+    assert.equal(await other.locator('.event').count(), 4);
+    // Names that turn letters round are written out.
+    await put('cut/\u202egnp.exe', 1);
+    await until('written out', async () => (await other.locator('.event').first().innerText()).includes('cut/\\u202egnp.exe'));
+    await other.close();
+  },
+
+  async 'vectors: a press while vectors come in is heard'() {
+    for (const name of ['press1', 'press2']) await api('POST', `/v1/vector/${name}`, { dim: 2, metric: 'l2' });
+    const other = await aside('#vectors?collection=press1');
+    const facts = () => other.locator('#collection-facts').innerText(), one = other.locator('[data-collection=press2]');
+    await until('the collection', async () => /^0 vectors/.test(await facts()));
+    const box = await one.boundingBox();
+    await other.mouse.move(box.x + 20, box.y + 10);
+    await other.mouse.down();
+    await api('POST', '/v1/vector/press2/upsert', { id: 'a', vector: [1, 2] });
+    await until('it came in', async () => /^press2\s*1\s/.test(await one.innerText()));
+    await other.mouse.up();
+    await until('open', async () => /^1 vector · 2 numbers/.test(await facts()) && await one.getAttribute('aria-pressed') === 'true');
+    for (const name of ['press1', 'press2']) await api('DELETE', `/v1/vector/${name}`);
+    await other.close();
+  },
+
+  async 'jobs: odd words and times; copying by hand; tabs by keyboard'() {
+    for (const [id, status] of [['odd1', 'constructor'], ['odd2', '__proto__']]) await put(`odd/${id}`, { status, started_at_ms: -1e300, title: '\u202eodd' }, { meta: { job_id: id } });
+    const other = await aside('#jobs?prefix=odd/');
+    const odd = other.locator('[data-job=odd1]');
+    await odd.waitFor();
+    await until('both run', async () => await other.locator('.chip.running b').innerText() === '2');
+    await until('a time that can be', async () => /\\u202eodd/.test(await odd.innerText()) && !/\dd \d+h/.test(await odd.locator('.job-foot').innerText()));
+    await odd.click();
+    await other.evaluate(() => { navigator.clipboard.writeText = () => Promise.reject(new Error('plain HTTP')); });
+    await other.click('text=Copy as curl');
+    await until('to be copied by hand', async () => /^curl -N /.test(await other.locator('#by-hand textarea').inputValue()));
+    await other.evaluate(() => new Promise((done) => setTimeout(done, 3500)));
+    await other.click('#by-hand >> text=Close');
+    assert.equal(await other.locator('#by-hand').count(), 0);
+    await other.goto(`${url}/#state?prefix=odd/&key=odd/odd1`);
+    await other.locator('#tab-edit').waitFor();
+    await other.locator('#tab-value').focus();
+    await other.keyboard.press('ArrowLeft');
+    await other.keyboard.press('Enter');
+    await until('the last tab', () => other.evaluate(() => document.activeElement.id === 'tab-history' && document.activeElement.ariaSelected === 'true'));
+    await other.keyboard.press('Home');
+    await other.keyboard.press('Enter');
+    await until('the first tab', () => other.evaluate(() => document.activeElement.id === 'tab-value' && document.activeElement.ariaSelected === 'true'));
+    await other.close();
   },
 
   async 'fits every width'() {
