@@ -4,8 +4,9 @@ import { exact, query } from './lib.js';
 
 const KEY = 'kiss-vdb-key';
 // Until an answer begins. A browser has six connections to a server without TLS, and each window holds two of them: a request
-// of a third window waits in the browser, and would for good. What writes gets longer, since whether it was done is not known then.
-const READ_MS = 10_000, WRITE_MS = 30_000;
+// of a third window waits in the browser, and would for good. What writes gets longer, since whether it was done is not known
+// then, and so does history, for which a cold log is read.
+const READ_MS = 10_000, LONG_MS = 30_000;
 let key = sessionStorage.getItem(KEY) ?? ''; // This tab only; it goes when the tab goes.
 let refused = null; // The key that was last asked about: one refusal is told once, however many requests meet it.
 let skew = 0; // The server's clock minus ours, in ms, when they differ noticeably.
@@ -43,7 +44,7 @@ async function problem(res, sent) {
 const away = (text) => Object.assign(new Error(text), { status: 0, isAway: true });
 async function call(method, path, body, accept) {
   const sent = key, headers = { ...auth(), ...(body === undefined ? {} : { 'Content-Type': 'application/json' }), ...(accept ? { Accept: accept } : {}) };
-  const patience = new AbortController(), ms = method === 'GET' ? READ_MS : WRITE_MS, timer = setTimeout(() => patience.abort(), ms);
+  const patience = new AbortController(), ms = method === 'GET' && !accept ? READ_MS : LONG_MS, timer = setTimeout(() => patience.abort(), ms);
   let res;
   try { res = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: 'no-store', signal: patience.signal }); }
   catch {
@@ -133,7 +134,7 @@ export class Stream {
         if (!res.ok) {
           const error = await problem(res, sent);
           if (life.isOver) break;
-          if (!error.isAway) { this.abort = null; clearTimeout(timer); return this.onStatus('stopped', error.message); }
+          if (!error.isAway) { this.abort = null; this.isFailing = false; clearTimeout(timer); return this.onStatus('stopped', error.message); }
           wait = 1000 * Number(res.headers.get('retry-after') ?? 0);
           throw error;
         }
@@ -143,7 +144,10 @@ export class Stream {
         this.onStatus('connected');
         failures = 0;
         await this.parse(res.body, alive, life);
-      } catch (e) { failures++; this.isFailing = true; this.trouble = e.status ? e.message : ''; } finally { clearTimeout(timer); attempt.abort(); }
+      } catch (e) {
+        failures++;
+        if (!life.isOver) Object.assign(this, { isFailing: true, trouble: e.status ? e.message : '' });
+      } finally { clearTimeout(timer); attempt.abort(); }
       if (life.isOver) break;
       wait ||= Math.min(this.retry * 2 ** Math.max(0, failures - 1), 8000) * (0.8 + Math.random() * 0.4);
       this.retryAt = Date.now() + wait;

@@ -19,7 +19,7 @@ const SEPARATOR = /[:/]/;
 // A branch: {prefix, depth, children, isOpen, isDone, after, count, isMore, asOf}; a key: {key, revision, expires, meta, preview}.
 // `sort` orders both. `after` is the name from which the next page goes on. `isMore`: a page ended in it, so `count` is the
 // least there is; `isDoubtful`: of such a one something went since, so that may be less, or none at all.
-const branch = (prefix, depth, count = 0, isMore = false, asOf = 0) => ({ sort: prefix, prefix, depth, children: [], isOpen: false, isDone: false, after: null, count, isMore, asOf, isDoubtful: false, isLoading: false, error: '' });
+const branch = (prefix, depth, count = 0, isMore = false, asOf = 0) => ({ sort: prefix, prefix, depth, children: [], isOpen: false, isDone: false, after: null, count, isMore, asOf, isDoubtful: false, isLoading: false, error: '', timer: 0 });
 const leaf = (e, depth) => ({ sort: e.key, key: e.key, depth, revision: number(e.revision), created: e.created_revision, expires: number(e.expires_at_ms), meta: e.meta, preview: undefined, flash: 0 });
 let root = branch('', 0), rows = [], since = null, ticket = 0, stopped = '';
 
@@ -51,7 +51,8 @@ async function more(b) {
     b.error = e.message;
     b.isAway = e.isAway;
     // Without a position there is no stream that would tell; `load` asks for the root then.
-    if (e.isAway && since !== null) setTimeout(() => mine === ticket && b.error && !nodes.root.hidden && more(b), AGAIN_MS);
+    clearTimeout(b.timer);
+    if (e.isAway && since !== null) b.timer = setTimeout(() => mine === ticket && b.error && !nodes.root.hidden && more(b), AGAIN_MS);
   } finally { b.isLoading = false; draw(); }
 }
 /** What could not be read while the server was away is asked for as soon as it is back. */
@@ -113,13 +114,13 @@ async function recount() {
   if (!doubtful.length) return;
   try {
     for (const b of doubtful) {
-      b.isDoubtful = false;
+      b.isDoubtful = false; // Before it is asked: what goes meanwhile makes it so again.
       const r = await get(`/v1/state?${query({ prefix: b.prefix, limit: PAGE, keys_only: 'true' })}`);
       if (mine !== ticket || b.isLoading || b.children.length) return;
       Object.assign(b, { count: r.items.length, isMore: r.next_cursor !== null, asOf: number(r.revision) });
       settle(b);
     }
-  } catch { /* The next removal makes it doubtful again. */ } finally { draw(); }
+  } catch { for (const b of doubtful) b.isDoubtful = true; } finally { draw(); }
 }
 /** The rows in sight order: a branch, then what is in it. A branch that has more ends in a row that loads it. */
 function flatten(b, into) {
@@ -352,7 +353,7 @@ function treeKey(e, i) {
 // {key, latest, tab, drafts, view, failed}. `latest` is what the server has now: an entry, null when there is none, undefined
 // while that is not known. `drafts` are forms by their tab: what somebody has written there stays while they look at another
 // tab. `view` is the value as it is shown; `failed` says why the key could not be read.
-const opened = (key, more) => ({ key, latest: undefined, tab: 'value', drafts: {}, view: null, failed: '', ...more });
+const opened = (key, more) => ({ key, latest: undefined, tab: 'value', drafts: {}, view: null, failed: '', timer: 0, ...more });
 const isDirty = () => Object.values(open?.drafts ?? {}).some((d) => d.isDirty);
 /** An answer that comes late does not take anybody away from another view. */
 const isHere = () => !nodes.root.hidden;
@@ -669,7 +670,8 @@ async function refreshOpen() {
     if (open !== o || o.latest !== undefined) return; // The stream tells later.
     o.failed = e.message;
     if (o.tab === 'value') showValue();
-    if (e.isAway) setTimeout(() => open === o && o.latest === undefined && refreshOpen(), AGAIN_MS);
+    clearTimeout(o.timer);
+    if (e.isAway) o.timer = setTimeout(() => open === o && o.latest === undefined && isHere() && refreshOpen(), AGAIN_MS);
   }
 }
 function show(latest) {
