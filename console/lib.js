@@ -228,6 +228,7 @@ export async function copy(text, done = 'Copied') {
     const field = el('textarea', { readOnly: true, rows: 6, spellcheck: false, value: text, 'aria-label': 'To be copied' });
     const box = el('div', { class: 'by-hand card', id: 'by-hand' }, el('p', {}, 'The browser does not let this page copy. It is selected here: Ctrl C.'), field,
       el('div', { class: 'row end' }, el('button', { type: 'button', onclick: () => box.remove() }, 'Close')));
+    box.onkeydown = (e) => { if (e.key === 'Escape') { e.stopPropagation(); box.remove(); } };
     document.getElementById('toasts').before(box);
     field.select();
   }

@@ -264,7 +264,7 @@ const fetchPreviews = lazily(async () => {
       for (const row of asked.slice(0, told)) if (row.revision <= number(r.revision)) row.preview ??= '';
       i += told - 1;
     }
-  } catch { setTimeout(draw, AGAIN_MS); /* It asks again. */ } finally {
+  } catch (e) { if (e.isAway) setTimeout(draw, AGAIN_MS); /* It asks again. */ } finally {
     isFetching = false;
     if (isNews || isWanted) draw();
   }
