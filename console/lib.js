@@ -156,7 +156,7 @@ function scalar(v) {
   if (typeof v === 'object' && v !== null && !isRaw(v)) return [Array.isArray(v) ? '[]' : '{}'];
   return typeof v === 'string' ? words(v) : [el('span', { class: typeof v === 'boolean' || v === null ? 'w' : 'n' }, JSON.stringify(v))];
 }
-/** An object or a list. `take(value)` shows another one in it, `size` is how much it holds. */
+/** An object or a list; `take(value)` shows another one in it. */
 function folded(value, levels, label) {
   const sum = el('span', { class: 'soft' }), box = el('details', { class: 'json' }, el('summary', {}, label, sum)), inside = el('div');
   const more = el('button', { type: 'button', class: 'link', onclick: () => { reach += CHILDREN; draw(); } });
@@ -171,7 +171,8 @@ function folded(value, levels, label) {
       return child ? jsonUpdate(child, value[name]) : jsonView(value[name], levels - 1, name);
     }));
     say(more, `${int(size - reach)} more`);
-    reach < size ? box.append(more) : more.remove();
+    if (reach >= size) more.remove();
+    else if (more.parentNode !== box) box.append(more);
   };
   box.take = (next) => { value = next; draw(); };
   const open = () => { if (!reach) { reach = CHILDREN; box.append(inside); draw(); } };
