@@ -973,7 +973,7 @@ const tests = {
     assert.deepEqual(now.meta.tags, ['set', 'by them']);
     assert(now.expires_at_ms > Date.now() + 60_000);
     // A deadline that has passed is not kept: the save would be gone at once.
-    await put('ended', 1, { ttl_ms: 2000 });
+    await put('ended', 1, { ttl_ms: 5000 });
     await other.fill('#view-state [name=prefix]', 'ended');
     await other.click('#tree .name[title=ended]');
     await other.click('#tab-edit');
