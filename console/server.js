@@ -129,7 +129,8 @@ export class Stream {
       try {
         alive();
         const sent = key, headers = { ...auth(), Accept: 'text/event-stream', ...(this.lastId === null ? {} : { 'Last-Event-ID': this.lastId }) };
-        const res = await fetch(`${this.path}${this.path.includes('?') ? '&' : '?'}heartbeat_ms=${this.heartbeat}`, { headers, signal: attempt.signal, cache: 'no-store' });
+        // Without a cache mode: by that an EventSource is known, and told less of why it is refused.
+        const res = await fetch(`${this.path}${this.path.includes('?') ? '&' : '?'}heartbeat_ms=${this.heartbeat}`, { headers, signal: attempt.signal });
         if (life.isOver) break;
         if (!res.ok) {
           const error = await problem(res, sent);

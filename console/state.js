@@ -623,7 +623,7 @@ async function showConflict(d) {
   const told = (ms, meta) => `${ms === undefined ? 'no deadline' : `ends in ${duration(ms / 1000 + 0.999)}`} · ${meta ? `labels ${visible(JSON.stringify(meta))}` : 'no labels'}`;
   const ours = told(kept.ttl_ms, kept.meta), others = theirs ? told(theirs.expires_at_ms == null ? undefined : number(theirs.expires_at_ms) - serverNow(), theirs.meta) : '';
   const isPlain = [ours, others].every((t) => t === '' || t === told());
-  const terms_ = (text) => isPlain || !text ? null : el('p', { class: 'soft' }, text);
+  const termsLine = (text) => isPlain || !text ? null : el('p', { class: 'soft' }, text);
   const over = el('button', { type: 'button', class: 'danger', onclick: () => { d.conflict.hidden = true; attempt(() => save(d, theirs), d); } }, 'Write mine over it');
   const taken = el('button', { type: 'button', onclick: () => {
     o.drafts = {};
@@ -633,7 +633,7 @@ async function showConflict(d) {
     showTab('edit');
   } }, 'Take theirs');
   d.conflict.replaceChildren(el('p', {}, el('b', {}, 'Somebody wrote first. '), `You edited revision ${d.entry?.revision ?? 0}; it is ${theirs?.revision ?? 0} now. Nothing was written.${kept.isPast ? ' The deadline has passed: yours would be written without one.' : ''}`),
-    el('div', { class: 'both' }, el('div', {}, el('h3', {}, 'Yours'), mine, terms_(ours)), el('div', {}, el('h3', {}, theirs ? `Theirs, revision ${theirs.revision}` : 'Theirs'), other, terms_(others))),
+    el('div', { class: 'both' }, el('div', {}, el('h3', {}, 'Yours'), mine, termsLine(ours)), el('div', {}, el('h3', {}, theirs ? `Theirs, revision ${theirs.revision}` : 'Theirs'), other, termsLine(others))),
     el('div', { class: 'row' }, taken, over));
   d.conflict.hidden = false;
   d.note.hidden = true;
