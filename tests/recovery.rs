@@ -339,6 +339,9 @@ async fn one_server_owns_a_data_directory() {
     assert!(Server::refuses_to_start(dir.path(), &[]).contains("in use by another server"));
     server.kill();
     assert!(Server::start_in(dir.path(), &[]).stop(), "the lock goes with the process");
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(dir.path().join("not mounted"), &link).unwrap();
+    assert!(Server::refuses_to_start(&link, &[]).contains("is its disk mounted?"));
 }
 
 #[tokio::test]

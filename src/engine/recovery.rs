@@ -78,6 +78,10 @@ impl Paths {
 pub(super) fn lock(dir: &Path) -> Result<Arc<Held>, Error> {
     let path = dir.join(LOCK);
     for _ in 0..LOCK_TRIES {
+        if dir.is_symlink() && !dir.exists() {
+            let cause = std::io::Error::other("it is a link to what is not there; is its disk mounted?");
+            return Err(Error::io("cannot use", dir)(cause));
+        }
         disk::create_dir_all(dir).map_err(Error::opening("cannot create", dir))?;
         let file = match OpenOptions::new().write(true).create(true).truncate(false).open(&path) {
             // The directory went in between, like the lock below.
