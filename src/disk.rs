@@ -81,7 +81,8 @@ pub struct Held {
     _dir: std::fs::File,
 }
 
-/// What is held, by path, with the device and the number of the directory. One, but in tests.
+/// What is held, by path, with the device and the number of the directory. One, but in tests. Known to the whole process, as whoever
+/// names a file has nothing but its path; the lock is held to copy an entry, not while the system is asked.
 static HELD: RwLock<Vec<(PathBuf, (u64, u64))>> = RwLock::new(Vec::new());
 
 fn identity(of: &Metadata) -> (u64, u64) {

@@ -236,7 +236,7 @@ impl<'a> Nested<'a> {
         let mut at = at + 1;
         while self.byte(at) == b'"' {
             let end = self.end(at);
-            let name = self.name(&self.text[at..end])?;
+            let name = name(&self.text[at..end])?;
             // Behind the colon.
             let value = end + 1;
             match members.places.entry(name.clone()) {
@@ -250,14 +250,15 @@ impl<'a> Nested<'a> {
         }
         Ok(members)
     }
+}
 
-    fn name(&self, literal: &'a str) -> Result<Cow<'a, str>, Rejection> {
-        if !literal.contains('\\') {
-            return Ok(Cow::Borrowed(&literal[1..literal.len() - 1]));
-        }
-        let name = serde_json::from_str(literal).map(Cow::Owned);
-        name.map_err(|e| Rejection::invalid(format!("JSON object cannot be merged: {e}")))
+/// A member's name, as it is meant.
+fn name(literal: &str) -> Result<Cow<'_, str>, Rejection> {
+    if !literal.contains('\\') {
+        return Ok(Cow::Borrowed(&literal[1..literal.len() - 1]));
     }
+    let name = serde_json::from_str(literal).map(Cow::Owned);
+    name.map_err(|e| Rejection::invalid(format!("JSON object cannot be merged: {e}")))
 }
 
 /// Behind the object or list that begins at `at`.
