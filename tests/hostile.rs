@@ -407,6 +407,39 @@ async fn slow_heads_bodies_and_readers_are_borne_and_then_cut() {
     }
 }
 
+/// Who asks for much and reads nothing would otherwise fill the memory: a page of 32 MiB for each connection.
+#[tokio::test]
+async fn large_answers_that_nobody_reads_are_bounded_and_small_ones_pass() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    let value = "x".repeat(1 << 20);
+    for n in 0..32 {
+        ok(c, &format!(r#"PUT /v1/state/large/{n} {{"value":"{value}"}}"#)).await;
+    }
+    let mut readers = Vec::new();
+    let mut page = call(c, "GET /v1/state?prefix=large/").await;
+    while page.status == 200 {
+        assert!(readers.len() < 9, "256 MiB are eight pages");
+        let mut socket = connect(&server.target).await;
+        socket.write_all(b"GET /v1/state?prefix=large/ HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
+        // Its first bytes tell that it is made.
+        socket.read_exact(&mut [0; 12]).await.unwrap();
+        readers.push(socket);
+        page = call(c, "GET /v1/state?prefix=large/").await;
+    }
+    assert!(readers.len() > 5, "{} readers had a page", readers.len());
+    assert_eq!((page.status.as_u16(), &page.json().unwrap()["code"]), (503, &json!("overloaded")));
+    assert_eq!(page.headers["retry-after"], "1");
+    // A value in JSON is sent from where it is, and takes no memory.
+    assert_eq!(ok(c, "GET /v1/state/large/1").await["value"], value);
+    ok(c, "GET /v1/state?prefix=large/&keys_only=true").await;
+    ok(c, r#"PUT /v1/state/small {"value":1}"#).await;
+    drop(readers);
+    while call(c, "GET /v1/state?prefix=large/").await.status == 503 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// However a request is cut into packets, and whatever came before it on its connection, it is answered the same.
 #[tokio::test]
 async fn requests_in_pieces_and_in_a_row_are_answered_in_order() {
@@ -522,6 +555,52 @@ async fn half_requests_at_a_stop_are_answered_once_they_are_whole() {
         assert!(answer.starts_with("HTTP/1.1 20") && answer.contains("connection: close"), "{n}: {answer:?}");
     }
     assert!(server.stop());
+}
+
+/// A request that had come before the stop is answered, though its connection hears of both at once.
+#[tokio::test]
+async fn requests_that_have_come_at_a_stop_are_answered() {
+    use rustix::process::Signal;
+    let server = Server::start(&[]);
+    let get = b"GET /v1/health HTTP/1.1\r\nhost: h\r\n\r\n";
+    let mut sockets = Vec::new();
+    for _ in 0..32 {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(get).await.unwrap();
+        assert!(socket.read(&mut [0; 4096]).await.unwrap() > 0);
+        sockets.push(socket);
+    }
+    server.signal(Signal::STOP);
+    for socket in &mut sockets {
+        socket.write_all(get).await.unwrap();
+    }
+    server.signal(Signal::TERM);
+    server.signal(Signal::CONT);
+    for (n, socket) in sockets.iter_mut().enumerate() {
+        let mut answer = String::new();
+        timeout(Duration::from_secs(5), socket.read_to_string(&mut answer)).await.expect("it ends").ok();
+        assert!(answer.starts_with("HTTP/1.1 "), "{n}: {answer:?}");
+    }
+    assert!(server.stop());
+}
+
+/// Room for bodies is for those that are read: a long poll that announces one must not keep others from theirs.
+#[tokio::test]
+async fn bodies_that_nobody_reads_take_no_room() {
+    let server = Server::start(&[]);
+    let poll = b"GET /v1/events?wait_ms=60000 HTTP/1.1\r\nhost: h\r\naccept: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+    let mut polls = Vec::new();
+    for _ in 0..8 {
+        let mut socket = connect(&server.target).await;
+        socket.write_all(poll).await.unwrap();
+        polls.push(socket);
+    }
+    let c = &mut server.client();
+    wait_for_connections(c, |open| open >= 9.0).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let large = "x".repeat(100_000);
+    let put = format!(r#"PUT /v1/state/large {{"value":"{large}"}}"#);
+    timeout(Duration::from_secs(4), ok(c, &put)).await.expect("it does not wait for them");
 }
 
 /// Whoever is refused by the head alone keeps the answer, and the connection where its body is short; else it is told.

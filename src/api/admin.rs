@@ -1,8 +1,9 @@
 //! Health, metrics, snapshots and backups on request.
 
+use super::App;
+use super::answer::json;
 use super::error::{ApiError, ApiResult};
 use super::extract::{Head, Params, accepted};
-use super::{App, json};
 use crate::engine::frame::push_fmt;
 use crate::engine::snapshot::Pace;
 use crate::error::{Error, Rejection};

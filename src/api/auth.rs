@@ -12,9 +12,10 @@
 //! Locks: `keyring` (readers for a look-up; once a second at most to replace it), `streams` and `connections` (counts by
 //! client, held for a look-up, and not at all without a limit). governor's limiter brings its own.
 
+use super::App;
+use super::answer::json;
 use super::error::{ApiError, ApiResult};
 use super::extract::{Fields, Head, Params, Payload, parse_object, read_json};
-use super::{App, json};
 use crate::config::Config;
 use crate::error::{Error, Rejection};
 use crate::keys::{Digest, Grant, Keyring, Right, Within, digest_of, place_of};
@@ -394,6 +395,10 @@ fn token_key(data_dir: Option<&Path>) -> Result<hmac::Key, Error> {
         let path = dir.join("token.key");
         match std::fs::read(&path) {
             Ok(bytes) if bytes.len() == secret.len() => secret.copy_from_slice(&bytes),
+            // Made anew it would end all tokens.
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("cannot read", &path)(error));
+            }
             _ => write_secret(dir, &path, &secret).map_err(Error::io("cannot write", &path))?,
         }
     }

@@ -1,6 +1,6 @@
 //! The only place with status codes: what went wrong, as `application/problem+json` (RFC 9457).
 
-use super::Answer;
+use super::answer::Answer;
 use crate::engine::frame::push_fmt;
 use crate::engine::json::push_string;
 use crate::error::Rejection;

@@ -1,12 +1,13 @@
 //! Streams and history: `GET /v1/events` as `text/event-stream` or JSON, and publishing.
 
+use super::App;
+use super::answer::json;
 use super::auth::{Auth, StreamPlace};
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{Fields, Head, Object, Params, Payload, accepted, parse_object, read_json};
 use super::live::Pending;
 use super::state::MetaBody;
 use super::walk::Walk;
-use super::{App, json};
 use crate::engine::Engine;
 use crate::engine::command::{Command, EventType, KEY_BYTES_MAX, Key, Op};
 use crate::engine::feed::{EventFilter, FILTER_TERMS_MAX, ResetReason, Step, Subscription};

@@ -14,6 +14,7 @@
 //! Deliberately absent: sessions, cookies, templates, content negotiation beyond `/v1/events`.
 
 pub mod admin;
+pub mod answer;
 pub mod auth;
 pub mod docs;
 pub mod error;
@@ -32,15 +33,13 @@ pub mod whole;
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::engine::command::{Command, Committed};
-use crate::engine::json::JSON;
 use crate::engine::metrics::{Metrics, RequestLabels};
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
-use crate::revision::Revision;
 use crate::turns;
+use answer::{Answer, OnTheirWay};
 use auth::{Auth, Client, counted_address};
 use axum::Router;
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -92,6 +91,8 @@ pub struct Shared {
     pub backups: Arc<Semaphore>,
     /// KiB of request bodies held in memory at a time; see [`App::admit`].
     bodies_kib: Arc<Semaphore>,
+    /// Large answers held in memory until their readers have taken them.
+    answers: OnTheirWay,
     /// Who may do what.
     pub auth: Auth,
     /// What takes longer is logged.
@@ -109,7 +110,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Snapshots walked for streams at the same time; more wait, their streams open.
 pub const WALKS_MAX: usize = 32;
-/// Bodies in memory together: this, and never less than four of the largest.
+/// Large bodies in memory together, and large answers: this, and never less than four of the largest bodies.
 const BODIES_BYTES_MIN: usize = 256 << 20;
 /// Bodies smaller than this are not counted: the connection limit bounds them.
 const BODY_FREE_BYTES: u64 = 64 << 10;
@@ -120,6 +121,7 @@ impl App {
     /// Over an open engine. Fails when the key file cannot be used.
     pub fn new(engine: Engine, config: &Config) -> Result<Self, Error> {
         let meters = Meters::new();
+        let bodies_bytes_max = BODIES_BYTES_MIN.max(4 * config.max_body_bytes);
         Ok(Self(Arc::new(Shared {
             engine,
             auth: Auth::new(config)?,
@@ -133,7 +135,8 @@ impl App {
             walks: Arc::new(Semaphore::new(WALKS_MAX)),
             snapshots: Arc::new(Semaphore::new(1)),
             backups: Arc::new(Semaphore::new(1)),
-            bodies_kib: Arc::new(Semaphore::new(BODIES_BYTES_MIN.max(4 * config.max_body_bytes) >> 10)),
+            bodies_kib: Arc::new(Semaphore::new(bodies_bytes_max >> 10)),
+            answers: OnTheirWay::new(bodies_bytes_max),
         })))
     }
 
@@ -169,6 +172,8 @@ impl App {
 
 /// The busiest route.
 const KEY_ROUTE: &str = "/v1/state/{key}";
+const BATCH_ROUTE: &str = "/v1/batch";
+const SEARCH_ROUTE: &str = "/v1/vector/{collection}/search";
 /// Every route there is, the busiest first, because requests are counted by walking this list. A test holds
 /// `openapi.yaml` against it.
 pub const ROUTES: &[(&str, &str)] = &[
@@ -177,7 +182,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("PATCH", KEY_ROUTE),
     ("DELETE", KEY_ROUTE),
     ("GET", "/v1/state"),
-    ("POST", "/v1/batch"),
+    ("POST", BATCH_ROUTE),
     ("GET", "/v1/events"),
     ("POST", "/v1/events"),
     ("GET", "/v1/vector"),
@@ -191,7 +196,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/vector/{collection}/get"),
     ("GET", "/v1/vector/{collection}/list"),
     ("POST", "/v1/vector/{collection}/count"),
-    ("POST", "/v1/vector/{collection}/search"),
+    ("POST", SEARCH_ROUTE),
     ("GET", "/v1/health"),
     ("GET", "/v1/metrics"),
     ("POST", "/v1/token"),
@@ -220,7 +225,7 @@ pub fn service(app: App, config: &Config) -> Service {
         .route("/v1/state/{*key}", key.clone())
         // The empty key, which no pattern of axum's takes, is a bad one like others.
         .route("/v1/state/", key)
-        .route("/v1/batch", post(state::batch))
+        .route(BATCH_ROUTE, post(state::batch))
         .route("/v1/events", get(events::events).post(events::publish))
         .route("/v1/vector", get(vectors::collections))
         .route("/v1/vector/{collection}", get(vectors::info).post(vectors::create).delete(vectors::drop_collection))
@@ -231,7 +236,7 @@ pub fn service(app: App, config: &Config) -> Service {
         .route("/v1/vector/{collection}/get", get(vectors::get))
         .route("/v1/vector/{collection}/list", get(vectors::list))
         .route("/v1/vector/{collection}/count", post(vectors::count))
-        .route("/v1/vector/{collection}/search", post(vectors::search))
+        .route(SEARCH_ROUTE, post(vectors::search))
         .fallback(|| async { ApiError::RouteNotFound })
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .with_state(app.clone());
@@ -359,14 +364,11 @@ impl Guard {
         let mut admin = None;
         let let_in = self.let_in(&mut head, meter, &mut admin);
         let mut audit = admin.map(|key| AdminAct { key, peer: self.peer, route: meter.route, status: None });
-        let mut answer = match let_in {
-            Ok(()) => match app.admit(body.bytes_max()).await {
-                Ok(None) => self.route(head, body, meter.route).await,
-                Ok(Some(room)) => self.route_to_the_end(head, body, meter.route, room).await,
-                Err(error) => error.into_response().into(),
-            },
-            Err(error) => error.into_response().into(),
+        let answer = match let_in {
+            Ok(()) => self.answer_in_bounds(head, body, meter.route).await,
+            Err(error) => Err(error),
         };
+        let mut answer = answer.unwrap_or_else(|error| error.into_response().into());
         let status = answer.status();
         if let Some(audit) = &mut audit {
             audit.status = Some(status.as_u16());
@@ -383,6 +385,22 @@ impl Guard {
         }
         meter.count(app.engine.metrics(), status.as_u16(), took.as_secs_f64());
         answer
+    }
+
+    /// Has the request answered where there is room for its body, and for its answer.
+    async fn answer_in_bounds(&self, head: Head, body: Payload, route: &'static str) -> ApiResult {
+        let app = &self.app;
+        let is_read = matches!(head.method, Method::GET | Method::HEAD);
+        if head.method == Method::PATCH || route == BATCH_ROUTE {
+            // Other writes are not answered with values.
+            app.answers.check()?;
+        }
+        // Nobody reads the body of such a one.
+        let answer = match app.admit(if is_read { Some(0) } else { body.bytes_max() }).await? {
+            None => self.route(head, body, route).await,
+            Some(room) => self.route_to_the_end(head, body, route, room).await,
+        };
+        app.answers.count(answer, is_read || route == SEARCH_ROUTE)
     }
 
     /// Has the request answered. What is asked of a key goes to its handler directly: matching the path once more, boxing and
@@ -595,67 +613,6 @@ impl Pattern {
                 .is_some_and(|name| !name.is_empty() && !name.contains('/')),
         }
     }
-}
-
-/// What a request is answered with.
-#[derive(Debug)]
-pub enum Answer {
-    /// As most are. Written as it is where the request came whole, which measured a thirtieth more small PUTs a second.
-    Json(Json),
-    /// Anything else.
-    Full(Response),
-}
-
-/// A JSON answer.
-#[derive(Debug)]
-pub struct Json {
-    /// Its status.
-    pub status: StatusCode,
-    /// Its text.
-    pub body: String,
-    /// What it shows has this revision, told as `ETag`.
-    pub revision: Option<Revision>,
-}
-
-/// A JSON answer.
-pub fn json(status: StatusCode, body: String) -> Answer {
-    Answer::Json(Json { status, body, revision: None })
-}
-
-impl Answer {
-    fn status(&self) -> StatusCode {
-        match self {
-            Self::Json(json) => json.status,
-            Self::Full(response) => response.status(),
-        }
-    }
-}
-
-impl From<Response> for Answer {
-    fn from(response: Response) -> Self {
-        Self::Full(response)
-    }
-}
-
-impl IntoResponse for Answer {
-    fn into_response(self) -> Response {
-        let Json { status, body, revision } = match self {
-            Self::Full(response) => return response,
-            Self::Json(json) => json,
-        };
-        let mut response = Response::new(Body::from(body));
-        *response.status_mut() = status;
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(JSON));
-        if let Some(revision) = revision {
-            response.headers_mut().insert(header::ETAG, etag(revision));
-        }
-        response
-    }
-}
-
-/// A revision as `ETag`.
-pub fn etag(revision: Revision) -> HeaderValue {
-    HeaderValue::try_from(format!("\"{revision}\"")).expect("digits in quotes are a header value")
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Keys: put, patch, get, delete, list, and batches over everything.
 
+use super::App;
+use super::answer::{Answer, Json, LARGE_BYTES, etag, json};
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
     BodyType, Head, Object, Params, Payload, aside, body_type, condition, etags, meta, must_be_json, parse_json,
@@ -7,14 +9,13 @@ use super::extract::{
 };
 use super::offer;
 use super::serve::HEAD_BYTES_MAX;
-use super::{Answer, App, Json, etag, json};
 use crate::engine::codec::Entry;
 use crate::engine::command::{
     BATCH_OPS_MAX, Blob, CONTENT_TYPE_BYTES_MAX, Command, Condition, EventType, KEY_BYTES_MAX, Key, Labels, Op,
     Outcome, PATCH_BYTES_MAX, Value, VectorWrite, check_ttl,
 };
 use crate::engine::frame::{push_fmt, push_labels, push_u64, push_value};
-use crate::engine::json::{check_value_depth, compact, present, push_string};
+use crate::engine::json::{JSON, check_value_depth, compact, present, push_string};
 use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
@@ -27,6 +28,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::num::NonZeroU64;
+use std::sync::Arc;
 
 /// Where keys begin in the path.
 const PREFIX: &str = "/v1/state/";
@@ -158,6 +160,10 @@ pub fn push_entry(out: &mut String, key: &str, entry: &Entry, include_value: boo
         out.push(',');
         push_value(out, &entry.value);
     }
+    push_behind_value(out, entry);
+}
+
+fn push_behind_value(out: &mut String, entry: &Entry) {
     out.push_str(",\"revision\":");
     push_u64(out, entry.revision.0);
     out.push_str(",\"created_revision\":");
@@ -165,6 +171,28 @@ pub fn push_entry(out: &mut String, key: &str, entry: &Entry, include_value: boo
     push_deadline(out, entry.expires_at_ms);
     push_labels(out, entry.labels.as_deref());
     out.push('}');
+}
+
+/// The same in pieces, for a large value of JSON: its text is not copied.
+fn entry_pieces(key: &str, entry: &Arc<Entry>) -> [Bytes; 3] {
+    let mut before = String::from("{\"key\":");
+    push_string(&mut before, key);
+    before.push_str(",\"value\":");
+    let mut behind = String::new();
+    push_behind_value(&mut behind, entry);
+    [before.into(), Bytes::from_owner(Held(Arc::clone(entry))), behind.into()]
+}
+
+/// What a key holds, shared with the state rather than copied.
+struct Held(Arc<Entry>);
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        match &self.0.value {
+            Value::Json(text) => text.as_bytes(),
+            Value::Bytes(blob) => &blob.data,
+        }
+    }
 }
 
 async fn commit_one(app: &App, head: &Head, body: &[u8], op: Op) -> ApiResult {
@@ -261,16 +289,18 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
         return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag(entry.revision))]).into_response().into());
     }
     if !is_raw {
+        if matches!(&entry.value, Value::Json(text) if text.len() > LARGE_BYTES) {
+            return Ok(Answer::pieces(entry_pieces(&key, &entry), entry.revision));
+        }
         let mut out = String::with_capacity(128 + key.len() + entry.value.len());
-        push_entry(&mut out, &key, &entry, true);
+        aside(entry.value.len(), || push_entry(&mut out, &key, &entry, true));
         return Ok(Answer::Json(Json { status: StatusCode::OK, body: out, revision: Some(entry.revision) }));
     }
-    let (content_type, data) = match &entry.value {
-        Value::Json(text) => (HeaderValue::from_static("application/json"), Bytes::copy_from_slice(text.as_bytes())),
+    let content_type = match &entry.value {
+        Value::Json(_) => HeaderValue::from_static(JSON),
+        // It came in as a header value, so it is one.
         Value::Bytes(blob) => {
-            // It came in as a header value, so it is one.
-            let content_type = HeaderValue::from_str(&blob.content_type);
-            (content_type.unwrap_or(HeaderValue::from_static("application/octet-stream")), blob.data.clone())
+            HeaderValue::from_str(&blob.content_type).unwrap_or(HeaderValue::from_static("application/octet-stream"))
         }
     };
     let headers = [
@@ -280,7 +310,7 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
         (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox")),
     ];
-    Ok((headers, data).into_response().into())
+    Ok((headers, Bytes::from_owner(Held(entry))).into_response().into())
 }
 
 /// `DELETE /v1/state/{key}`

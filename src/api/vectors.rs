@@ -1,5 +1,7 @@
 //! Collections and vectors: create, write, delete, get, list, count, search.
 
+use super::App;
+use super::answer::json;
 use super::error::{ApiError, ApiResult, invalid};
 use super::extract::{
     Head, Object, Params, Payload, aside, meta, must_be_json, parse_list, parse_object, read_body, read_json,
@@ -7,7 +9,6 @@ use super::extract::{
 };
 use super::offer;
 use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor, push_outcome};
-use super::{App, json};
 use crate::engine::Engine;
 use crate::engine::collections::SharedCollection;
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};

@@ -17,12 +17,13 @@
 //! - One at a time, in order; what a client sends ahead waits in the buffer: a head and a body
 //!   of [`BYTES_MAX`] each at most.
 
+use super::Service;
+use super::answer::{Answer, Json};
 use super::error::invalid;
 use super::events::EventStream;
 use super::extract::{Fields, Head, Payload};
 use super::live::{self, is_stream, take_stream};
 use super::serve::{self, HEAD_BYTES_MAX, HEAD_TIMEOUT};
-use super::{Answer, Json, Service};
 use crate::engine::frame::{END_OF_CHUNK, begin_chunk};
 use crate::engine::json::JSON;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
@@ -202,14 +203,18 @@ async fn next<S: Future>(
             patience.set(Some(tokio::time::sleep(PATIENCE)));
         }
         let read = poll_fn(|cx| {
-            if let Some(patience) = patience.as_mut().as_pin_mut() {
-                if patience.poll(cx).is_ready() {
-                    return Poll::Ready(None);
-                }
-            } else if idle.poll_over(cx).is_ready() {
-                return Poll::Ready(Some(0));
+            if let Poll::Ready(bytes) = poll_read(tcp, input, missing, cx) {
+                return Poll::Ready(Some(bytes));
             }
-            poll_read(tcp, input, missing, cx).map(Some)
+            match patience.as_mut().as_pin_mut() {
+                Some(patience) => patience.poll(cx).map(|()| None),
+                None => {
+                    ready!(idle.poll_over(cx));
+                    // What has come is answered; at a stop the runtime may tell of it later than of the stop.
+                    let has_come = rustix::io::ioctl_fionread(&*tcp).is_ok_and(|bytes| bytes > 0);
+                    if has_come { Poll::Pending } else { Poll::Ready(Some(0)) }
+                }
+            }
         });
         match read.await {
             Some(0) if input.is_empty() => return Next::Over,

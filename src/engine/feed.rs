@@ -28,6 +28,7 @@ use super::codec::Record;
 use super::command::Key;
 use super::frame::{Ephemeral, Facets, Frame, Recent};
 use super::wal::Log;
+use super::{Poison, spawn_vital};
 use crate::error::Error;
 use crate::revision::Revision;
 use crate::vector::CollectionName;
@@ -39,7 +40,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 /// Memory that recent events may keep alive for streams that are nearly level with the head, beside the newest batch: from 40,000
 /// small events to eight of a megabyte.
@@ -180,8 +181,6 @@ pub struct Feed {
     log: Arc<Log>,
     catch_ups: Arc<Semaphore>,
     draining: AtomicBool,
-    /// The thread that wakes streams ended in a panic.
-    failed: AtomicBool,
     /// Whether anybody listens: while nobody does, the feed's thread sleeps through commits.
     has_topics: AtomicBool,
     /// Counts for metrics.
@@ -392,23 +391,9 @@ pub enum Step {
     Drained,
 }
 
-/// Without the thread that wakes streams the server must not look healthy.
-struct ToldOfPanic<'a>(&'a Feed);
-
-impl Drop for ToldOfPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            tracing::error!(
-                "the thread that wakes streams ended in a panic: no more writes until this server is restarted"
-            );
-            self.0.failed.store(true, Ordering::Release);
-        }
-    }
-}
-
 impl Feed {
     /// A feed that starts at `head`, and its thread.
-    pub fn start(log: Arc<Log>, head: Revision) -> (Arc<Self>, std::thread::JoinHandle<()>) {
+    pub fn start(log: Arc<Log>, head: Revision, poison: &Poison) -> (Arc<Self>, std::thread::JoinHandle<()>) {
         let ring = Ring { events: VecDeque::new(), first: 0, bytes: 0, complete_after: head, head };
         let feed = Arc::new(Self {
             ring: RwLock::new(ring),
@@ -419,13 +404,12 @@ impl Feed {
             log,
             catch_ups: Arc::new(Semaphore::new(CATCH_UPS_MAX)),
             draining: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
             has_topics: AtomicBool::new(false),
             stats: FeedStats::default(),
         });
         let thread = {
             let feed = Arc::clone(&feed);
-            super::spawn("feed", move || feed.run())
+            spawn_vital("feed", poison, move || feed.run())
         };
         (feed, thread)
     }
@@ -505,14 +489,7 @@ impl Feed {
         self.bell.1.notify_one();
     }
 
-    /// Whether the thread that wakes streams ended in a panic.
-    #[must_use]
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
-    }
-
     fn run(&self) {
-        let _told = ToldOfPanic(self);
         loop {
             {
                 let mut bell = self.bell.0.lock();
@@ -740,7 +717,7 @@ pub struct Subscription {
     position: Option<u64>,
     /// Where the ring ended when it began: ephemeral events before are for those who were there.
     began: u64,
-    catching_up: Option<JoinHandle<CaughtUp>>,
+    catching_up: Option<JoinHandle<Result<CaughtUp, JoinError>>>,
     watches_searches: bool,
     /// Filters the ring itself, up to its very end; see [`Subscription::look_at_everything`].
     by_ring: bool,
@@ -825,7 +802,7 @@ impl Subscription {
             if let Some(task) = &mut self.catching_up {
                 let result = std::task::ready!(std::pin::Pin::new(task).poll(cx));
                 self.catching_up = None;
-                if let Some(step) = self.caught_up(result) {
+                if let Some(step) = self.caught_up(result.and_then(|read| read)) {
                     return Poll::Ready(step);
                 }
                 continue;
@@ -991,7 +968,7 @@ impl Subscription {
             // After the wait: whoever went first may have read the same.
             let read = Read { after, frames_max, bytes_max };
             if let Some(part) = topic.history.lock().iter().find(|part| part.read == read) {
-                return Ok(Some((*part.found).clone()));
+                return Ok(Ok(Some((*part.found).clone())));
             }
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;
@@ -1024,11 +1001,10 @@ impl Subscription {
                 Ok(Some((frames, reached)))
             })
             .await
-            .unwrap_or(Ok(None))
         }));
     }
 
-    fn caught_up(&mut self, result: Result<CaughtUp, tokio::task::JoinError>) -> Option<Step> {
+    fn caught_up(&mut self, result: Result<CaughtUp, JoinError>) -> Option<Step> {
         let reason = match result {
             Ok(Ok(Some((frames, reached)))) => {
                 self.revision = self.revision.max(reached);
@@ -1038,6 +1014,10 @@ impl Subscription {
             Ok(Ok(None)) => ResetReason::Compacted,
             Ok(Err(error)) => {
                 tracing::error!(%error, "a stream cannot read the log");
+                ResetReason::Lost
+            }
+            Err(error) if error.is_panic() => {
+                tracing::error!("a thread that read the log for a stream ended in a panic");
                 ResetReason::Lost
             }
             // The runtime is shutting down.
@@ -1074,7 +1054,7 @@ mod tests {
     fn start_with_thread() -> (Arc<Feed>, Wal, std::thread::JoinHandle<()>) {
         let opened = Wal::open(None, 64 << 20, Revision::ZERO, Revision::ZERO, |_| Ok(()));
         let OpenedWal { wal, log, .. } = opened.unwrap();
-        let (feed, thread) = Feed::start(log, Revision::ZERO);
+        let (feed, thread) = Feed::start(log, Revision::ZERO, &Poison::default());
         (feed, wal, thread)
     }
 
@@ -1251,7 +1231,7 @@ mod tests {
         (0..3).for_each(|_| publish(&before, &mut wal, 1));
         before.stop();
         // As after a restart: nothing is in the ring.
-        let (feed, _) = Feed::start(Arc::clone(&before.log), wal.head());
+        let (feed, _) = Feed::start(Arc::clone(&before.log), wal.head(), &Poison::default());
         let mut early = feed.subscribe(EventFilter::default(), Revision(3));
         feed.publish_ephemeral(ephemeral());
         let mut subscription = feed.subscribe(EventFilter::default(), Revision(1));

@@ -15,6 +15,7 @@
 //! locks are held to push or pop. A shutdown waits for one job.
 
 use super::collections::{Job, SharedCollection};
+use super::{Poison, spawn_vital};
 use crate::turns::{self, Turn};
 use crate::vector::graph::Scratch;
 use crate::vector::plan::GRAPH_FROM;
@@ -174,16 +175,16 @@ impl Background {
 
     /// Starts the threads.
     #[must_use]
-    pub fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
+    pub fn start(self: &Arc<Self>, poison: &Poison) -> Vec<JoinHandle<()>> {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let linker = |number| {
             let background = Arc::clone(self);
-            super::spawn(&format!("linker-{number}"), move || background.link())
+            spawn_vital(&format!("linker-{number}"), poison, move || background.link())
         };
         let background = Arc::clone(self);
-        let upkeep = super::spawn("upkeep", move || background.keep_up());
+        let upkeep = spawn_vital("upkeep", poison, move || background.keep_up());
         let background = Arc::clone(self);
-        let stand_in = super::spawn("stand-in", move || background.link_in_their_place());
+        let stand_in = spawn_vital("stand-in", poison, move || background.link_in_their_place());
         [upkeep, stand_in].into_iter().chain((0..threads).map(linker)).collect()
     }
 

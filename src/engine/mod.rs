@@ -133,15 +133,14 @@ pub struct Inner {
     feed: Arc<Feed>,
     log: Arc<Log>,
     clock: Clock,
-    /// A write or sync failed: no more writes.
-    poisoned: AtomicBool,
+    poison: Poison,
     /// The disk has no room for writes that need some.
     storage_full: AtomicBool,
     /// There was no room for rows of vectors.
     rows_full: AtomicBool,
     /// The log is being shortened on a full disk: what room there is belongs to the snapshot.
     is_making_room: AtomicBool,
-    /// Whoever takes a snapshot hurries.
+    /// The server is stopping in order: whoever takes a snapshot hurries.
     stopping: AtomicBool,
     metrics: Metrics,
     fsync: Fsync,
@@ -162,7 +161,7 @@ impl Inner {
     /// Makes everything applied durable in the log. In `always` mode it is already. Refused once poisoned: a second sync
     /// would report success for pages the kernel has dropped.
     fn sync_log(&self) -> Result<(), Error> {
-        if self.poisoned.load(Ordering::Acquire) {
+        if self.poison.is_set() {
             return Err(Error::Poisoned);
         }
         if self.fsync == Fsync::Always {
@@ -180,7 +179,24 @@ impl Inner {
     /// After a failed write or sync.
     fn poison(&self, error: &Error) {
         tracing::error!(%error, "writing to disk failed: no more writes until this server is restarted");
-        self.poisoned.store(true, Ordering::Release);
+        self.poison.set();
+    }
+}
+
+/// Set once and for all when a write or a sync failed, or one of the engine's threads ended in a panic: no more writes until
+/// the server is restarted, and health says so. Reads go on.
+#[derive(Clone, Debug, Default)]
+pub struct Poison(Arc<AtomicBool>);
+
+impl Poison {
+    /// Whether it is.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn set(&self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -215,20 +231,21 @@ impl Engine {
             if paths.is_some() { config.max_log_bytes } else { config.max_log_bytes.min(MEMORY_LOG_BYTES_MAX) };
         // While recovering, everything is durable; in the relaxed modes the sequencer takes over from there.
         let background = Background::new();
+        let poison = Poison::default();
         let recovered = recovery::recover(paths.as_ref(), max_log_bytes, &background)?;
         let log = Arc::clone(&recovered.wal.log);
         let head = recovered.wal.wal.head();
         if config.fsync != Fsync::Always && paths.is_some() {
             background.durable.store(head.0, Ordering::Release);
         }
-        let (feed, feed_thread) = Feed::start(Arc::clone(&log), head);
+        let (feed, feed_thread) = Feed::start(Arc::clone(&log), head, &poison);
         let preparer = Preparer::new(paths.as_ref().map(|p| p.vectors.clone()), &background);
         let inner = Arc::new(Inner {
             state: RwLock::new(recovered.state),
             feed,
             log,
             clock: Clock::start(),
-            poisoned: AtomicBool::new(false),
+            poison,
             storage_full: AtomicBool::new(false),
             rows_full: AtomicBool::new(false),
             is_making_room: AtomicBool::new(false),
@@ -252,10 +269,10 @@ impl Engine {
         let interval = Duration::from_secs(config.snapshot_interval_s);
         let threads = Threads {
             engine: engine.clone(),
-            sequencer: spawn("sequencer", move || sequencer.run()),
+            sequencer: spawn_vital("sequencer", &engine.inner.poison, move || sequencer.run()),
             feed: feed_thread,
-            linkers: engine.inner.background.start(),
-            snapshots: spawn("snapshots", {
+            linkers: engine.inner.background.start(&engine.inner.poison),
+            snapshots: spawn_vital("snapshots", &engine.inner.poison, {
                 let (inner, stop) = (Arc::clone(&engine.inner), Arc::clone(&snapshots_stop));
                 move || take_snapshots(&inner, interval, &stop)
             }),
@@ -272,9 +289,16 @@ impl Engine {
         let (reply, answer) = oneshot::channel();
         self.queue.try_send(Request::Commit((command, reply))).map_err(|e| match e {
             TrySendError::Full(_) => Rejection::Overloaded("too many writes are waiting; retry in a moment"),
-            TrySendError::Disconnected(_) => Rejection::ShuttingDown,
+            TrySendError::Disconnected(_) => self.ended(),
         })?;
-        answer.await.unwrap_or(Err(Rejection::ShuttingDown))
+        answer.await.unwrap_or_else(|_| Err(self.ended()))
+    }
+
+    /// What to say where the writer is gone. Ended in a panic, it may have written what it did not answer: that is not for
+    /// another try, as it is at a stop.
+    fn ended(&self) -> Rejection {
+        let in_order = self.inner.stopping.load(Ordering::Relaxed) && !self.is_poisoned();
+        if in_order { Rejection::ShuttingDown } else { Rejection::Poisoned }
     }
 
     async fn wait_for_room(&self, command: &Command) -> Result<(), Rejection> {
@@ -498,7 +522,7 @@ impl Engine {
     /// Whether a failed write ended writing.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
-        self.inner.poisoned.load(Ordering::Acquire)
+        self.inner.poison.is_set()
     }
 
     /// Whether the disk is full, so that writes that need space are refused.
@@ -577,6 +601,25 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
     std::thread::Builder::new().name(name.into()).spawn(run).expect("the system can start a thread")
 }
 
+/// A thread without which the server must not look healthy: its panic poisons the engine.
+fn spawn_vital(name: &str, poison: &Poison, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    struct Guard(String, Poison);
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                let thread = &self.0;
+                tracing::error!(thread, "a thread ended in a panic: no more writes until this server is restarted");
+                self.1.set();
+            }
+        }
+    }
+    let guard = Guard(name.into(), poison.clone());
+    spawn(name, move || {
+        let _guard = guard;
+        run();
+    })
+}
+
 fn join(thread: JoinHandle<()>) {
     if thread.join().is_err() {
         tracing::error!("a thread ended in a panic");
@@ -603,7 +646,7 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
             }
         }
         snapshot::tidy(inner);
-        if inner.poisoned.load(Ordering::Acquire) {
+        if inner.poison.is_set() {
             continue;
         }
         let is_full = inner.storage_full.load(Ordering::Relaxed) || inner.rows_full.swap(false, Ordering::Relaxed);
@@ -659,4 +702,18 @@ fn take_snapshot(inner: &Inner, pace: Pace) -> Result<snapshot::Taken, Error> {
 fn count_snapshot<T>(inner: &Inner, result: &Result<T, Error>) {
     let counter = if result.is_ok() { &inner.metrics.snapshots } else { &inner.metrics.snapshot_failures };
     counter.inc();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_a_vital_thread_poisons_and_an_orderly_end_does_not() {
+        let poison = Poison::default();
+        spawn_vital("orderly", &poison, || {}).join().unwrap();
+        assert!(!poison.is_set());
+        spawn_vital("panics", &poison, || panic!("as the test wants it")).join().unwrap_err();
+        assert!(poison.is_set(), "the server would look healthy");
+    }
 }

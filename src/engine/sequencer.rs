@@ -128,18 +128,6 @@ pub struct Sequencer {
     /// Whether the last batch found no file left to open for the log.
     is_out_of_files: bool,
     last_ts_ms: u64,
-    /// Ended as told, rather than in a panic.
-    ended: bool,
-}
-
-impl Drop for Sequencer {
-    fn drop(&mut self) {
-        if !self.ended {
-            // Without a writer the server must not look healthy.
-            tracing::error!("the writer ended in a panic: no more writes until this server is restarted");
-            self.inner.poisoned.store(true, Ordering::Release);
-        }
-    }
 }
 
 impl Sequencer {
@@ -167,7 +155,6 @@ impl Sequencer {
             full_since_check: None,
             is_out_of_files: false,
             last_ts_ms,
-            ended: false,
         }
     }
 
@@ -205,12 +192,11 @@ impl Sequencer {
         {
             tracing::error!(%error, "the log could not be closed in order");
             // No snapshot either: its sync of the log would be a second one, and report success for what the first one lost.
-            self.inner.poisoned.store(true, Ordering::Release);
+            self.inner.poison.set();
         }
         if !self.is_poisoned() {
             self.wal.publish();
         }
-        self.ended = true;
         // What still waits is told, rather than left hanging.
         for request in self.queue.try_iter() {
             if let Request::Commit((_, reply)) = request {
@@ -220,7 +206,7 @@ impl Sequencer {
     }
 
     fn is_poisoned(&self) -> bool {
-        self.inner.poisoned.load(Ordering::Acquire)
+        self.inner.poison.is_set()
     }
 
     /// How long to wait for a command: until the next deadline or tick, or for company for vector writes.
@@ -528,11 +514,6 @@ impl Sequencer {
         self.last_tick = Instant::now();
         if let Err(error) = self.wal.check_place() {
             self.inner.poison(&error);
-            return;
-        }
-        if self.inner.feed.has_failed() {
-            // Told by the feed. Streams would see none of what is written from here on.
-            self.inner.poisoned.store(true, Ordering::Release);
             return;
         }
         self.inner.clock.lean();

@@ -1,0 +1,219 @@
+//! What requests are answered with, and how many bytes of it may be on their way.
+
+use super::error::ApiResult;
+use crate::engine::json::JSON;
+use crate::error::Rejection;
+use crate::revision::Revision;
+use axum::body::Body;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+/// What a request is answered with.
+#[derive(Debug)]
+pub enum Answer {
+    /// As most are. Written as it is where the request came whole, which measured a thirtieth more small PUTs a second.
+    Json(Json),
+    /// Anything else.
+    Full(Response),
+}
+
+/// A JSON answer.
+#[derive(Debug)]
+pub struct Json {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its text.
+    pub body: String,
+    /// What it shows has this revision, told as `ETag`.
+    pub revision: Option<Revision>,
+}
+
+/// A JSON answer.
+pub fn json(status: StatusCode, body: String) -> Answer {
+    Answer::Json(Json { status, body, revision: None })
+}
+
+impl Answer {
+    /// Its status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Json(json) => json.status,
+            Self::Full(response) => response.status(),
+        }
+    }
+
+    /// JSON in pieces, whose text stays where it is rather than be copied together.
+    pub fn pieces(pieces: impl IntoIterator<Item = Bytes>, revision: Revision) -> Self {
+        Self::Full(respond(StatusCode::OK, Body::new(Pieces(pieces.into_iter().collect())), Some(revision)))
+    }
+}
+
+impl From<Response> for Answer {
+    fn from(response: Response) -> Self {
+        Self::Full(response)
+    }
+}
+
+impl IntoResponse for Answer {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Full(response) => response,
+            Self::Json(Json { status, body, revision }) => {
+                let is_large = body.len() > LARGE_BYTES;
+                let mut response = respond(status, Body::from(body), revision);
+                if is_large {
+                    response.extensions_mut().insert(Large);
+                }
+                response
+            }
+        }
+    }
+}
+
+/// Larger answers are counted while they are on their way; smaller ones the connection limit bounds.
+pub const LARGE_BYTES: usize = 64 << 10;
+
+/// Says of a response that its body was made for it, and is large.
+#[derive(Clone, Copy)]
+struct Large;
+
+fn respond(status: StatusCode, json: Body, revision: Option<Revision>) -> Response {
+    let mut response = Response::new(json);
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(JSON));
+    if let Some(revision) = revision {
+        response.headers_mut().insert(header::ETAG, etag(revision));
+    }
+    response
+}
+
+/// A revision as `ETag`.
+pub fn etag(revision: Revision) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{revision}\"")).expect("digits in quotes are a header value")
+}
+
+/// A body in pieces, of known length.
+struct Pieces(VecDeque<Bytes>);
+
+impl http_body::Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.0.pop_front().map(|piece| Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.iter().map(|piece| piece.len() as u64).sum())
+    }
+}
+
+/// Bytes of large answers on their way: made, and not yet taken by their readers, each of whom may take a minute for what a
+/// socket holds. Refused beyond a limit rather than made to wait: an answer that waits is in memory, too.
+#[derive(Debug)]
+pub struct OnTheirWay {
+    bytes: Arc<AtomicUsize>,
+    bytes_max: usize,
+}
+
+impl OnTheirWay {
+    /// None yet.
+    pub fn new(bytes_max: usize) -> Self {
+        Self { bytes: Arc::default(), bytes_max }
+    }
+
+    /// Refuses what may have a large answer and can no longer be refused when that is known: a write.
+    pub fn check(&self) -> Result<(), Rejection> {
+        if self.bytes.load(Ordering::Relaxed) < self.bytes_max { Ok(()) } else { Err(TOO_MANY) }
+    }
+
+    /// Counts an answer, if it is large, until it is sent or given up. Beyond the limit one that `may_be_refused` is, because
+    /// its request has changed nothing.
+    pub fn count(&self, answer: Answer, may_be_refused: bool) -> ApiResult {
+        let is_large = match &answer {
+            Answer::Json(json) => json.body.len() > LARGE_BYTES,
+            Answer::Full(response) => response.extensions().get::<Large>().is_some(),
+        };
+        if !is_large {
+            return Ok(answer);
+        }
+        let (parts, body) = answer.into_response().into_parts();
+        let bytes = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+        let others = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let counted = Counted { body, bytes, on_their_way: Arc::clone(&self.bytes) };
+        if may_be_refused && others + bytes > self.bytes_max {
+            return Err(TOO_MANY.into());
+        }
+        Ok(Response::from_parts(parts, Body::new(counted)).into())
+    }
+}
+
+const TOO_MANY: Rejection =
+    Rejection::Overloaded("too many large answers on their way to slow readers; retry in a moment");
+
+/// A body that is counted until it is dropped.
+struct Counted {
+    body: Body,
+    bytes: usize,
+    on_their_way: Arc<AtomicUsize>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.on_their_way.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl http_body::Body for Counted {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(bytes: usize) -> Answer {
+        json(StatusCode::OK, "x".repeat(bytes))
+    }
+
+    #[test]
+    fn large_answers_are_counted_until_they_are_gone_and_refused_beyond_the_limit() {
+        let large = LARGE_BYTES + 1;
+        let on_their_way = OnTheirWay::new(2 * large);
+        // As the connection's loop has it, and as axum's router does.
+        let of_router = Answer::Full(answer(large).into_response());
+        let held = [answer(large), of_router].map(|answer| on_their_way.count(answer, true).unwrap());
+        assert!(on_their_way.check().is_err(), "full");
+        assert!(on_their_way.count(answer(large), true).is_err(), "a read");
+        assert!(on_their_way.count(answer(large - 1), true).is_ok(), "a small one");
+        assert!(on_their_way.count(answer(large), false).is_ok(), "a write, which is done");
+        drop(held);
+        assert_eq!(on_their_way.bytes.load(Ordering::Relaxed), 0);
+        assert!(on_their_way.check().is_ok() && on_their_way.count(answer(large), true).is_ok());
+    }
+}
