@@ -78,7 +78,13 @@ async fn state_put_get_delete() {
             row("half a surrogate pair", r#"PUT /v1/state/a {"value":"\ud800"}"#, 400, bad()),
             row("two documents", r#"PUT /v1/state/a {"value":1} {"value":2}"#, 400, bad()),
             row("wrong type", r#"PUT /v1/state/a {"value":1,"ttl_ms":"5"}"#, 400, bad()),
-            row("negative ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":-1}"#, 400, bad()),
+            row(
+                "negative ttl",
+                r#"PUT /v1/state/a {"value":1,"ttl_ms":-1}"#,
+                400,
+                json!({"detail":"the body is not what this route takes: ttl_ms: invalid value: integer `-1`, expected a whole number from 0 at line 1 column 22"}),
+            ),
+            row("empty cursor", "GET /v1/state?cursor=&limit=1", 200, json!({"items":[{"key":"/v1"}]})),
             row("zero ttl", r#"PUT /v1/state/a {"value":1,"ttl_ms":0}"#, 400, bad()),
             row("longest ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3155760000000}"#, 201, Value::Null),
             row("longer ttl", r#"PUT /v1/state/ttl {"value":1,"ttl_ms":3155760000001}"#, 400, bad()),
@@ -424,6 +430,8 @@ async fn batches_are_all_or_nothing() {
         row("unknown op", r#"POST /v1/batch {"ops":[{"op":"incr","key":"a"}]}"#, 400, json!({"op":0})),
         row("foreign field", r#"POST /v1/batch {"ops":[{"op":"delete","key":"a","value":1}]}"#, 400, json!({"op":0})),
         row("unknown field", r#"POST /v1/batch {"ops":[{"op":"delete","key":"z"},{"op":"delete","key":"a","ttl":1}]}"#, 400, json!({"code":"invalid_argument","op":1})),
+        row("absent whatever the condition", r#"POST /v1/batch {"ops":[{"op":"vector_update","collection":"v","id":"none","meta":{},"if_revision":7}]}"#, 404, code("vector_not_found")),
+        row("there whatever the condition", r#"POST /v1/batch {"ops":[{"op":"vector_add","collection":"v","id":"1","vector":[1,2],"if_revision":0}]}"#, 409, code("already_exists")),
         row("no operation", r#"POST /v1/batch {"ops":[{"op":"delete","key":"z"},null]}"#, 400, json!({"code":"invalid_argument","op":1})),
         row("bad key", r#"POST /v1/batch {"ops":[{"op":"put","key":"ok","value":1},{"op":"put","key":"","value":1}]}"#, 400, json!({"op":1})),
         row("wrong dimension", r#"POST /v1/batch {"ops":[{"op":"vector_add","collection":"v","id":"q","vector":[1]}]}"#, 400, json!({"code":"dimension_mismatch","expected":2,"got":1,"op":0})),
@@ -1097,4 +1105,24 @@ async fn slow_requests_are_logged_under_the_name_their_answer_carries() {
     let text = std::fs::read_to_string(&log).unwrap();
     let line = text.lines().find(|line| line.contains("slow request")).unwrap_or_else(|| panic!("no line in {text}"));
     assert!(line.contains(&name) && line.contains("/v1/state/{key}") && line.contains("status=201"), "{line}");
+}
+
+/// A condition that is overlooked writes what its sender did not want.
+#[tokio::test]
+async fn conditions_in_headers_are_refused_where_they_are_not_looked_at() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"l2"}"#).await;
+    for (path, body) in [
+        ("/v1/events", r#"{"type":"log"}"#),
+        ("/v1/batch", r#"{"ops":[{"op":"put","key":"a","value":1}]}"#),
+        ("/v1/vector/v/upsert", r#"{"id":"1","vector":[1,2]}"#),
+    ] {
+        for header in ["if-match", "if-none-match"] {
+            let headers = [("content-type", "application/json"), (header, "\"9\"")];
+            let answer = c.send("POST".parse().unwrap(), path, &headers, body).await.unwrap();
+            assert_eq!(answer.status, 400, "{path} {header}");
+        }
+    }
+    assert_eq!(ok(c, "GET /v1/health").await["revision"], 1, "nothing was written");
 }

@@ -120,8 +120,8 @@ impl http_body::Body for Pieces {
     }
 }
 
-/// Bytes of large answers on their way: made, and not yet taken by their readers, each of whom may take a minute for what a
-/// socket holds. Refused beyond a limit rather than made to wait: an answer that waits is in memory, too.
+/// Bytes of large answers on their way: being made, and until they are taken by their readers, each of whom may need a minute
+/// for what a socket holds. Refused beyond a limit rather than made to wait: an answer that waits is in memory, too.
 #[derive(Debug)]
 pub struct OnTheirWay {
     bytes: Arc<AtomicUsize>,
@@ -132,6 +132,13 @@ impl OnTheirWay {
     /// None yet.
     pub fn new(bytes_max: usize) -> Self {
         Self { bytes: Arc::default(), bytes_max }
+    }
+
+    /// Room for an answer that is about to be made, of about so many bytes.
+    pub fn room(&self, bytes: usize) -> Result<Room, Rejection> {
+        let mut room = Room { bytes: 0, all: Arc::clone(&self.bytes), all_max: self.bytes_max };
+        room.grow_to(bytes)?;
+        Ok(room)
     }
 
     /// Refuses what may have a large answer and can no longer be refused when that is known: a write.
@@ -151,29 +158,48 @@ impl OnTheirWay {
         }
         let (parts, body) = answer.into_response().into_parts();
         let bytes = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
-        let others = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        let counted = Counted { body, bytes, on_their_way: Arc::clone(&self.bytes) };
-        if may_be_refused && others + bytes > self.bytes_max {
-            return Err(TOO_MANY.into());
+        let mut room = Room { bytes: 0, all: Arc::clone(&self.bytes), all_max: self.bytes_max };
+        let has_room = room.grow_to(bytes);
+        if may_be_refused {
+            has_room?;
         }
-        Ok(Response::from_parts(parts, Body::new(counted)).into())
+        Ok(Response::from_parts(parts, Body::new(Counted { body, _room: room })).into())
     }
 }
 
 const TOO_MANY: Rejection =
     Rejection::Overloaded("too many large answers on their way to slow readers; retry in a moment");
 
-/// A body that is counted until it is dropped.
-struct Counted {
-    body: Body,
+/// What one answer takes of the room there is, until it is dropped.
+#[derive(Debug)]
+pub struct Room {
     bytes: usize,
-    on_their_way: Arc<AtomicUsize>,
+    all: Arc<AtomicUsize>,
+    all_max: usize,
 }
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.on_their_way.fetch_sub(self.bytes, Ordering::Relaxed);
+impl Room {
+    /// Takes more of it. Refused where it is too much for all together.
+    pub fn grow_to(&mut self, bytes: usize) -> Result<(), Rejection> {
+        if bytes <= LARGE_BYTES.max(self.bytes) {
+            return Ok(());
+        }
+        let more = bytes - std::mem::replace(&mut self.bytes, bytes);
+        let all = self.all.fetch_add(more, Ordering::Relaxed) + more;
+        if all <= self.all_max { Ok(()) } else { Err(TOO_MANY) }
     }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A body that takes room until it is dropped.
+struct Counted {
+    body: Body,
+    _room: Room,
 }
 
 impl http_body::Body for Counted {
@@ -212,7 +238,11 @@ mod tests {
         assert!(on_their_way.count(answer(large), true).is_err(), "a read");
         assert!(on_their_way.count(answer(large - 1), true).is_ok(), "a small one");
         assert!(on_their_way.count(answer(large), false).is_ok(), "a write, which is done");
+        assert!(on_their_way.room(large).is_err() && on_their_way.room(large - 1).is_ok(), "one that is being made");
         drop(held);
+        let mut room = on_their_way.room(large).unwrap();
+        assert!(room.grow_to(2 * large).is_ok() && on_their_way.check().is_err() && room.grow_to(3 * large).is_err());
+        drop(room);
         assert_eq!(on_their_way.bytes.load(Ordering::Relaxed), 0);
         assert!(on_their_way.check().is_ok() && on_their_way.count(answer(large), true).is_ok());
     }

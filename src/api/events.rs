@@ -24,6 +24,8 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame as BodyFrame;
+use jiff::Timestamp;
+use jiff::civil::DateTime;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::hash::BuildHasher;
@@ -177,12 +179,7 @@ async fn resume_point(app: &App, headers: &Fields, params: &Params) -> ApiResult
     if !since.is_empty() && since.bytes().all(|b| b.is_ascii_digit()) {
         return since.parse().map(at).map_err(|_| invalid("since is larger than any revision"));
     }
-    // A plus sign that was not encoded arrives as a space.
-    let time: jiff::Timestamp = since
-        .replace(' ', "+")
-        .parse()
-        .map_err(|_| invalid("since is a revision or a time such as 2026-01-31T12:00:00Z"))?;
-    let ts_ms = u64::try_from(time.as_millisecond()).unwrap_or(0);
+    let ts_ms = time_ms(since).ok_or_else(|| invalid("since is a revision or a time such as 2026-01-31T12:00:00Z"))?;
     let log = Arc::clone(app.engine.log());
     let found = tokio::task::spawn_blocking(move || log.revision_at(ts_ms)).await.map_err(|_| ApiError::Internal)?;
     let found = found.map_err(|error| {
@@ -194,6 +191,29 @@ async fn resume_point(app: &App, headers: &Fields, params: &Params) -> ApiResult
         Some(revision) => Resume { after: revision.min(feed.head()), before_oldest: false },
         None => Resume { after: feed.oldest().prev(), before_oldest: feed.oldest() > Revision(1) },
     }))
+}
+
+/// A time as RFC 3339 writes it, in Unix milliseconds, zero if it was before. The parser takes much more than that.
+fn time_ms(text: &str) -> Option<u64> {
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    let has_form = |text: &str, form: &str| {
+        let alike = |(byte, form)| if form == b'0' { u8::is_ascii_digit(&byte) } else { byte == form };
+        text.len() == form.len() && text.bytes().zip(form.bytes()).all(alike)
+    };
+    // A plus sign that was not encoded arrives as a space.
+    let text = text.replace(' ', "+").to_ascii_uppercase();
+    let (whole, rest) = text.split_at_checked("0000-00-00T00:00:00".len())?;
+    let (fraction, zone) = rest.split_at(rest.find(['Z', '+', '-'])?);
+    let is_fraction = |text: &str| text.len() > 1 && text.starts_with('.') && digits(&text[1..]);
+    let is_zone = zone == "Z" || has_form(&zone[1..], "00:00") && &zone[1..3] <= "23" && &zone[4..] <= "59";
+    if !has_form(whole, "0000-00-00T00:00:00") || !is_zone || !(fraction.is_empty() || is_fraction(fraction)) {
+        return None;
+    }
+    // Nanoseconds are all that it reads, and the last day of the year 9999 is beyond what it can say.
+    let fraction = fraction.get(..10).unwrap_or(fraction);
+    let time = format!("{whole}{fraction}{zone}").parse::<Timestamp>();
+    let time = time.or_else(|_| whole.parse::<DateTime>().map(|_| Timestamp::MAX)).ok()?;
+    Some(u64::try_from(time.as_millisecond()).unwrap_or(0))
 }
 
 /// Whether JSON is wanted more than a stream (RFC 9110, 12.5.1); a stream when neither is named, or both alike.
@@ -555,6 +575,7 @@ async fn history(
     subscription.look_at_everything();
     let deadline = Instant::now() + wait;
     let deadline = access.and_then(|access| access.ends_at).map_or(deadline, |at| deadline.min(at));
+    let mut room = app.answers.room(0)?;
     let mut out = String::from("{\"events\":[");
     let mut count = 0;
     while count < limit && out.len() < HISTORY_BYTES_MAX {
@@ -590,6 +611,7 @@ async fn history(
                     out.push_str(frame.json(include_vector));
                     count += 1;
                 }
+                room.grow_to(out.len())?;
             }
             Ok(Some(Step::Reset(ResetReason::Compacted, _))) => return Err(compacted().into()),
             // The log is damaged there; the server's log says where.
@@ -661,4 +683,40 @@ pub async fn publish(State(app): State<App>, head: Head, body: Payload) -> ApiRe
         app.commit(&head, &bytes, Command::one(op)).await?.last_revision
     };
     Ok(json(StatusCode::CREATED, format!("{{\"revision\":{revision}}}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_rfc_3339() {
+        for (text, ms) in [
+            ("1970-01-01T00:00:01Z", Some(1000)),
+            ("1970-01-01t00:00:00.5z", Some(500)),
+            ("1970-01-01T00:00:00.1234567891Z", Some(123)),
+            ("1970-01-01T02:00:00+02:00", Some(0)),
+            ("1970-01-01T00:00:00 00:30", Some(0)),
+            ("1969-12-31T23:00:00-02:00", Some(3_600_000)),
+            ("0001-01-01T00:00:00Z", Some(0)),
+            ("9999-12-31T23:59:59Z", u64::try_from(Timestamp::MAX.as_millisecond()).ok()),
+            ("2020-01-01T00:00Z", None),
+            ("20200101T000000Z", None),
+            ("2020-01-01", None),
+            ("2020-01-01T00:00:00", None),
+            ("2020-01-01T00:00:00,5Z", None),
+            ("2020-01-01T00:00:00.Z", None),
+            ("2020-01-01T00:00:00+25:00", None),
+            ("2020-01-01T00:00:00+0200", None),
+            ("2020-01-01T00:00:00+02:00:30", None),
+            ("2020-01-01T00:00:00Z[UTC]", None),
+            ("+002020-01-01T00:00:00Z", None),
+            ("2020-13-01T00:00:00Z", None),
+            ("9999-12-32T00:00:00Z", None),
+            ("2020-01-01T25:00:00Z", None),
+            ("é020-01-01T00:00:00Zé", None),
+        ] {
+            assert_eq!(time_ms(text), ms, "{text}");
+        }
+    }
 }

@@ -484,7 +484,7 @@ fn parse_nested<'a, T: Deserialize<'a>>(bytes: &'a [u8], depth_max: usize) -> Ap
             return Err(invalid("the body is empty; this route takes JSON"));
         }
         serde_json::from_str(text)
-            .map_err(|e| invalid(format!("the body is not what this route takes: {}", in_plain_words(&e))))
+            .map_err(|error| invalid(format!("the body is not what this route takes: {}", fault::<T>(text, &error))))
     })
 }
 
@@ -587,16 +587,31 @@ fn faulty_item<'a, I: Deserialize<'a>>(bytes: &'a [u8], list: &str) -> Option<Re
     let items: Vec<&RawValue> = serde_json::from_str(members.get(list)?.get()).ok()?;
     items.into_iter().enumerate().find_map(|(index, item)| {
         let error = serde_json::from_str::<Object<I>>(item.get()).err()?;
-        Some(Rejection::invalid(format!("it is not what this route takes: {}", in_plain_words(&error))).at(index))
+        let fault = fault::<Object<I>>(item.get(), &error);
+        Some(Rejection::invalid(format!("it is not what this route takes: {fault}")).at(index))
     })
+}
+
+/// What is wrong with JSON, by the name of the member where it is. Only for what was refused: parses it anew.
+fn fault<'a, T: Deserialize<'a>>(text: &'a str, error: &serde_json::Error) -> String {
+    let words = in_plain_words(error);
+    let parsed: Result<T, _> = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text));
+    let path = parsed.err().map(|error| error.path().to_string());
+    match path.filter(|path| path != "." && !words.contains(&format!("`{path}`"))) {
+        Some(path) => format!("{path}: {words}"),
+        None => words,
+    }
 }
 
 /// The parser's words without its type names.
 fn in_plain_words(error: &serde_json::Error) -> String {
     let mut text = error.to_string().replace("EOF while parsing", "it ends within");
-    for (name, plain) in
-        [("u64", "a whole number"), ("usize", "a whole number"), ("f32", "a number"), ("a borrowed string", "a string")]
-    {
+    for (name, plain) in [
+        ("u64", "a whole number from 0"),
+        ("usize", "a whole number from 0"),
+        ("f32", "a number"),
+        ("a borrowed string", "a string"),
+    ] {
         text = text.replace(&format!("expected {name}"), &format!("expected {plain}"));
     }
     text
@@ -609,6 +624,14 @@ pub fn condition(headers: &Fields, if_revision: Option<Revision>) -> ApiResult<C
         if_match: etags(headers, &header::IF_MATCH)?,
         if_none_match: etags(headers, &header::IF_NONE_MATCH)?,
     })
+}
+
+/// Refuses the headers where they are not looked at: a condition that is overlooked is a write that its sender did not want.
+pub fn check_unconditional(headers: &Fields) -> ApiResult<()> {
+    if [header::IF_MATCH, header::IF_NONE_MATCH].into_iter().any(|name| headers.first(name).is_some()) {
+        return Err(invalid("If-Match and If-None-Match are for /v1/state/{key}; here give if_revision in the body"));
+    }
+    Ok(())
 }
 
 /// Parses a list of entity tags. Tags that are not of our form are kept out: they match nothing.

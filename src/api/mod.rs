@@ -45,7 +45,7 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::{ApiError, ApiResult};
-use extract::{Head, Payload, check_encoding};
+use extract::{Head, Payload, check_encoding, check_unconditional};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
 use std::convert::Infallible;
@@ -391,6 +391,9 @@ impl Guard {
     async fn answer_in_bounds(&self, head: Head, body: Payload, route: &'static str) -> ApiResult {
         let app = &self.app;
         let is_read = matches!(head.method, Method::GET | Method::HEAD);
+        if !is_read && route != KEY_ROUTE {
+            check_unconditional(&head.headers)?;
+        }
         if head.method == Method::PATCH || route == BATCH_ROUTE {
             // Other writes are not answered with values.
             app.answers.check()?;

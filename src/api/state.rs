@@ -292,6 +292,7 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
         if matches!(&entry.value, Value::Json(text) if text.len() > LARGE_BYTES) {
             return Ok(Answer::pieces(entry_pieces(&key, &entry), entry.revision));
         }
+        let _room = app.answers.room(entry.value.len())?;
         let mut out = String::with_capacity(128 + key.len() + entry.value.len());
         aside(entry.value.len(), || push_entry(&mut out, &key, &entry, true));
         return Ok(Answer::Json(Json { status: StatusCode::OK, body: out, revision: Some(entry.revision) }));
@@ -368,10 +369,11 @@ pub async fn list(State(app): State<App>, head: Head) -> ApiResult {
         return Err(invalid(format!("prefix is at most {KEY_BYTES_MAX} bytes")));
     }
     let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
-    let after = params.one("cursor")?.map(decode_cursor).transpose()?;
+    let after = params.one("cursor")?.filter(|cursor| !cursor.is_empty()).map(decode_cursor).transpose()?;
     let keys_only = params.flag("keys_only")?;
     let (items, mut has_more, revision) = app.engine.list(prefix, after.as_deref(), limit);
     let bytes = if keys_only { 0 } else { items.iter().map(|(_, entry)| entry.value.len()).sum() };
+    let _room = app.answers.room(bytes.min(PAGE_BYTES_MAX))?;
     let mut out = String::from("{\"items\":[");
     let mut last = None;
     aside(bytes, || {

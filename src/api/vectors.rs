@@ -393,12 +393,13 @@ pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     let params = Params::parse(&head.uri, &["limit", "cursor", "include_vector"])?;
     let limit = usize::try_from(params.number_in("limit", 1..=1000, 100)?).unwrap_or(1000);
     let include_vector = params.flag("include_vector")?;
-    let after = params.one("cursor")?.map(decode_cursor).transpose()?;
+    let after = params.one("cursor")?.filter(|cursor| !cursor.is_empty()).map(decode_cursor).transpose()?;
     let shared = app.engine.collection(collection.as_str())?;
     let (mut items, revision) = app.engine.list_vectors(&shared, after.as_deref(), limit + 1, include_vector);
     let mut has_more = items.len() > limit;
     items.truncate(limit);
     let numbers = items.iter().filter_map(|item| item.vector.as_ref()).map(|vector| vector.len()).sum::<usize>();
+    let _room = app.answers.room((numbers * NUMBER_BYTES).min(PAGE_BYTES_MAX))?;
     let mut out = String::from("{\"items\":[");
     let mut count = 0;
     aside(numbers * NUMBER_BYTES, || {
@@ -698,6 +699,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Pa
     let mut out = String::with_capacity(1024);
     out.push('{');
     let numbers = answers.iter().map(|answer| number_count(&answer.found)).sum::<usize>();
+    let _room = app.answers.room(numbers * NUMBER_BYTES)?;
     aside(numbers * NUMBER_BYTES, || match &body.queries {
         None => push_answer(&mut out, &answers[0], &body),
         Some(queries) => {

@@ -96,6 +96,12 @@ const ROOM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Linkers that got nowhere for so long have no core.
 const STARVED_AFTER: Duration = Duration::from_millis(500);
 
+/// Patches of values with more bytes than this together are slow: the writer reads them, at about 80 MB a second where they are made
+/// of small fields.
+const SLOW_PATCH_BYTES: usize = 256 << 10;
+/// As much as this takes as long as a vector.
+const PATCHED_BYTES_LIKE_A_VECTOR: usize = 16 << 10;
+
 /// Collections there may be, however many files may be open.
 const COLLECTIONS_MAX: usize = 10_000;
 /// Files that a collection keeps open: its rows and its slot log.
@@ -287,7 +293,8 @@ impl Engine {
     pub async fn submit(&self, command: Command) -> Result<Committed, Rejection> {
         self.wait_for_room(&command).await?;
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Request::Commit((command, reply))).map_err(|e| match e {
+        let slowness = self.slowness(&command);
+        self.queue.try_send(Request::Commit((command, reply), slowness)).map_err(|e| match e {
             TrySendError::Full(_) => Rejection::Overloaded("too many writes are waiting; retry in a moment"),
             TrySendError::Disconnected(_) => self.ended(),
         })?;
@@ -299,6 +306,23 @@ impl Engine {
     fn ended(&self) -> Rejection {
         let in_order = self.inner.stopping.load(Ordering::Relaxed) && !self.is_poisoned();
         if in_order { Rejection::ShuttingDown } else { Rejection::Poisoned }
+    }
+
+    /// What makes a command slow to decide or apply, so that others pass it: zero for most, else about how many vectors of an
+    /// embedding it is worth.
+    fn slowness(&self, command: &Command) -> usize {
+        if command.ops.iter().any(Op::is_about_vectors) {
+            return command.ops.iter().map(Op::weight).sum::<usize>().max(1);
+        }
+        let patched = command.ops.iter().filter_map(|op| if let Op::Patch { key, .. } = op { Some(key) } else { None });
+        let mut patched = patched.peekable();
+        if patched.peek().is_none() {
+            return 0;
+        }
+        // As large as they are now: earlier commands may change that, and then the guess is wrong by one batch.
+        let state = self.inner.state.read();
+        let bytes: usize = patched.filter_map(|key| state.get(key.as_str(), 0)).map(|entry| entry.value.len()).sum();
+        if bytes > SLOW_PATCH_BYTES { bytes / PATCHED_BYTES_LIKE_A_VECTOR } else { 0 }
     }
 
     async fn wait_for_room(&self, command: &Command) -> Result<(), Rejection> {
@@ -707,6 +731,33 @@ fn count_snapshot<T>(inner: &Inner, result: &Result<T, Error>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Resolved;
+    use command::{Condition, Key, Value};
+
+    /// 42 KB of patches of one large value once held up all writers for seconds, also where they were refused.
+    #[tokio::test]
+    async fn patches_of_large_values_are_passed_by_other_writes() {
+        let flags = [("ephemeral", "true".to_owned())];
+        let config = Resolved::collect(Some("/dev/null".into()), |_| None, flags).unwrap().build().unwrap();
+        let (engine, threads) = Engine::open(&config).unwrap();
+        let condition = Condition::default;
+        let put = |key: &str, value: String| {
+            let (key, value) = (Key::new(key).unwrap(), Value::Json(value.into()));
+            Command::one(Op::Put { key, value, ttl_ms: None, labels: None, condition: condition() })
+        };
+        let patch = || {
+            let key = Key::new("large").unwrap();
+            Command::one(Op::Patch { key, patch: "{}".into(), ttl_ms: None, condition: condition() })
+        };
+        let fields: Vec<String> = (0..100_000).map(|n| format!("\"k{n}\":{n}")).collect();
+        engine.submit(put("large", format!("{{{}}}", fields.join(",")))).await.unwrap();
+        let patches = futures_util::future::join_all((0..20).map(|_| engine.submit(patch())));
+        let (patched, small) = tokio::join!(patches, engine.submit(put("small", "1".into())));
+        let last = patched.into_iter().map(|committed| committed.unwrap().last_revision).max().unwrap();
+        let small = small.unwrap().last_revision;
+        assert!(small.plus(10) < last, "the put is {small}, the last patch {last}");
+        threads.stop();
+    }
 
     #[test]
     fn a_panic_of_a_vital_thread_poisons_and_an_orderly_end_does_not() {

@@ -40,6 +40,9 @@ const ROUNDINGS: usize = 64;
 const DEVIATIONS: f32 = 1.5;
 /// Numbers scored as they were sent where the graph's bytes do not tell apart what lies near a query: a millisecond.
 const EXACT_INSTEAD: usize = 1 << 23;
+/// The same where what lies near a query lies equally near: a tenth of a millisecond. A walk among more leaves open which of its
+/// equals come.
+const EXACT_FOR_EQUALS: usize = 1 << 20;
 /// Hits up to which matches are scanned in the graph's rows.
 const SCANNED_MAX: usize = 512;
 /// A search that had to scan a tail longer than this does a linker's job: else, on a machine busy with searches, the tail
@@ -373,8 +376,10 @@ impl SearchTicket {
             let found: Vec<(u32, f32)> = scratch.found_distances().collect();
             let mut rescored = needed.min(ef).min(found.len());
             let is_full = scratch.is_full();
+            let numbers = matches * self.collection.spec().dim;
+            let by_id = plan.way == Way::Scan || numbers <= EXACT_FOR_EQUALS;
             let tells_apart =
-                |scan: &Scan, rescored| tells_apart(graph, probe, wanted, scan, &found, rescored, is_full);
+                |scan: &Scan, rescored| tells_apart(graph, probe, wanted, scan, &found, rescored, is_full, by_id);
             let mut scan = self.rescore(search, &found[..rescored]);
             // Whoever asks for so little effort gets it.
             let is_meagre = plan.way != Way::Scan && ef < needed;
@@ -384,7 +389,7 @@ impl SearchTicket {
                 scan = self.rescore(search, &found);
                 is_clear = tells_apart(&scan, rescored);
             }
-            if !is_clear && matches * self.collection.spec().dim <= EXACT_INSTEAD {
+            if !is_clear && numbers <= EXACT_INSTEAD {
                 plan.given_up = Some(plan.way);
                 return None;
             }
@@ -508,7 +513,8 @@ fn needed(search: &Search) -> usize {
 
 /// Whether what was found but not `rescored`, or not even kept as the pool was full, can be no hit. The rounding of what is not
 /// known is taken to be like that of what was scored again, or as large as steps and digits let expect: what is common to all of
-/// them (that of the query, say) moves nobody.
+/// them (that of the query, say) moves nobody. Where equals are to come `by_id`, what was left out must not be one.
+#[expect(clippy::too_many_arguments, reason = "the parts of one search, taken apart by its caller")]
 fn tells_apart(
     graph: &Graph,
     probe: &Probe,
@@ -517,6 +523,7 @@ fn tells_apart(
     found: &[(u32, f32)],
     rescored: usize,
     is_full: bool,
+    by_id: bool,
 ) -> bool {
     let next = match found.get(rescored) {
         Some(&(_, distance)) => distance,
@@ -530,6 +537,10 @@ fn tells_apart(
         // Some died meanwhile.
         return true;
     };
+    if by_id && kept.get(wanted).is_some_and(|&(_, next)| next == last) {
+        // Others, left out, may be as near, and come first by their id.
+        return false;
+    }
     if last <= 0.0 && !probe.is_by_products() {
         // Nothing is nearer.
         return true;

@@ -40,13 +40,15 @@ pub const EFFECTS: &str = "kiss_vdb::effects";
 const COMMIT_COMMANDS_MAX: usize = 4096;
 /// Operations after which a batch takes no further command, for the same reason.
 const COMMIT_OPS_MAX: usize = 16_384;
-/// Vectors after which a batch takes no further command that writes or deletes some. A vector takes a hundred times as long as a key
-/// to write and apply, so key writes wait for about this many at most, and vector writes share a sync all the same.
+/// Vectors after which a batch takes no further slow command. A vector takes a hundred times as long as a key to write and apply,
+/// so other writes wait for about this many at most, and slow ones share a sync all the same.
 const COMMIT_VECTORS: usize = 64;
-/// While key writes keep coming (the last not longer ago than this), vector writes wait for the next so long, to go into one
-/// batch with it. Begun in between, they would be what the next key write finds in its way from beginning to end.
-const KEYS_RECENT: Duration = Duration::from_millis(1);
-const VECTORS_WAIT: Duration = Duration::from_micros(200);
+/// While other writes arrive (the last not longer ago than this), slow ones wait for the next so long, to share its batch.
+/// Started alone, they would delay it by all that they take.
+const FAST_RECENT: Duration = Duration::from_millis(1);
+const SLOW_WAIT: Duration = Duration::from_micros(200);
+/// How long slow commands that still wait at a stop go on being committed: who sent them has been given as long to hear of it before.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// Bytes after which a batch decides no further command: bounds memory and how long its first command waits.
 const COMMIT_BYTES_MAX: usize = 32 << 20;
 /// Keys expired in one batch; more follow in the next.
@@ -64,8 +66,8 @@ const AHEAD_MS_MAX: u64 = 1000;
 /// What the engine asks of its writer.
 #[derive(Debug)]
 pub enum Request {
-    /// Decide and commit.
-    Commit(Waiting),
+    /// Decide and commit; how slow it is ([`super::Engine`]'s guess).
+    Commit(Waiting, usize),
     /// Commit what came before, write everything to disk, end.
     Stop,
 }
@@ -116,12 +118,12 @@ pub struct Sequencer {
     wal: Wal,
     preparer: Preparer,
     queue: Receiver<Request>,
-    /// Commands about vectors, in the order they came: each batch takes a few, behind everything else. At most
-    /// [`super::QUEUE_COMMANDS_MAX`]; more are refused, so that key writes never wait behind them.
-    vector_writes: VecDeque<Waiting>,
+    /// Slow commands (about vectors, or patches of large values) in the order they came, and how slow: each batch takes a few,
+    /// behind everything else. At most [`super::QUEUE_COMMANDS_MAX`]; more are refused, so that other writes never wait behind them.
+    slow: VecDeque<(Waiting, usize)>,
     fsync: Fsync,
-    /// When key writes were last committed.
-    last_keys: Instant,
+    /// When other writes were last committed.
+    last_fast: Instant,
     last_tick: Instant,
     unsynced: bool,
     full_since_check: Option<Instant>,
@@ -147,9 +149,9 @@ impl Sequencer {
             wal,
             preparer,
             queue,
-            vector_writes: VecDeque::new(),
+            slow: VecDeque::new(),
             fsync,
-            last_keys: Instant::now(),
+            last_fast: Instant::now(),
             last_tick: Instant::now(),
             unsynced: false,
             full_since_check: None,
@@ -164,12 +166,12 @@ impl Sequencer {
             turns::look_at_requests(Turn::Fair);
             let first = match self.queue.recv_timeout(self.patience()) {
                 Ok(request) => Some(request),
-                Err(RecvTimeoutError::Disconnected) if self.vector_writes.is_empty() => break,
+                Err(RecvTimeoutError::Disconnected) if self.slow.is_empty() => break,
                 Err(_) => None,
             };
             let has_come = first.is_some();
             let (commands, stop) = self.gather(first);
-            if commands.is_empty() && has_come && !stop && self.last_keys.elapsed() < KEYS_RECENT {
+            if commands.is_empty() && has_come && !stop && self.last_fast.elapsed() < FAST_RECENT {
                 continue;
             }
             let are_many = commands.len() >= MANY_COMMANDS;
@@ -181,7 +183,8 @@ impl Sequencer {
             }
             self.tick();
             if stop {
-                while !self.vector_writes.is_empty() {
+                let deadline = Instant::now() + STOP_PATIENCE;
+                while !self.slow.is_empty() && Instant::now() < deadline {
                     self.commit(Vec::new());
                 }
                 break;
@@ -198,10 +201,12 @@ impl Sequencer {
             self.wal.publish();
         }
         // What still waits is told, rather than left hanging.
-        for request in self.queue.try_iter() {
-            if let Request::Commit((_, reply)) = request {
-                reply.send(Err(Rejection::ShuttingDown)).ok();
-            }
+        let queued = self.queue.try_iter().filter_map(|request| match request {
+            Request::Commit(waiting, _) => Some(waiting),
+            Request::Stop => None,
+        });
+        for (_, reply) in self.slow.into_iter().map(|(waiting, _)| waiting).chain(queued) {
+            reply.send(Err(Rejection::ShuttingDown)).ok();
         }
     }
 
@@ -209,10 +214,10 @@ impl Sequencer {
         self.inner.poison.is_set()
     }
 
-    /// How long to wait for a command: until the next deadline or tick, or for company for vector writes.
+    /// How long to wait for a command: until the next deadline or tick, or for company for slow writes.
     fn patience(&self) -> Duration {
-        if !self.vector_writes.is_empty() {
-            return if self.last_keys.elapsed() < KEYS_RECENT { VECTORS_WAIT } else { Duration::ZERO };
+        if !self.slow.is_empty() {
+            return if self.last_fast.elapsed() < FAST_RECENT { SLOW_WAIT } else { Duration::ZERO };
         }
         let tick = TICK.saturating_sub(self.last_tick.elapsed());
         let Some(deadline) = self.inner.state.read().next_deadline() else { return tick };
@@ -230,17 +235,16 @@ impl Sequencer {
         while let Some(request) = next {
             match request {
                 Request::Stop => return (commands, true),
-                Request::Commit((command, reply)) if command.ops.iter().any(Op::is_about_vectors) => {
-                    if self.vector_writes.len() < super::QUEUE_COMMANDS_MAX {
-                        self.vector_writes.push_back((command, reply));
-                    } else {
-                        let detail = "too many vector writes are waiting; retry in a moment";
-                        reply.send(Err(Rejection::Overloaded(detail))).ok();
-                    }
+                Request::Commit(waiting, 0) => {
+                    ops += waiting.0.ops.len();
+                    commands.push(waiting);
                 }
-                Request::Commit((command, reply)) => {
-                    ops += command.ops.len();
-                    commands.push((command, reply));
+                Request::Commit(waiting, slowness) if self.slow.len() < super::QUEUE_COMMANDS_MAX => {
+                    self.slow.push_back((waiting, slowness));
+                }
+                Request::Commit((_, reply), _) => {
+                    let detail = "too many slow writes are waiting; retry in a moment";
+                    reply.send(Err(Rejection::Overloaded(detail))).ok();
                 }
             }
             if commands.len() >= COMMIT_COMMANDS_MAX || ops >= COMMIT_OPS_MAX {
@@ -251,23 +255,33 @@ impl Sequencer {
         (commands, false)
     }
 
-    /// Commits in one batch, or in several where the commands would write very much. Vector writes go last: what is ahead of
+    /// Commits in one batch, or in several where the commands would write very much. Slow ones go last: what is ahead of
     /// them is answered at the same time, but what comes next does not wait for all of them.
     fn commit(&mut self, commands: Vec<Waiting>) {
         let mut commands = VecDeque::from(commands);
         if !commands.is_empty() {
-            self.last_keys = Instant::now();
+            self.last_fast = Instant::now();
         }
-        let mut vectors = 0;
-        while vectors < COMMIT_VECTORS
-            && let Some(waiting) = self.vector_writes.pop_front()
+        if let Some(((command, _), _)) = self.slow.front()
+            && !command.ops.iter().any(Op::is_about_vectors)
         {
-            vectors += waiting.0.ops.iter().map(Op::weight).sum::<usize>();
+            // Patches may take the writer most of a second to decide: too long for what one more sync takes.
+            self.commit_all(&mut commands);
+        }
+        let mut slowness = 0;
+        while slowness < COMMIT_VECTORS
+            && let Some((waiting, more)) = self.slow.pop_front()
+        {
+            slowness += more;
             commands.push_back(waiting);
         }
-        self.commit_batch(&mut commands);
+        self.commit_all(&mut commands);
+    }
+
+    fn commit_all(&mut self, commands: &mut VecDeque<Waiting>) {
+        self.commit_batch(commands);
         while !commands.is_empty() {
-            self.commit_batch(&mut commands);
+            self.commit_batch(commands);
         }
     }
 

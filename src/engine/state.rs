@@ -305,10 +305,10 @@ pub struct Overlay {
     vectors: Overlaid<(Revision, VectorId), Option<(Revision, VectorMeta)>>,
     collections: Overlaid<CollectionName, Option<(CollectionSpec, Revision)>>,
     answers: Overlaid<Box<str>, Arc<Remembered>>,
-    /// Bytes by which keys and vectors will have grown.
-    growth: usize,
+    /// Bytes by which keys and vectors will have grown, below zero where deletes outweigh writes.
+    growth: isize,
     /// The same before the last decided command.
-    growth_before: usize,
+    growth_before: isize,
     undo: Vec<Undo>,
 }
 
@@ -392,7 +392,7 @@ pub struct Decider<'a> {
     pub record_bytes_max: usize,
     /// The revision the next event would get.
     pub next: Revision,
-    /// About how many bytes were decided so far.
+    /// About how many bytes were decided so far, also for commands that were refused then.
     pub bytes: usize,
 }
 
@@ -455,6 +455,8 @@ impl Decider<'_> {
                 Err(mut rejection) => {
                     self.overlay.roll_back();
                     self.next = first;
+                    // It took its time all the same.
+                    self.bytes += bytes;
                     if let Rejection::RevisionConflict { expected, .. } = rejection
                         && let Some(target) = target.filter(|target| decision.events.iter().any(|e| target.is_of(e)))
                     {
@@ -530,13 +532,14 @@ impl Decider<'_> {
     }
 
     fn check_budget(&mut self, bytes: usize, freed: usize) -> Result<(), Rejection> {
-        let growth = bytes.saturating_sub(freed);
-        if growth > 0 && self.memory_left.is_some_and(|left| self.overlay.growth + growth > left) {
+        let growth = bytes.cast_signed() - freed.cast_signed();
+        let all = self.overlay.growth + growth;
+        if growth > 0 && self.memory_left.is_some_and(|left| all > left.cast_signed()) {
             return Err(Rejection::StorageFull(
                 "the memory budget MAX_MEMORY_MB is used up; delete keys or vectors, or raise it".into(),
             ));
         }
-        self.overlay.growth += growth;
+        self.overlay.growth = all;
         Ok(())
     }
 
@@ -599,6 +602,7 @@ impl Decider<'_> {
                 let old = self.live_entry(&key).ok_or_else(|| Rejection::KeyNotFound(key.as_str().to_owned()))?;
                 condition.check(old.revision)?;
                 let revision = self.next;
+                self.overlay.growth -= entry_bytes(&key, &old).cast_signed();
                 self.overlay.set_key(&key, None);
                 events.push(Event::StateDeleted {
                     key: key.clone(),
@@ -744,22 +748,21 @@ impl Decider<'_> {
     ) -> Result<Outcome, Rejection> {
         let (spec, created) = self.shape(&collection)?;
         let old = self.vector(&collection, created, &id);
-        let revision = old.as_ref().map_or(Revision::ZERO, |(revision, _)| *revision);
-        check_revision(if_revision, revision)?;
-        let meta = match (write, &old) {
+        match (write, &old) {
             (VectorWrite::Add, Some(_)) => {
                 return Err(Rejection::AlreadyExists(format!("the id {:?} exists; use upsert or update", id.as_str())));
             }
             (VectorWrite::Update, None) => return Err(Rejection::VectorNotFound(id.as_str().to_owned())),
-            (VectorWrite::Update, Some((_, old))) => match &meta {
-                Some(patch) => {
-                    let merged = merge_patch(Some(old.text()), patch.text())?;
-                    check_value_depth(&merged)?;
-                    VectorMeta::new(&merged)?
-                }
-                None => old.clone(),
-            },
-            _ => meta.unwrap_or_else(VectorMeta::empty),
+            _ => check_revision(if_revision, old.as_ref().map_or(Revision::ZERO, |(revision, _)| *revision))?,
+        }
+        let meta = match (write, &old, meta) {
+            (VectorWrite::Update, Some((_, old)), None) => old.clone(),
+            (VectorWrite::Update, Some((_, old)), Some(patch)) => {
+                let merged = merge_patch(Some(old.text()), patch.text())?;
+                check_value_depth(&merged)?;
+                VectorMeta::new(&merged)?
+            }
+            (_, _, meta) => meta.unwrap_or_else(VectorMeta::empty),
         };
         if let Some(vector) = &vector {
             vector.check(spec)?;

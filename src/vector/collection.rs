@@ -61,6 +61,8 @@ pub struct Collection {
     /// Up to where they are: later than that where nothing changed since.
     complete: Revision,
     changes: Changes,
+    /// Only what has files has use for the names of what was deleted.
+    has_files: bool,
     ids: BTreeMap<VectorId, Slot>,
     slots: Chunks<SlotState>,
     free: Vec<Slot>,
@@ -298,6 +300,7 @@ impl Collection {
             checkpoint: created,
             complete: created,
             changes: Changes::default(),
+            has_files: dir.is_some(),
             ids: BTreeMap::new(),
             slots: Chunks::new(),
             free: Vec::new(),
@@ -610,7 +613,9 @@ impl Collection {
         self.revision = self.revision.max(revision);
         self.ids.remove(id);
         self.bury(slot, revision, horizon);
-        self.changes.gone.insert(id.clone());
+        if self.has_files {
+            self.changes.gone.insert(id.clone());
+        }
     }
 
     /// Whether the files already held what this revision did.
