@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// What is about to be done; for the lab.
 #[derive(Clone, Copy, Debug)]
 #[expect(missing_docs, reason = "named after the calls")]
-pub enum Op<'a> {
+pub enum DiskOp<'a> {
     Open(&'a Path),
     /// Makes the file, or empties it where it exists.
     Create(&'a Path),
@@ -59,15 +59,20 @@ pub struct File {
     lab: Option<crate::lab::Watched>,
 }
 
-impl Op<'_> {
+impl DiskOp<'_> {
     /// The name it is about.
     fn path(&self) -> Option<&Path> {
         match *self {
-            Op::Open(path) | Op::Create(path) | Op::OpenOrCreate(path) | Op::Rename { to: path, .. } => Some(path),
-            Op::Remove(path) | Op::List(path) | Op::CreateDir(path) | Op::RemoveDir(path) | Op::SyncDir(path) => {
-                Some(path)
-            }
-            Op::Read | Op::Write { .. } | Op::Allocate { .. } | Op::SetLength(_) | Op::Sync => None,
+            DiskOp::Open(path)
+            | DiskOp::Create(path)
+            | DiskOp::OpenOrCreate(path)
+            | DiskOp::Rename { to: path, .. } => Some(path),
+            DiskOp::Remove(path)
+            | DiskOp::List(path)
+            | DiskOp::CreateDir(path)
+            | DiskOp::RemoveDir(path)
+            | DiskOp::SyncDir(path) => Some(path),
+            DiskOp::Read | DiskOp::Write { .. } | DiskOp::Allocate { .. } | DiskOp::SetLength(_) | DiskOp::Sync => None,
         }
     }
 }
@@ -134,7 +139,7 @@ pub fn is_moved(path: &Path) -> Option<io::Error> {
 }
 
 /// Looks whether the name still leads where it should, and tells the lab. Both may refuse.
-fn tell(op: Op<'_>) -> io::Result<()> {
+fn tell(op: DiskOp<'_>) -> io::Result<()> {
     op.path().map_or(Ok(()), check_held)?;
     #[cfg(test)]
     crate::lab::tell(op)?;
@@ -142,7 +147,7 @@ fn tell(op: Op<'_>) -> io::Result<()> {
 }
 
 impl File {
-    fn open_with(op: Op<'_>, path: &Path, options: &std::fs::OpenOptions) -> io::Result<Self> {
+    fn open_with(op: DiskOp<'_>, path: &Path, options: &std::fs::OpenOptions) -> io::Result<Self> {
         tell(op)?;
         Ok(Self {
             file: options.open(path)?,
@@ -153,24 +158,24 @@ impl File {
 
     /// For reading.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Self::open_with(Op::Open(path), path, std::fs::OpenOptions::new().read(true))
+        Self::open_with(DiskOp::Open(path), path, std::fs::OpenOptions::new().read(true))
     }
 
     /// For reading and writing; it must exist.
     pub fn open_to_write(path: &Path) -> io::Result<Self> {
-        Self::open_with(Op::Open(path), path, std::fs::OpenOptions::new().read(true).write(true))
+        Self::open_with(DiskOp::Open(path), path, std::fs::OpenOptions::new().read(true).write(true))
     }
 
     /// For reading and writing; an empty file where there is none.
     pub fn open_or_create(path: &Path) -> io::Result<Self> {
         let mut options = std::fs::OpenOptions::new();
-        Self::open_with(Op::OpenOrCreate(path), path, options.read(true).write(true).create(true).truncate(false))
+        Self::open_with(DiskOp::OpenOrCreate(path), path, options.read(true).write(true).create(true).truncate(false))
     }
 
     /// For reading and writing; empty, whatever was there.
     pub fn create(path: &Path) -> io::Result<Self> {
         let mut options = std::fs::OpenOptions::new();
-        Self::open_with(Op::Create(path), path, options.read(true).write(true).create(true).truncate(true))
+        Self::open_with(DiskOp::Create(path), path, options.read(true).write(true).create(true).truncate(true))
     }
 
     /// A file in memory, without a name.
@@ -200,7 +205,7 @@ impl File {
 
     #[inline]
     #[cfg_attr(not(test), expect(unused_variables, reason = "without a lab there is nobody to tell"))]
-    fn tell(&self, op: Op<'_>) -> io::Result<()> {
+    fn tell(&self, op: DiskOp<'_>) -> io::Result<()> {
         #[cfg(test)]
         if let Some(lab) = &self.lab {
             lab.tell(op, &self.file)?;
@@ -215,13 +220,13 @@ impl File {
 
     /// Reads the whole buffer's worth from an offset.
     pub fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
-        self.tell(Op::Read)?;
+        self.tell(DiskOp::Read)?;
         self.file.read_exact_at(bytes, at)
     }
 
     /// Writes all of it at an offset.
     pub fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        self.tell(Op::Write { at, bytes })?;
+        self.tell(DiskOp::Write { at, bytes })?;
         self.file.write_all_at(bytes, at)
     }
 
@@ -230,7 +235,7 @@ impl File {
         if faults::is_on(Bug::SkipFsync) {
             return Ok(());
         }
-        self.tell(Op::Sync)?;
+        self.tell(DiskOp::Sync)?;
         self.file.sync_data()
     }
 
@@ -262,13 +267,13 @@ impl File {
 
     /// Cuts, or grows by a hole.
     pub fn set_length(&self, bytes: u64) -> io::Result<()> {
-        self.tell(Op::SetLength(bytes))?;
+        self.tell(DiskOp::SetLength(bytes))?;
         self.file.set_len(bytes)
     }
 
     /// Gets blocks for a range, so that writing there cannot run out of space. False where the file system cannot do that.
     pub fn allocate(&self, at: u64, bytes: u64) -> io::Result<bool> {
-        self.tell(Op::Allocate { at, bytes })?;
+        self.tell(DiskOp::Allocate { at, bytes })?;
         match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), at, bytes) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP) => Ok(false),
@@ -291,7 +296,7 @@ impl File {
 
 impl Read for File {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.tell(Op::Read)?;
+        self.tell(DiskOp::Read)?;
         self.file.read(bytes)
     }
 }
@@ -301,7 +306,7 @@ impl Write for File {
         #[cfg(test)]
         {
             let at = io::Seek::stream_position(&mut self.file)?;
-            self.tell(Op::Write { at, bytes })?;
+            self.tell(DiskOp::Write { at, bytes })?;
         }
         // All of it: then what the lab was told is what was done.
         self.file.write_all(bytes)?;
@@ -315,27 +320,27 @@ impl Write for File {
 
 /// Gives a file or directory another name, in place of what has that name.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    tell(Op::Rename { from, to })?;
+    tell(DiskOp::Rename { from, to })?;
     std::fs::rename(from, to)
 }
 
 /// Removes a file.
 pub fn remove_file(path: &Path) -> io::Result<()> {
-    tell(Op::Remove(path))?;
+    tell(DiskOp::Remove(path))?;
     std::fs::remove_file(path)
 }
 
 /// Creates a directory and what is missing above it.
 pub fn create_dir_all(path: &Path) -> io::Result<()> {
     if !path.is_dir() {
-        tell(Op::CreateDir(path))?;
+        tell(DiskOp::CreateDir(path))?;
     }
     std::fs::create_dir_all(path)
 }
 
 /// Removes a directory and all in it.
 pub fn remove_dir_all(path: &Path) -> io::Result<()> {
-    tell(Op::RemoveDir(path))?;
+    tell(DiskOp::RemoveDir(path))?;
     std::fs::remove_dir_all(path)
 }
 
@@ -349,7 +354,7 @@ pub struct Dir<'a> {
 impl<'a> Dir<'a> {
     /// It must exist.
     pub fn open(path: &'a Path) -> io::Result<Self> {
-        tell(Op::Open(path))?;
+        tell(DiskOp::Open(path))?;
         Ok(Self { path, file: std::fs::File::open(path)? })
     }
 
@@ -358,7 +363,7 @@ impl<'a> Dir<'a> {
         if faults::is_on(Bug::SkipDirSync) {
             return Ok(());
         }
-        tell(Op::SyncDir(self.path))?;
+        tell(DiskOp::SyncDir(self.path))?;
         self.file.sync_all()
     }
 }
@@ -370,7 +375,7 @@ pub fn sync_dir(path: &Path) -> io::Result<()> {
 
 /// What a directory holds, by name.
 pub fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
-    tell(Op::List(path))?;
+    tell(DiskOp::List(path))?;
     let mut paths: Vec<_> = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
     paths.sort();
     Ok(paths)

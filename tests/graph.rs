@@ -7,7 +7,7 @@
 
 use kiss_vdb::engine::collections::SharedCollection;
 use kiss_vdb::engine::linker::Background;
-use kiss_vdb::engine::search::{Answer, Found, Search};
+use kiss_vdb::engine::search::{Found, Search, SearchAnswer};
 use kiss_vdb::revision::Revision;
 use kiss_vdb::vector::collection::Query;
 use kiss_vdb::vector::filter::Filter;
@@ -104,7 +104,14 @@ impl Live {
         }
     }
 
-    fn search(&self, numbers: &[f32], k: usize, filter: Option<&Value>, is_exact: bool, ef: Option<usize>) -> Answer {
+    fn search(
+        &self,
+        numbers: &[f32],
+        k: usize,
+        filter: Option<&Value>,
+        is_exact: bool,
+        ef: Option<usize>,
+    ) -> SearchAnswer {
         let searches = [Search {
             query: Query::new(self.spec, numbers),
             stored: None,
@@ -175,7 +182,7 @@ impl Live {
     }
 }
 
-fn hits(answer: &Answer) -> &[Hit] {
+fn hits(answer: &SearchAnswer) -> &[Hit] {
     let Found::Hits(hits) = &answer.found else { panic!("groups") };
     hits
 }
@@ -479,7 +486,8 @@ fn equals_come_by_id() {
             for (k, filter) in [1, 3, 10, 30].into_iter().flat_map(|k| [(k, Some(&filter)), (k, None)]) {
                 let all = live.search(query, k, filter, true, None);
                 let some = live.search(query, k, filter, false, None);
-                let ids = |answer: &Answer| hits(answer)[..k].iter().map(|hit| hit.id.clone()).collect::<Vec<_>>();
+                let ids =
+                    |answer: &SearchAnswer| hits(answer)[..k].iter().map(|hit| hit.id.clone()).collect::<Vec<_>>();
                 assert_eq!(ids(&some), ids(&all), "{metric:?} {dim} {of} {k} {:?}", some.plan);
             }
         }

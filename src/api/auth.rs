@@ -12,10 +12,10 @@
 //! Locks: `keyring` (readers for a look-up; once a second at most to replace it), `streams` and `connections` (counts by
 //! client, held for a look-up, and not at all without a limit). governor's limiter brings its own.
 
-use super::App;
 use super::answer::json;
 use super::error::{ApiError, ApiResult};
 use super::extract::{Fields, Head, Params, Payload, parse_object, read_json};
+use super::{App, EVENTS_ROUTE, is_about_server};
 use crate::config::Config;
 use crate::error::{Error, Rejection};
 use crate::keys::{Digest, Grant, Keyring, Right, Within, digest_of, place_of};
@@ -205,7 +205,7 @@ impl Auth {
             }
         }
         let only_reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let is_about_server = uri.path().starts_with("/v1/admin/");
+        let is_about_server = is_about_server(uri.path());
         let fetch = |name| headers.first(HeaderName::from_static(name)).map_or(&[][..], HeaderValue::as_bytes);
         let referring = || headers.first(header::REFERER).and_then(|url| url.to_str().ok()).map_or("", origin_of);
         let origin = match headers.first(header::ORIGIN) {
@@ -245,7 +245,7 @@ impl Auth {
             return Ok(Some(grant));
         }
         // In a URL, which proxies log and browsers remember, only what is short-lived and for this route is taken.
-        if head.uri.path() == "/v1/events" && matches!(head.method, Method::GET | Method::HEAD) {
+        if head.uri.path() == EVENTS_ROUTE && matches!(head.method, Method::GET | Method::HEAD) {
             let query = head.uri.query().unwrap_or_default();
             if let Some((_, token)) = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "access_token")
             {

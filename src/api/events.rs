@@ -49,6 +49,11 @@ const CHUNK_FRAMES: usize = 1024;
 const LAG_SAMPLED_OF: u64 = 64;
 /// Bytes in one page of JSON history.
 const HISTORY_BYTES_MAX: usize = 8 << 20;
+/// How long a page of history waits for the log to be read, and how long when it has waited for events before.
+const CATCH_UP_PATIENCE: Duration = Duration::from_secs(10);
+const LATE_PATIENCE: Duration = Duration::from_secs(1);
+/// How often a long poll looks at what passes it by.
+const RECHECK_EVERY: Duration = Duration::from_secs(5);
 
 /// What the route takes in its query.
 pub const PARAMS: &[&str] = &[
@@ -580,23 +585,12 @@ async fn history(
     let mut count = 0;
     while count < limit && out.len() < HISTORY_BYTES_MAX {
         let waits = count == 0 && Instant::now() < deadline;
-        let is_over = || access.is_some_and(Access::is_over);
-        let step = std::future::poll_fn(|cx| match subscription.poll_step(cx, limit - count, CHUNK_BYTES) {
-            _ if is_over() => Poll::Ready(None),
-            Poll::Pending if subscription.is_catching_up() => Poll::Pending,
-            Poll::Pending if waits => {
-                // As a stream does: what does not match moves it on, however much that is.
-                subscription.look_at_matches();
-                Poll::Pending
-            }
-            Poll::Pending => Poll::Ready(None),
-            Poll::Ready(step) => Poll::Ready(Some(step)),
-        });
         let until = if waits {
-            deadline.min(Instant::now() + LOOK_EVERY)
+            deadline.min(Instant::now() + RECHECK_EVERY)
         } else {
             Instant::now() + if wait.is_zero() { CATCH_UP_PATIENCE } else { LATE_PATIENCE }
         };
+        let step = next_of_page(&mut subscription, limit - count, waits, access);
         let step = tokio::time::timeout_at(until, step).await;
         if access.is_some_and(Access::is_over) {
             return Err(ApiError::Unauthorized("the key or token has ended meanwhile"));
@@ -633,11 +627,26 @@ async fn history(
     Ok(json(StatusCode::OK, out))
 }
 
-/// How long a page of history waits for the log to be read, and how long when it has waited for events before.
-const CATCH_UP_PATIENCE: Duration = Duration::from_secs(10);
-const LATE_PATIENCE: Duration = Duration::from_secs(1);
-/// How often a long poll looks at what passes it by.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// What comes next on a page: nothing at the head, unless it `waits` there, nor once the one who asked may no longer read.
+async fn next_of_page(
+    subscription: &mut Subscription,
+    frames_max: usize,
+    waits: bool,
+    access: Option<&Access>,
+) -> Option<Step> {
+    std::future::poll_fn(|cx| match subscription.poll_step(cx, frames_max, CHUNK_BYTES) {
+        _ if access.is_some_and(Access::is_over) => Poll::Ready(None),
+        Poll::Pending if subscription.is_catching_up() => Poll::Pending,
+        Poll::Pending if waits => {
+            // As a stream does: what does not match moves it on, however much that is.
+            subscription.look_at_matches();
+            Poll::Pending
+        }
+        Poll::Pending => Poll::Ready(None),
+        Poll::Ready(step) => Poll::Ready(Some(step)),
+    })
+    .await
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

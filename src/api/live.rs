@@ -91,10 +91,11 @@ pub struct Live {
 /// what lies ready to be sent, Linux takes one that opens again and again for one that stays closed.
 #[derive(Debug)]
 struct Reader {
+    /// When to look at it again.
     look: Pin<Box<Sleep>>,
     /// Bytes it had taken at the last look.
     taken: u64,
-    /// When it was last seen to have taken some.
+    /// The last look at which it had taken more.
     since: Instant,
 }
 

@@ -22,8 +22,10 @@ pub mod events;
 pub mod extract;
 pub mod live;
 pub mod offer;
+mod render;
 mod rest;
 pub mod serve;
+mod stall;
 pub mod state;
 pub mod tls;
 pub mod vectors;
@@ -173,6 +175,7 @@ impl App {
 /// The busiest route.
 const KEY_ROUTE: &str = "/v1/state/{key}";
 const BATCH_ROUTE: &str = "/v1/batch";
+const EVENTS_ROUTE: &str = "/v1/events";
 const SEARCH_ROUTE: &str = "/v1/vector/{collection}/search";
 /// Every route there is, the busiest first, because requests are counted by walking this list. A test holds
 /// `openapi.yaml` against it.
@@ -183,8 +186,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("DELETE", KEY_ROUTE),
     ("GET", "/v1/state"),
     ("POST", BATCH_ROUTE),
-    ("GET", "/v1/events"),
-    ("POST", "/v1/events"),
+    ("GET", EVENTS_ROUTE),
+    ("POST", EVENTS_ROUTE),
     ("GET", "/v1/vector"),
     ("GET", "/v1/vector/{collection}"),
     ("POST", "/v1/vector/{collection}"),
@@ -226,7 +229,7 @@ pub fn service(app: App, config: &Config) -> Service {
         // The empty key, which no pattern of axum's takes, is a bad one like others.
         .route("/v1/state/", key)
         .route(BATCH_ROUTE, post(state::batch))
-        .route("/v1/events", get(events::events).post(events::publish))
+        .route(EVENTS_ROUTE, get(events::events).post(events::publish))
         .route("/v1/vector", get(vectors::collections))
         .route("/v1/vector/{collection}", get(vectors::info).post(vectors::create).delete(vectors::drop_collection))
         .route("/v1/vector/{collection}/add", post(vectors::add))
@@ -341,6 +344,11 @@ impl Drop for AdminAct<'_> {
 /// Whether the server is well: asked without a key, and however much its asker's address asks besides.
 const HEALTH_ROUTE: &str = "/v1/health";
 
+/// What acts on the server itself rather than on what it holds.
+fn is_about_server(path: &str) -> bool {
+    path.starts_with("/v1/admin/")
+}
+
 /// The console and what it is made of.
 fn is_page(path: &str) -> bool {
     path == "/" || path.starts_with("/console/")
@@ -359,7 +367,7 @@ impl Guard {
         let meter = app.meters.of(head.uri.path(), &head.method);
         let request_id = head.headers.first(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
         // A long poll takes as long as it was asked to.
-        let may_wait = head.uri.path() == "/v1/events";
+        let may_wait = head.uri.path() == EVENTS_ROUTE;
         let is_event_source = may_wait && events::is_event_source(&head);
         let mut admin = None;
         let let_in = self.let_in(&mut head, meter, &mut admin);
@@ -478,7 +486,7 @@ impl Guard {
         let auth = &self.app.auth;
         auth.check_browser(head)?;
         let path = head.uri.path();
-        let is_about_server = path.starts_with("/v1/admin/") && head.method != Method::OPTIONS;
+        let is_about_server = is_about_server(path) && head.method != Method::OPTIONS;
         let address = Client::Address(counted_address(self.peer));
         let grant =
             if is_public(path, &head.method) { Ok(None) } else { auth.identify(head, || self.app.engine.now_ms()) };

@@ -4,7 +4,7 @@
 //! clients lose the answer (curl 7.88), by the second all lose their connection, unprepared. So a short rest is read first, and
 //! where there is more the client is told that the connection ends.
 //!
-//! A body that its HTTP/2 client gives up by a reset without an error is none that has ended, though hyper tells it so.
+//! An HTTP/2 client may give a body up by a reset without an error. hyper reports the body as ended then; here it counts as broken.
 
 use axum::BoxError;
 use axum::body::Body;

@@ -15,6 +15,7 @@ use super::auth::NoPlace;
 use super::error::ApiError;
 use super::extract::Head;
 use super::live::{StreamThreads, take_stream};
+use super::stall::{EndReason, StallWatch, Watched};
 use super::whole::{self, Served};
 use super::{App, Service, rest};
 use crate::error::Rejection;
@@ -25,13 +26,12 @@ use bytes::Bytes;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use parking_lot::Mutex;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -49,15 +49,15 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections the kernel holds until they are accepted.
 const BACKLOG: u32 = 4096;
 /// Connections on their way to the threads that serve requests: so many that ask for events, and as many others.
-const TURNS: usize = 8;
-/// A stream that began with its connection keeps its turn for so long (the timer makes 1 to 2 ms of it): 4,000 to 5,000 in a second. With no
+const HANDOVERS_MAX: usize = 8;
+/// A stream that began with its connection keeps its place among them for so long (the timer makes 1 to 2 ms of it): 4,000 to 5,000 in a second. With no
 /// pause the threads between a connection and its stream wake each other for microseconds at a time for as long as there are
 /// more, and Linux lets its own thread behind a sync wait meanwhile, 60 ms and longer: each write with it.
-const STREAM_TURN: Duration = Duration::from_millis(1);
+const STREAM_HANDOVER: Duration = Duration::from_millis(1);
 /// How a request for events begins: a stream, or a page.
 const ASKS_FOR_EVENTS: &[u8] = b"GET /v1/events";
 /// How often, and how many times, it is looked whether a connection's first one or two bytes have become more.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+const FIRST_BYTES_POLL: Duration = Duration::from_millis(10);
 const LOOKS: usize = 100;
 /// How long a client that sends no more has to take the last answer of a connection and to end its side, or one that is refused
 /// for there being too many.
@@ -70,10 +70,8 @@ const TOLD_EVERY: Duration = Duration::from_secs(10);
 const REFUSALS_MAX: usize = 64;
 /// Largest request head; keys and filters travel in it. Also hyper's largest buffer, and the largest body that [`whole`] takes.
 pub const HEAD_BYTES_MAX: usize = 64 << 10;
-/// Pieces in which an HTTP/2 answer is handed over, those of its frames. One that moves on by less in twice [`STALL_TIMEOUT`] is cut.
-const WATCHED_BYTES: usize = 16 << 10;
 /// Streams one HTTP/2 connection may have open.
-const H2_STREAMS_MAX: u32 = 256;
+pub const H2_STREAMS_MAX: u32 = 256;
 
 /// Takes the address; nobody is let in before [`listen`].
 pub fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
@@ -134,8 +132,8 @@ struct Server {
     http2: http2::Builder<TokioExecutor>,
     tls: Option<TlsAcceptor>,
     runtimes: Runtimes,
-    other_turns: Arc<Semaphore>,
-    stream_turns: Arc<Semaphore>,
+    other_handovers: Arc<Semaphore>,
+    stream_handovers: Arc<Semaphore>,
     stop: watch::Receiver<bool>,
 }
 
@@ -158,9 +156,17 @@ pub async fn serve(
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(STALL_TIMEOUT);
-    let [other_turns, stream_turns] = [(); 2].map(|()| Arc::new(Semaphore::new(TURNS)));
-    let server =
-        Arc::new(Server { service, http1, http2, tls, runtimes, other_turns, stream_turns, stop: stop.clone() });
+    let [other_handovers, stream_handovers] = [(); 2].map(|()| Arc::new(Semaphore::new(HANDOVERS_MAX)));
+    let server = Arc::new(Server {
+        service,
+        http1,
+        http2,
+        tls,
+        runtimes,
+        other_handovers,
+        stream_handovers,
+        stop: stop.clone(),
+    });
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let (alive, mut all_gone) = mpsc::channel(1);
     let mut told = None;
@@ -222,27 +228,27 @@ impl Server {
         }
     }
 
-    /// Waits for a connection's first bytes, and for its turn.
+    /// Waits for a connection's first bytes, and for its place among those that are handed over.
     async fn begin(self: Arc<Self>, tcp: TcpStream, peer: IpAddr, connected: Connected) {
         let mut stop = self.stop.clone();
-        // The wait for the first byte is ours, and needs neither a turn nor a thread that serves requests.
+        // The wait for the first byte is ours, and needs neither a place nor a thread that serves requests.
         let protocol = tokio::select! {
             protocol = tokio::time::timeout(HEAD_TIMEOUT, self.protocol(&tcp)) => protocol.ok().flatten(),
             _ = stop.wait_for(|stop| *stop) => None,
         };
         let Some(protocol) = protocol else { return };
-        let turns = if protocol == Protocol::Events { &self.stream_turns } else { &self.other_turns };
-        let turn = tokio::select! {
-            turn = Arc::clone(turns).acquire_owned() => turn.ok(),
+        let handovers = if protocol == Protocol::Events { &self.stream_handovers } else { &self.other_handovers };
+        let handover = tokio::select! {
+            handover = Arc::clone(handovers).acquire_owned() => handover.ok(),
             _ = stop.wait_for(|stop| *stop) => None,
         };
-        let Some(turn) = turn else { return };
+        let Some(handover) = handover else { return };
         // Without the runtime it was accepted on. What fails here is a connection that is gone.
         let Ok(tcp) = tcp.into_std() else { return };
         let requests = self.runtimes.requests.clone();
         requests.spawn(async move {
             if let Ok(tcp) = TcpStream::from_std(tcp) {
-                self.connection(tcp, protocol, peer, connected, turn).await;
+                self.connection(tcp, protocol, peer, connected, handover).await;
             }
         });
     }
@@ -262,7 +268,7 @@ impl Server {
             if tcp.ready(Interest::READABLE).await.ok()?.is_read_closed() {
                 return None;
             }
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(FIRST_BYTES_POLL).await;
         }
         Some(Protocol::Http1)
     }
@@ -273,20 +279,20 @@ impl Server {
         protocol: Protocol,
         peer: IpAddr,
         connected: Connected,
-        turn: OwnedSemaphorePermit,
+        handover: OwnedSemaphorePermit,
     ) {
         let service = self.service.of(peer);
         match protocol {
             Protocol::Http1 | Protocol::Events => {
-                let mut turn = Some(turn);
-                // Its turn is over when what its client had sent is read and seen to: told by the socket only behind the
+                let mut handover = Some(handover);
+                // It is over when what its client had sent is read and seen to: told by the socket only behind the
                 // thread's other tasks, many would come at once otherwise, and stand in front of requests all the same.
                 let seen = |is_stream| {
-                    let turn = turn.take();
+                    let handover = handover.take();
                     if is_stream && protocol == Protocol::Events {
                         tokio::spawn(async move {
-                            tokio::time::sleep(STREAM_TURN).await;
-                            drop(turn);
+                            tokio::time::sleep(STREAM_HANDOVER).await;
+                            drop(handover);
                         });
                     }
                 };
@@ -294,7 +300,7 @@ impl Server {
                     Served::Over => {}
                     Served::Stream(stream) => self.runtimes.streams.spawn(tcp, stream, connected),
                     Served::Rest(rest) => {
-                        drop(turn);
+                        drop(handover);
                         let (read, write) = tcp.split();
                         let io = tokio::io::join(Rewound { rest, read }, write);
                         Box::pin(self.http1(io, service)).await;
@@ -304,11 +310,11 @@ impl Server {
             }
             // Boxed, so that the many others need not have room for them.
             Protocol::Http2 => {
-                drop(turn);
+                drop(handover);
                 Box::pin(self.http2(tcp, service)).await;
             }
             Protocol::Tls => {
-                drop(turn);
+                drop(handover);
                 Box::pin(self.tls(tcp, service)).await;
             }
         }
@@ -350,9 +356,8 @@ impl Server {
     }
 
     async fn http2(&self, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: Service) {
-        // Each answer's last look by hyper, which looks again when the client has taken what there was.
-        let looks = Looks::default();
-        let noted = looks.clone();
+        let watch = StallWatch::default();
+        let noted = watch.clone();
         let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let (service, last) = (service.clone(), noted.begin());
             async move {
@@ -365,151 +370,24 @@ impl Server {
         let is_stop = tokio::select! {
             // A broken connection is the client's affair.
             _ = &mut connection => return,
-            over = looks.over() => match over {
-                Over::Stalled => return,
-                Over::Idle => false,
+            over = watch.over() => match over {
+                EndReason::Stalled => return,
+                EndReason::Idle => false,
             },
             _ = stop.wait_for(|stop| *stop) => true,
         };
         Pin::new(&mut connection).graceful_shutdown();
-        if is_stop && looks.had_requests() {
+        if is_stop && watch.had_requests() {
             // Cut by whoever stops the server, when it takes too long.
             connection.await.ok();
             return;
         }
         // One that has not even sent its preface is not ended by being told. A request that was on its way is answered.
         while tokio::time::timeout(LAST_WORDS_TIMEOUT, &mut connection).await.is_err() {
-            if !looks.has_answers() || looks.is_stalled() {
+            if !watch.has_answers() || watch.is_stalled() {
                 return;
             }
         }
-    }
-}
-
-/// When hyper last looked at an answer; `None` while it is being made.
-type Look = Mutex<Option<Instant>>;
-
-/// The last looks at each answer of an HTTP/2 connection. A client may open no window for an
-/// answer and yet keep its connection alive, so that the kernel's [`STALL_TIMEOUT`] never ends it: then the answer, and what it
-/// holds, would stay. Nor does anything else end one that asks for nothing, or never becomes HTTP/2.
-/// The lock is held to add an answer and, when there are many and every half minute, to look through them.
-#[derive(Clone, Debug, Default)]
-struct Looks(Arc<Mutex<Answers>>);
-
-#[derive(Debug, Default)]
-struct Answers {
-    had_requests: bool,
-    looks: Vec<Weak<Look>>,
-}
-
-/// Why a connection is to end.
-enum Over {
-    /// An answer has not been looked at for long.
-    Stalled,
-    /// There was nothing to answer for long.
-    Idle,
-}
-
-impl Looks {
-    /// A request has come.
-    fn begin(&self) -> Arc<Look> {
-        let look = Arc::<Look>::default();
-        let mut answers = self.0.lock();
-        answers.had_requests = true;
-        if answers.looks.len() >= 2 * H2_STREAMS_MAX as usize {
-            // At least half of them are over.
-            answers.looks.retain(|look| look.strong_count() > 0);
-        }
-        answers.looks.push(Arc::downgrade(&look));
-        look
-    }
-
-    fn had_requests(&self) -> bool {
-        self.0.lock().had_requests
-    }
-
-    fn has_answers(&self) -> bool {
-        self.0.lock().looks.iter().any(|look| look.strong_count() > 0)
-    }
-
-    /// Whether an answer has not been looked at for long. A stream that is well is looked at with each heartbeat.
-    fn is_stalled(&self) -> bool {
-        let is_stalled = |look: Arc<Look>| {
-            let last = *look.lock();
-            last.is_some_and(|last| last.elapsed() > 2 * STALL_TIMEOUT)
-        };
-        self.0.lock().looks.iter().filter_map(Weak::upgrade).any(is_stalled)
-    }
-
-    /// Ready when the connection is to end.
-    async fn over(&self) -> Over {
-        let mut idle_since = Instant::now();
-        loop {
-            tokio::time::sleep(STALL_TIMEOUT / 2).await;
-            if self.is_stalled() {
-                return Over::Stalled;
-            }
-            let looks = &mut self.0.lock().looks;
-            // Those that came and went since the last look are still noted.
-            if !looks.is_empty() {
-                idle_since = Instant::now();
-            }
-            looks.retain(|look| look.strong_count() > 0);
-            if idle_since.elapsed() >= HEAD_TIMEOUT {
-                return Over::Idle;
-            }
-        }
-    }
-}
-
-/// An answer that notes when it is looked at. It is handed over in pieces: hyper looks for the next when the one before is sent, and
-/// what it has been handed nobody can look after.
-struct Watched {
-    body: Body,
-    /// The rest of what the body had ready.
-    left: Bytes,
-    last: Arc<Look>,
-}
-
-impl Watched {
-    fn new(body: Body, last: Arc<Look>) -> Self {
-        *last.lock() = Some(Instant::now());
-        Self { body, left: Bytes::new(), last }
-    }
-}
-
-impl http_body::Body for Watched {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Bytes>, axum::Error>>> {
-        *self.last.lock() = Some(Instant::now());
-        if self.left.is_empty() {
-            match ready!(Pin::new(&mut self.body).poll_frame(cx)).transpose()?.map(http_body::Frame::into_data) {
-                Some(Ok(data)) => self.left = data,
-                Some(Err(other)) => return Poll::Ready(Some(Ok(other))),
-                None => return Poll::Ready(None),
-            }
-        }
-        let count = self.left.len().min(WATCHED_BYTES);
-        Poll::Ready(Some(Ok(http_body::Frame::data(self.left.split_to(count)))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.left.is_empty() && self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> http_body::SizeHint {
-        let (hint, left) = (self.body.size_hint(), self.left.len() as u64);
-        let mut sum = http_body::SizeHint::new();
-        sum.set_lower(hint.lower() + left);
-        if let Some(upper) = hint.upper() {
-            sum.set_upper(upper + left);
-        }
-        sum
     }
 }
 
@@ -617,36 +495,6 @@ pub async fn close<T: AsyncRead + AsyncWrite + Unpin>(stream: &mut T) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http_body::Body as _;
-    use http_body_util::BodyExt;
-
-    #[test]
-    fn answers_that_are_over_are_not_looked_after() {
-        let looks = Looks::default();
-        let kept: Vec<Watched> = (0..H2_STREAMS_MAX).map(|_| Watched::new(Body::empty(), looks.begin())).collect();
-        for _ in 0..10_000 {
-            drop(Watched::new(Body::empty(), looks.begin()));
-        }
-        let answers = &looks.0.lock().looks;
-        let live = answers.iter().filter(|last| last.strong_count() > 0).count();
-        assert!(live == kept.len() && answers.len() <= 2 * H2_STREAMS_MAX as usize, "{live} of {}", answers.len());
-    }
-
-    /// What is handed over whole would wait in hyper, where nobody sees that its reader stands still.
-    #[tokio::test]
-    async fn an_http2_answer_is_handed_over_in_pieces() {
-        let whole = Bytes::from((0..200_000_u32).map(|n| n as u8).collect::<Vec<_>>());
-        let mut body = Watched::new(Body::from(whole.clone()), Looks::default().begin());
-        let mut all = Vec::new();
-        while all.len() < whole.len() {
-            assert_eq!(body.size_hint().exact(), Some((whole.len() - all.len()) as u64));
-            assert!(!body.is_end_stream());
-            let piece = body.frame().await.unwrap().unwrap().into_data().unwrap();
-            assert!((1..=WATCHED_BYTES).contains(&piece.len()));
-            all.extend_from_slice(&piece);
-        }
-        assert!(body.is_end_stream() && body.frame().await.is_none() && all == whole);
-    }
 
     #[test]
     fn first_bytes_tell_which_line_a_connection_waits_in() {

@@ -8,13 +8,13 @@ use super::extract::{
     unique_names, vector,
 };
 use super::offer;
-use super::state::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor, push_outcome};
+use super::render::{PAGE_BYTES_MAX, decode_cursor, outcome_json, push_list, push_next_cursor, push_outcome};
 use crate::engine::Engine;
 use crate::engine::collections::SharedCollection;
 use crate::engine::command::{Command, Op, Outcome, VectorSelection, VectorWrite};
 use crate::engine::frame::{push_fmt, push_number, push_numbers};
 use crate::engine::json::{names_no_number, push_string};
-use crate::engine::search::{Answer, Found, Grouping, Plan, Search};
+use crate::engine::search::{Found, Grouping, Plan, Search, SearchAnswer};
 use crate::error::Rejection;
 use crate::keys::Right;
 use crate::revision::Revision;
@@ -71,7 +71,9 @@ pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Pa
     let mut out = String::new();
     if created {
         // What it was when it was made, also for a client that asks again when it is full, or gone.
-        push_new(&mut out, collection.as_str(), spec, committed.last_revision);
+        let revision = committed.last_revision;
+        let empty = Shape { count: 0, has_graph: false, indexed: 0, memory_bytes: 0, revision };
+        push_collection(&mut out, collection.as_str(), spec, &empty);
         return Ok(json(status, out));
     }
     // It may be deleted by now; then say so rather than invent an answer.
@@ -80,27 +82,19 @@ pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Pa
     Ok(json(status, out))
 }
 
-/// A collection that holds nothing yet.
-fn push_new(out: &mut String, name: &str, spec: CollectionSpec, revision: Revision) {
-    out.push_str("{\"collection\":");
-    push_string(out, name);
-    push_fmt(
-        out,
-        format_args!(
-            ",\"dim\":{},\"metric\":\"{}\",\"count\":0,\"index\":{{\"kind\":\"exact\",\"indexed\":0,\"pending\":0}},\"memory_bytes\":0,\"revision\":{revision}}}",
-            spec.dim,
-            spec.metric.as_str()
-        ),
-    );
+/// What a collection's object tells besides its name and what it was made as.
+struct Shape {
+    count: usize,
+    has_graph: bool,
+    indexed: usize,
+    memory_bytes: usize,
+    revision: Revision,
 }
 
-fn push_info(out: &mut String, engine: &Engine, name: &str, collection: &SharedCollection) {
-    let spec = collection.spec();
-    let (count, memory_bytes, revision, kind, indexed) = engine.look_at(collection, |c| {
-        let (kind, indexed) = c.graph().map_or(("exact", c.len()), |_| ("graph", c.graph_counts().linked));
-        (c.len(), c.memory_bytes(), c.revision(), kind, indexed)
-    });
-    let pending = count.saturating_sub(indexed);
+fn push_collection(out: &mut String, name: &str, spec: CollectionSpec, shape: &Shape) {
+    let Shape { count, has_graph, indexed, memory_bytes, revision } = shape;
+    let kind = if *has_graph { "graph" } else { "exact" };
+    let pending = count.saturating_sub(*indexed);
     out.push_str("{\"collection\":");
     push_string(out, name);
     push_fmt(
@@ -111,6 +105,17 @@ fn push_info(out: &mut String, engine: &Engine, name: &str, collection: &SharedC
             spec.metric.as_str()
         ),
     );
+}
+
+fn push_info(out: &mut String, engine: &Engine, name: &str, collection: &SharedCollection) {
+    let shape = engine.look_at(collection, |c| Shape {
+        count: c.len(),
+        has_graph: c.graph().is_some(),
+        indexed: c.graph().map_or(c.len(), |_| c.graph_counts().linked),
+        memory_bytes: c.memory_bytes(),
+        revision: c.revision(),
+    });
+    push_collection(out, name, collection.spec(), &shape);
 }
 
 /// `GET /v1/vector`
@@ -604,7 +609,7 @@ fn push_found(out: &mut String, found: &Found, include_meta: bool) {
 }
 
 /// Appends the hits or groups and, when asked for, how they were found.
-fn push_answer(out: &mut String, answer: &Answer, query: &SearchBody<'_>) {
+fn push_answer(out: &mut String, answer: &SearchAnswer, query: &SearchBody<'_>) {
     push_found(out, &answer.found, query.include_meta.unwrap_or(false));
     if query.explain == Some(true) {
         let Plan { way, given_up, ef, vectors, matches, scored, expanded, tail } = answer.plan;
@@ -625,7 +630,7 @@ fn push_answer(out: &mut String, answer: &Answer, query: &SearchBody<'_>) {
 }
 
 /// Hits a search may answer with.
-fn carried_vectors(search: &Search) -> usize {
+fn hits_max(search: &Search) -> usize {
     search.k * search.group.as_ref().map_or(1, |g| g.size)
 }
 
@@ -646,6 +651,47 @@ fn number_count(found: &Found) -> usize {
     }
 }
 
+impl SearchBody<'_> {
+    /// The one search, or each of `queries`, within what one answer may carry.
+    fn prepare_all(&self, shared: &SharedCollection) -> Result<Vec<Search>, Rejection> {
+        let prepared = match &self.queries {
+            None => vec![self.prepare(shared)?],
+            Some(queries) => self.prepare_each(queries, shared)?,
+        };
+        let carried: usize = prepared.iter().filter(|s| s.include_vector).map(hits_max).sum();
+        if carried * shared.spec().dim > ANSWER_NUMBERS_MAX {
+            let detail = "with include_vector an answer carries at most";
+            return Err(Rejection::invalid(format!("{detail} {ANSWER_NUMBERS_MAX} numbers; ask for fewer")));
+        }
+        Ok(prepared)
+    }
+
+    fn prepare_each(&self, queries: &[Object<Self>], shared: &SharedCollection) -> Result<Vec<Search>, Rejection> {
+        if self.has_own_fields() {
+            return Err(Rejection::invalid("give one query or queries, not both"));
+        }
+        if queries.is_empty() || queries.len() > QUERIES_MAX {
+            return Err(Rejection::invalid(format!("queries holds 1 to {QUERIES_MAX}")));
+        }
+        let prepare = |(index, Object(query)): (usize, &Object<Self>)| {
+            if query.queries.is_some() {
+                return Err(Rejection::invalid("queries do not nest").at(index));
+            }
+            let prepared = query.prepare(shared).map_err(|e| e.at(index));
+            offer::note_parsed(query.vector.map_or(0, |raw| raw.get().len()));
+            prepared
+        };
+        let prepared = queries.iter().enumerate().map(prepare).collect::<Result<Vec<_>, _>>()?;
+        if prepared.iter().map(|s| s.offset + s.k).sum::<usize>() > KEPT_MAX {
+            return Err(Rejection::invalid(format!("queries together keep at most {KEPT_MAX} hits (offset + k each)")));
+        }
+        if prepared.iter().filter(|s| s.group.is_some()).count() > GROUPED_MAX {
+            return Err(Rejection::invalid(format!("at most {GROUPED_MAX} of queries may have group_by")));
+        }
+        Ok(prepared)
+    }
+}
+
 /// `POST /v1/vector/{collection}/search`
 pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Payload) -> ApiResult {
     let collection = name(path)?;
@@ -654,47 +700,7 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Pa
     let bytes = read_json(&head.headers, body, app.max_body_bytes).await?;
     let body: SearchBody<'_> =
         parse_list::<_, SearchBody<'_>>(&bytes, "queries").map_err(|e| about_vectors(&bytes, e))?;
-    let prepare_each = |shared: &SharedCollection| match &body.queries {
-        None => Ok(vec![body.prepare(shared)?]),
-        Some(_) if body.has_own_fields() => Err(Rejection::invalid("give one query or queries, not both")),
-        Some(queries) if queries.is_empty() || queries.len() > QUERIES_MAX => {
-            Err(Rejection::invalid(format!("queries holds 1 to {QUERIES_MAX}")))
-        }
-        Some(queries) => {
-            let prepared: Result<Vec<Search>, Rejection> = queries
-                .iter()
-                .enumerate()
-                .map(|(index, Object(query))| {
-                    if query.queries.is_some() {
-                        return Err(Rejection::invalid("queries do not nest").at(index));
-                    }
-                    let prepared = query.prepare(shared).map_err(|e| e.at(index));
-                    offer::note_parsed(query.vector.map_or(0, |raw| raw.get().len()));
-                    prepared
-                })
-                .collect();
-            let prepared = prepared?;
-            if prepared.iter().map(|s| s.offset + s.k).sum::<usize>() > KEPT_MAX {
-                return Err(Rejection::invalid(format!(
-                    "queries together keep at most {KEPT_MAX} hits (offset + k each)"
-                )));
-            }
-            if prepared.iter().filter(|s| s.group.is_some()).count() > GROUPED_MAX {
-                return Err(Rejection::invalid(format!("at most {GROUPED_MAX} of queries may have group_by")));
-            }
-            Ok(prepared)
-        }
-    };
-    let prepare_all = |shared: &SharedCollection| {
-        let prepared = prepare_each(shared)?;
-        let carried: usize = prepared.iter().filter(|s| s.include_vector).map(carried_vectors).sum();
-        if carried * shared.spec().dim > ANSWER_NUMBERS_MAX {
-            let detail = "with include_vector an answer carries at most";
-            return Err(Rejection::invalid(format!("{detail} {ANSWER_NUMBERS_MAX} numbers; ask for fewer")));
-        }
-        Ok(prepared)
-    };
-    let prepare = |shared: &SharedCollection| aside(bytes.len(), || prepare_all(shared));
+    let prepare = |shared: &SharedCollection| aside(bytes.len(), || body.prepare_all(shared));
     let (answers, revision, took_us) = app.engine.search(collection.as_str(), prepare).await?;
     let mut out = String::with_capacity(1024);
     out.push('{');

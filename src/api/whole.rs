@@ -74,8 +74,8 @@ pub enum Served {
     Rest(Bytes),
 }
 
-/// Serves a connection as long as its requests come whole. `seen` is told whenever what has come has been seen to, whatever it was, and
-/// whether it became a stream.
+/// Serves a connection as long as its requests come whole. `seen` is called after each read has been handled, whether it was
+/// answered, refused or incomplete; its argument says whether the answer is a stream.
 pub async fn serve(
     tcp: &mut TcpStream,
     service: &Service,
@@ -84,19 +84,19 @@ pub async fn serve(
 ) -> Served {
     let mut input = BytesMut::new();
     let mut output = Vec::new();
-    let told = stop.clone();
+    let stop_flag = stop.clone();
     let mut idle = Idle {
         alarm: pin!(tokio::time::sleep(HEAD_TIMEOUT)),
         stopped: pin!(tokio::task::unconstrained(stop.wait_for(|stop| *stop))),
-        told: &told,
+        stop_flag: &stop_flag,
         is_waiting: false,
         is_alarm_set: false,
         has_answered: false,
     };
     let mut has_ended = false;
     loop {
-        let (head, body, is_last) = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
-            Next::Request(head, body, is_last) => (head, body, is_last),
+        let WholeRequest { head, body, is_last } = match next(tcp, &mut input, has_ended, &mut idle, &mut seen).await {
+            Next::Request(request) => request,
             Next::Refused(why) => {
                 seen(false);
                 let answer = invalid(why).into_last_words();
@@ -130,7 +130,7 @@ pub async fn serve(
             }
         });
         let Some(answer) = answered.await else { return Served::Over };
-        let is_last = is_last || told.has_changed().unwrap_or(true);
+        let is_last = is_last || stop_flag.has_changed().unwrap_or(true);
         let written = match answer {
             Answer::Json(json) => write_json(tcp, json, &mut output, is_last).await,
             Answer::Full(mut response) => {
@@ -156,10 +156,17 @@ pub async fn serve(
     }
 }
 
+/// A request, taken out of the input.
+struct WholeRequest {
+    head: Head,
+    body: Bytes,
+    /// Its client wants no other answered.
+    is_last: bool,
+}
+
 /// What comes next on a connection.
 enum Next {
-    /// A request, and whether its client wants no other answered.
-    Request(Head, Bytes, bool),
+    Request(WholeRequest),
     /// What is none, and why.
     Refused(&'static str),
     /// One that did not come whole.
@@ -180,7 +187,7 @@ async fn next<S: Future>(
     let mut patience = pin!(None);
     loop {
         let missing = match parse(input) {
-            Parsed::Request(head, body, is_last) => return Next::Request(head, body, is_last),
+            Parsed::Request(request) => return Next::Request(request),
             Parsed::Part(missing) => missing,
             Parsed::Refused(why) => return Next::Refused(why),
             Parsed::Other => return Next::Rest,
@@ -249,7 +256,8 @@ struct Idle<'a, S> {
     alarm: Pin<&'a mut Sleep>,
     /// Ready at a stop. Once polled it wakes this task; to poll it with every request is to take its lock with every request.
     stopped: Pin<&'a mut S>,
-    told: &'a watch::Receiver<bool>,
+    /// The same stop as in `stopped`, only cheap to ask.
+    stop_flag: &'a watch::Receiver<bool>,
     is_waiting: bool,
     /// The alarm wakes this task.
     is_alarm_set: bool,
@@ -261,7 +269,7 @@ impl<S: Future> Idle<'_, S> {
     /// Ready when there was no request for [`HEAD_TIMEOUT`], or at the server's stop. The alarm is set again only when it goes off,
     /// so a connection may be idle for up to twice as long; set for each request it would cost a twentieth of a small one.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.is_waiting || self.told.has_changed().unwrap_or(true) {
+        if !self.is_waiting || self.stop_flag.has_changed().unwrap_or(true) {
             self.is_waiting = true;
             if self.stopped.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
@@ -285,8 +293,7 @@ impl<S: Future> Idle<'_, S> {
 
 /// What the input begins with.
 enum Parsed {
-    /// A request, taken out of the input, and whether its client wants no other answered.
-    Request(Head, Bytes, bool),
+    Request(WholeRequest),
     /// A part of one, to which at least about so many bytes are missing.
     Part(usize),
     /// What can become none, and why.
@@ -328,27 +335,12 @@ fn parse(input: &mut BytesMut) -> Parsed {
         // A fragment is no part of a request, and would be left out: another key, say.
         return Parsed::Refused(NO_REQUEST);
     }
-    let mut body_bytes = None;
-    let mut is_last = false;
-    for field in &*head.headers {
-        let is = |name| field.name.eq_ignore_ascii_case(name);
-        if is("content-length") {
-            match (decimal(field.value), body_bytes) {
-                (None, _) => return Parsed::Refused("Content-Length is a whole number of bytes, and below 2^63"),
-                (Some(bytes), Some(other)) if bytes != other => {
-                    return Parsed::Refused("a request has one Content-Length");
-                }
-                (Some(bytes), None) if bytes <= BYTES_MAX => body_bytes = Some(bytes),
-                _ => return Parsed::Other,
-            }
-        } else if is("connection") {
-            is_last |=
-                field.value.split(|&byte| byte == b',').any(|word| word.trim_ascii().eq_ignore_ascii_case(b"close"));
-        } else if is("transfer-encoding") || is("expect") {
-            return Parsed::Other;
-        }
-    }
-    let whole_bytes = head_bytes + body_bytes.unwrap_or(0);
+    let (body_bytes, is_last) = match ends(head.headers) {
+        Ok(ends) => ends,
+        Err(Some(why)) => return Parsed::Refused(why),
+        Err(None) => return Parsed::Other,
+    };
+    let whole_bytes = head_bytes + body_bytes;
     if input.len() < whole_bytes {
         return Parsed::Part(whole_bytes - input.len());
     }
@@ -374,7 +366,33 @@ fn parse(input: &mut BytesMut) -> Parsed {
         };
         headers.push(name, value);
     }
-    Parsed::Request(Head::new(method, uri, headers), whole.slice(head_bytes..), is_last)
+    let body = whole.slice(head_bytes..);
+    Parsed::Request(WholeRequest { head: Head::new(method, uri, headers), body, is_last })
+}
+
+/// How long a request's body is, and whether it is its connection's last request; or why it is none, or nothing where that is not plain.
+fn ends(fields: &[httparse::Header<'_>]) -> Result<(usize, bool), Option<&'static str>> {
+    let mut body_bytes = None;
+    let mut is_last = false;
+    for field in fields {
+        let is = |name| field.name.eq_ignore_ascii_case(name);
+        if is("content-length") {
+            match (decimal(field.value), body_bytes) {
+                (None, _) => return Err(Some("Content-Length is a whole number of bytes, and below 2^63")),
+                (Some(bytes), Some(other)) if bytes != other => {
+                    return Err(Some("a request has one Content-Length"));
+                }
+                (Some(bytes), None) if bytes <= BYTES_MAX => body_bytes = Some(bytes),
+                _ => return Err(None),
+            }
+        } else if is("connection") {
+            is_last |=
+                field.value.split(|&byte| byte == b',').any(|word| word.trim_ascii().eq_ignore_ascii_case(b"close"));
+        } else if is("transfer-encoding") || is("expect") {
+            return Err(None);
+        }
+    }
+    Ok((body_bytes.unwrap_or(0), is_last))
 }
 
 /// A number below 2^63 written in digits and nothing else: hyper has a use of its own for the last ones.
@@ -529,7 +547,8 @@ mod tests {
         ] {
             let request = put(&format!("{fields}X-Y:  v \r\nx-y: w\r\nContent-Length: 3\r\n"), "123");
             let mut input = BytesMut::from(format!("{request}GET ").as_bytes());
-            let Parsed::Request(head, body, is_last) = parse(&mut input) else { panic!("{fields:?} was not taken") };
+            let Parsed::Request(request) = parse(&mut input) else { panic!("{fields:?} was not taken") };
+            let WholeRequest { head, body, is_last } = request;
             assert_eq!((&head.method, is_last, &input[..]), (&Method::PUT, last, &b"GET "[..]));
             assert_eq!(head.uri.to_string(), "/v1/state/a?b=c");
             assert_eq!(head.headers.all(HeaderName::from_static("x-y")).collect::<Vec<_>>(), ["v", "w"]);

@@ -37,7 +37,7 @@ impl Retry {
 
 /// What was said to a command.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Answer {
+pub struct RetryAnswer {
     /// The command's key and hash.
     pub retry: Retry,
     /// One for each operation.

@@ -5,7 +5,7 @@
 //! the state it is applied to. Values and metadata are stored whole, also after a patch, so that replaying needs no
 //! merge and an old log means the same to a newer program.
 
-use super::answers::{Answer, Retry};
+use super::answers::{Retry, RetryAnswer};
 use super::command::{Blob, EventType, Key, Labels, Outcome, Outcomes, Value};
 use crate::revision::Revision;
 use crate::vector::{CollectionName, CollectionSpec, Metric, Vector, VectorId, VectorMeta};
@@ -113,7 +113,7 @@ pub struct Record {
     /// At least one.
     pub events: Events,
     /// What was said to the client, if it may ask again.
-    pub answer: Option<Box<Answer>>,
+    pub answer: Option<Box<RetryAnswer>>,
 }
 
 impl Record {
@@ -358,7 +358,7 @@ pub fn decode_record(first_revision: Revision, count: u32, payload: &[u8]) -> Re
 }
 
 /// Reads what [`encode_answer`] wrote.
-pub fn decode_answer(reader: &mut Reader<'_>) -> Result<Answer, Malformed> {
+pub fn decode_answer(reader: &mut Reader<'_>) -> Result<RetryAnswer, Malformed> {
     let key = reader.text("idempotency key")?.into();
     let fingerprint = u128::from(reader.u64("fingerprint")?) | u128::from(reader.u64("fingerprint")?) << 64;
     let retry = Retry { key, fingerprint: fingerprint.to_le_bytes() };
@@ -367,7 +367,7 @@ pub fn decode_answer(reader: &mut Reader<'_>) -> Result<Answer, Malformed> {
     for _ in 0..count {
         outcomes.push(decode_outcome(reader)?);
     }
-    Ok(Answer { retry, outcomes })
+    Ok(RetryAnswer { retry, outcomes })
 }
 
 fn decode_outcome(reader: &mut Reader<'_>) -> Result<Outcome, Malformed> {
@@ -609,11 +609,11 @@ pub(crate) mod tests {
     }
 
     /// An answer with every kind of outcome.
-    fn every_outcome() -> Answer {
+    fn every_outcome() -> RetryAnswer {
         let (key, id, revision) = (Key::new("k").unwrap(), VectorId::new("v").unwrap(), Revision(7));
         let blob = Blob { content_type: "text/plain".into(), data: Bytes::from_static(b"hi") };
         let expires_at_ms = NonZeroU64::new(99);
-        Answer {
+        RetryAnswer {
             retry: Retry { key: "worker\nonce".into(), fingerprint: std::array::from_fn(|at| at as u8) },
             outcomes: smallvec![
                 Outcome::Put { key: key.clone(), revision, created: true, expires_at_ms },

@@ -504,8 +504,8 @@ impl SharedCollection {
         (COPIED_NUMBERS / self.spec.dim).clamp(1, COPIED_ROWS)
     }
 
-    /// Applies one write of numbers and metadata. This and the next two serve measurements and tests; the engine applies
-    /// records.
+    /// Applies one write of numbers and metadata: of a backup that is restored, and in tests, for which the next two are. The engine
+    /// applies records.
     pub fn put(&self, id: &VectorId, numbers: &[f32], meta: &VectorMeta, revision: Revision) {
         self.write(|inner, horizon| inner.put(id, numbers, meta, revision, horizon));
         self.wake();

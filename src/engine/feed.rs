@@ -226,12 +226,12 @@ struct Topic {
 #[derive(Debug)]
 struct Part {
     read: Read,
-    found: Arc<Found>,
+    found: Arc<FoundFrames>,
     bytes: usize,
 }
 
 /// Matching frames, and up to where the log was read for them.
-type Found = (Vec<Arc<Frame>>, Revision);
+type FoundFrames = (Vec<Arc<Frame>>, Revision);
 
 /// What was asked of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,7 +245,7 @@ struct Read {
 struct Noted {
     /// Positions of matching frames, all from `complete_from` on.
     positions: VecDeque<u64>,
-    /// Nothing that matches is missing from here on.
+    /// Every matching frame at or behind this position is in `positions`.
     complete_from: u64,
 }
 
@@ -702,7 +702,7 @@ impl Topic {
     }
 }
 
-type CaughtUp = Result<Option<Found>, Error>;
+type CaughtUp = Result<Option<FoundFrames>, Error>;
 
 /// A cursor over the log with a filter: what a stream holds.
 #[derive(Debug)]

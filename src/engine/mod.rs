@@ -63,7 +63,7 @@ use linker::Background;
 use metrics::{Metrics, PlanLabels};
 use parking_lot::{Condvar, Mutex, RwLock};
 use recovery::Preparer;
-use search::{Answer, INLINE_COST, Search, SearchTicket};
+use search::{INLINE_COST, Search, SearchAnswer, SearchTicket};
 use sequencer::{Request, Sequencer};
 use snapshot::Pace;
 use state::State;
@@ -429,7 +429,7 @@ impl Engine {
         &self,
         name: &str,
         prepare: impl FnOnce(&SharedCollection) -> Result<Vec<Search>, Rejection>,
-    ) -> Result<(Vec<Answer>, Revision, u64), Rejection> {
+    ) -> Result<(Vec<SearchAnswer>, Revision, u64), Rejection> {
         let started = Instant::now();
         let collection = self.collection(name)?;
         let mut searches = prepare(&collection)?;

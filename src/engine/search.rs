@@ -117,7 +117,7 @@ pub struct Plan {
 
 /// A search's answer.
 #[derive(Clone, Debug)]
-pub struct Answer {
+pub struct SearchAnswer {
     /// The hits.
     pub found: Found,
     /// How they were found.
@@ -209,12 +209,12 @@ impl SearchTicket {
 
     /// Runs the searches; several threads when it is worth it.
     #[must_use]
-    pub fn run(&self, searches: &[Search]) -> Vec<Answer> {
+    pub fn run(&self, searches: &[Search]) -> Vec<SearchAnswer> {
         let is_cheap = || self.cost(searches) < INLINE_COST;
         // Those that look at everything do so together, in one pass over memory.
         let (together, alone): (Vec<_>, Vec<_>) =
             searches.iter().enumerate().partition(|(_, search)| self.looks_at_everything(search));
-        let mut answers: Vec<(usize, Answer)> = match alone.as_slice() {
+        let mut answers: Vec<(usize, SearchAnswer)> = match alone.as_slice() {
             [] => Vec::new(),
             [(at, search)] => vec![(*at, self.run_one(search))],
             _ if is_cheap() => alone.iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
@@ -246,7 +246,7 @@ impl SearchTicket {
     }
 
     /// O(vectors x dim) for each, all in one pass.
-    fn scan_everything(&self, searches: &[&Search], is_cheap: bool) -> Vec<Answer> {
+    fn scan_everything(&self, searches: &[&Search], is_cheap: bool) -> Vec<SearchAnswer> {
         let (slots, vectors) = (self.collection.read(Collection::slot_count), self.vectors);
         let scans: Vec<Scan> = searches.iter().map(|search| Self::new_scan(search)).collect();
         let rows = (SLICE_COST / (self.collection.spec().dim * searches.len() + 1)).clamp(16, SLICE_ROWS_MAX);
@@ -271,7 +271,7 @@ impl SearchTicket {
             expanded: 0,
             tail: 0,
         };
-        let answer = |(search, scan): (&&Search, Scan)| Answer { found: self.finish(search, scan), plan };
+        let answer = |(search, scan): (&&Search, Scan)| SearchAnswer { found: self.finish(search, scan), plan };
         searches.iter().zip(scans).map(answer).collect()
     }
 
@@ -323,7 +323,7 @@ impl SearchTicket {
         slots.chunks(SLICE_ROWS_MAX).flat_map(|slice| self.collection.read(|c| c.ids_of(slice))).collect()
     }
 
-    fn run_one(&self, search: &Search) -> Answer {
+    fn run_one(&self, search: &Search) -> SearchAnswer {
         let selected = match &search.filter {
             Some(filter) => Some(self.select(filter)),
             None => self.live.clone(),
@@ -394,7 +394,7 @@ impl SearchTicket {
                 return None;
             }
             scan.top.drop_below(search.min_score);
-            Some(Answer { found: self.finish(search, scan), plan })
+            Some(SearchAnswer { found: self.finish(search, scan), plan })
         });
         found.unwrap_or_else(|| {
             let plan = Plan { way: Way::Exact, ..plan };
@@ -461,7 +461,7 @@ impl SearchTicket {
     }
 
     /// Scores what is selected with the numbers as sent.
-    fn scan_selected(&self, search: &Search, selected: &RoaringBitmap, plan: Plan) -> Answer {
+    fn scan_selected(&self, search: &Search, selected: &RoaringBitmap, plan: Plan) -> SearchAnswer {
         let slots = slots_of(selected);
         let rows = (SLICE_COST / self.collection.spec().dim).clamp(16, SLICE_ROWS_MAX);
         let scan_slice = |mut scan: Scan, slice: &[u32]| {
@@ -474,7 +474,7 @@ impl SearchTicket {
         } else {
             slots.par_chunks(rows).fold(empty, scan_slice).reduce(empty, merge_scans)
         };
-        Answer { found: self.finish(search, scan), plan: Plan { scored: slots.len(), ..plan } }
+        SearchAnswer { found: self.finish(search, scan), plan: Plan { scored: slots.len(), ..plan } }
     }
 
     fn finish(&self, search: &Search, scan: Scan) -> Found {

@@ -16,11 +16,12 @@
 //! - A client that hangs up changes nothing: its answer goes nowhere, its commit stands.
 
 use super::Inner;
-use super::answers::Answer;
+use super::answers::RetryAnswer;
 use super::codec::{Events, Record};
+use super::collections::no_room;
 use super::command::{Command, Committed, Key, Op};
 use super::recovery::Preparer;
-use super::state::{Decider, Overlay, apply_beside_readers};
+use super::state::{Decider, Decision, Overlay, apply_beside_readers};
 use super::wal::{AppendError, Wal};
 use crate::config::Fsync;
 use crate::error::{Error, Rejection};
@@ -29,7 +30,7 @@ use crate::revision::Revision;
 use crate::turns::{self, Turn};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -102,12 +103,57 @@ impl Decided {
     }
 
     /// Removes keys whose deadline has passed, in a record of their own.
-    fn expire(&mut self, wal: &mut Wal, decider: &mut Decider<'_>, due: Vec<Key>, ts_ms: u64) {
+    fn expire(&mut self, staging: &mut Staging<'_>, decider: &mut Decider<'_>, due: Vec<Key>) {
         let first_revision = decider.next;
         let events = decider.decide_expiry(due);
         if !events.is_empty() {
-            self.stage(wal, Record { first_revision, ts_ms, events, answer: None });
+            self.stage(staging.wal, Record { first_revision, ts_ms: staging.ts_ms, events, answer: None });
         }
+    }
+
+    /// Decides a command and stages the record of what it does.
+    fn decide(
+        &mut self,
+        staging: &mut Staging<'_>,
+        decider: &mut Decider<'_>,
+        mut command: Command,
+    ) -> Result<Committed, Rejection> {
+        let retry = command.retry.take();
+        let first_revision = decider.next;
+        let Decision { events, outcomes } = decider.decide(command)?;
+        if events.is_empty() {
+            let unchanged = first_revision.prev();
+            return Ok(Committed { outcomes, first_revision: unchanged, last_revision: unchanged });
+        }
+        if let Err(error) = staging.preparer.prepare(decider.state, first_revision, &events) {
+            decider.take_back(first_revision);
+            if error.is_storage_full() {
+                staging.rows_full.store(true, Ordering::Relaxed);
+            }
+            return Err(no_room(&error));
+        }
+        let last_revision = first_revision.plus(events.len() as u64 - 1);
+        let answer = retry.map(|retry| Box::new(RetryAnswer { retry: *retry, outcomes: outcomes.clone() }));
+        let record = self.stage(staging.wal, Record { first_revision, ts_ms: staging.ts_ms, events, answer });
+        decider.remember(&record);
+        Ok(Committed { outcomes, first_revision, last_revision })
+    }
+}
+
+/// Where what is decided goes.
+struct Staging<'a> {
+    wal: &'a mut Wal,
+    preparer: &'a mut Preparer,
+    rows_full: &'a AtomicBool,
+    /// The batch's time.
+    ts_ms: u64,
+}
+
+fn answer_all(answers: Vec<Reply>) {
+    for (reply, answer) in answers {
+        tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
+        // A client that has hung up gets no answer; its commit stands.
+        reply.send(answer).ok();
     }
 }
 
@@ -303,33 +349,30 @@ impl Sequencer {
             }
         };
         let parts = self.decide(commands, head, now_ms, is_full);
-        let is_early = faults::is_on(Bug::PublishBeforeDurable);
-        if is_early {
+        if faults::is_on(Bug::PublishBeforeDurable) {
             parts.iter().for_each(|part| self.make_visible(&part.records));
         }
-        let is_late = faults::is_on(Bug::StaleRead);
         match self.write(&parts) {
-            Ok(()) => {
-                for part in parts {
-                    if !is_early && !is_late {
-                        self.make_visible(&part.records);
-                    }
-                    for (reply, answer) in part.answers {
-                        tracing::trace!(target: EFFECTS, committed = answer.is_ok(), "reply");
-                        // A client that has hung up gets no answer; its commit stands.
-                        reply.send(answer).ok();
-                    }
-                    if is_late && !part.records.is_empty() {
-                        std::thread::sleep(Duration::from_millis(5));
-                        self.make_visible(&part.records);
-                    }
-                }
-                if faults::is_on(Bug::AnswerBeforeSync) {
-                    self.wal.sync().ok();
-                }
-            }
+            Ok(()) => parts.into_iter().for_each(|part| self.finish(part)),
             Err(error) => self.refuse(error, head, parts.into_iter().flat_map(|part| part.answers).collect()),
         }
+        if faults::is_on(Bug::AnswerBeforeSync) {
+            self.wal.sync().ok();
+        }
+    }
+
+    /// What is durable becomes visible, and is then answered.
+    fn finish(&mut self, Decided { records, answers }: Decided) {
+        if faults::is_on(Bug::StaleRead) && !records.is_empty() {
+            answer_all(answers);
+            std::thread::sleep(Duration::from_millis(5));
+            self.make_visible(&records);
+            return;
+        }
+        if !faults::is_on(Bug::PublishBeforeDurable) {
+            self.make_visible(&records);
+        }
+        answer_all(answers);
     }
 
     /// In the relaxed modes, revisions are reserved on disk before they are handed out. Without room for that none are.
@@ -389,57 +432,34 @@ impl Sequencer {
             next: head.next(),
             bytes: 0,
         };
-        let ts_ms = self.last_ts_ms;
+        let mut staging = Staging {
+            wal: &mut self.wal,
+            preparer: &mut self.preparer,
+            rows_full: &self.inner.rows_full,
+            ts_ms: self.last_ts_ms,
+        };
         // On a full disk the reserve is for deletes; expired keys are gone for readers anyway, their events wait.
         let due = if is_full { Vec::new() } else { state.due(now_ms, EXPIRIES_MAX) };
         let are_more_due = due.len() == EXPIRIES_MAX;
-        parts[0].expire(&mut self.wal, &mut decider, due, ts_ms);
+        parts[0].expire(&mut staging, &mut decider, due);
         let mut at = 0;
-        while let Some((mut command, reply)) = commands.pop_front() {
+        while let Some((command, reply)) = commands.pop_front() {
             if at == 0 && command.ops.iter().any(Op::is_about_vectors) {
                 at = 1;
             }
             let part = &mut parts[at];
-            let retry = command.retry.take();
-            if let Some(known) = retry.as_ref().and_then(|retry| decider.remembered(retry)) {
-                part.answers.push((reply, known));
-                continue;
-            }
-            if is_full && (is_making_room || !command.ops.iter().all(Op::frees_space)) {
+            let answer = if let Some(known) = command.retry.as_ref().and_then(|retry| decider.remembered(retry)) {
+                known
+            } else if is_full && (is_making_room || !command.ops.iter().all(Op::frees_space)) {
                 let detail = "the disk is full; free space on it, and writes resume by themselves";
-                part.answers.push((reply, Err(Rejection::StorageFull(detail.into()))));
-                continue;
-            }
-            if are_more_due {
-                let due = decider.due_in(&command);
-                part.expire(&mut self.wal, &mut decider, due, ts_ms);
-            }
-            let first_revision = decider.next;
-            let answer = decider.decide(command).and_then(|decision| {
-                if decision.events.is_empty() {
-                    return Ok((decision, first_revision.prev(), first_revision.prev()));
+                Err(Rejection::StorageFull(detail.into()))
+            } else {
+                if are_more_due {
+                    let due = decider.due_in(&command);
+                    part.expire(&mut staging, &mut decider, due);
                 }
-                if let Err(error) = self.preparer.prepare(&state, first_revision, &decision.events) {
-                    decider.overlay.roll_back();
-                    decider.next = first_revision;
-                    if error.is_storage_full() {
-                        self.inner.rows_full.store(true, Ordering::Relaxed);
-                    }
-                    return Err(super::collections::no_room(&error));
-                }
-                let last = first_revision.plus(decision.events.len() as u64 - 1);
-                Ok((decision, first_revision, last))
-            });
-            let answer = answer.map(|(decision, first_revision, last_revision)| {
-                if !decision.events.is_empty() {
-                    let answer = retry.map(|retry| Answer { retry: *retry, outcomes: decision.outcomes.clone() });
-                    let record =
-                        Record { first_revision, ts_ms, events: decision.events, answer: answer.map(Box::new) };
-                    let record = part.stage(&mut self.wal, record);
-                    decider.remember(&record);
-                }
-                Committed { outcomes: decision.outcomes, first_revision, last_revision }
-            });
+                part.decide(&mut staging, &mut decider, command)
+            };
             part.answers.push((reply, answer));
             if decider.bytes >= COMMIT_BYTES_MAX {
                 break;

@@ -7,7 +7,7 @@
 //! a collection's files were behind when it was taken: the keys in it are skipped then, the vectors are not.
 
 use super::Inner;
-use super::answers::{Answer, Remembered};
+use super::answers::{Remembered, RetryAnswer};
 use super::codec::{Entries, Entry, decode_answer, decode_entry, encode_answer, encode_entry, put_spec, spec};
 use super::command::{Committed, Key};
 use super::state::State;
@@ -265,7 +265,7 @@ pub(super) fn read_answers(reader: &mut Reader<'_>) -> Result<Vec<Arc<Remembered
         let ts_ms = reader.u64("ts")?;
         let first_revision = reader.revision("first_revision")?;
         let last_revision = reader.revision("last_revision")?;
-        let Answer { retry, outcomes } = decode_answer(reader)?;
+        let RetryAnswer { retry, outcomes } = decode_answer(reader)?;
         let committed = Committed { outcomes, first_revision, last_revision };
         answers.push(Arc::new(Remembered { ts_ms, committed, retry }));
     }

@@ -348,7 +348,7 @@ impl Overlay {
     }
 
     /// Takes back what the last decided command laid over the state.
-    pub fn roll_back(&mut self) {
+    fn roll_back(&mut self) {
         self.growth = self.growth_before;
         fn restore<K: std::hash::Hash + Eq, V>(map: &mut Overlaid<K, V>, key: K, old: Option<V>) {
             match old {
@@ -453,8 +453,7 @@ impl Decider<'_> {
             match result {
                 Ok(outcome) => decision.outcomes.push(outcome),
                 Err(mut rejection) => {
-                    self.overlay.roll_back();
-                    self.next = first;
+                    self.take_back(first);
                     // It took its time all the same.
                     self.bytes += bytes;
                     if let Rejection::RevisionConflict { expected, .. } = rejection
@@ -470,6 +469,12 @@ impl Decider<'_> {
         self.next = first.plus(decision.events.len() as u64);
         self.bytes += bytes;
         Ok(decision)
+    }
+
+    /// Takes back the last command, decided to begin at this revision.
+    pub fn take_back(&mut self, first_revision: Revision) {
+        self.overlay.roll_back();
+        self.next = first_revision;
     }
 
     /// The revision of a key or vector, zero when absent.

@@ -31,9 +31,9 @@ const STREAMS_KEPT_BYTES_MAX: usize = 256 << 20;
 #[derive(Debug)]
 pub struct View {
     revision: Revision,
-    /// What will be walked: keys that begin with one of these.
+    /// The walk visits the keys that begin with one of these.
     prefixes: Vec<String>,
-    /// Whether it may be overrun.
+    /// Whether writers may give the walk up when it would keep too many old entries.
     is_bounded: bool,
     inner: Mutex<Inner>,
 }

@@ -50,7 +50,7 @@ const READ_BYTES: usize = 4 << 20;
 /// Zeros a new segment begins with.
 const FIRST_ZEROS_BYTES: u64 = 256 << 10;
 /// Space in the last segment that only deletes may use once the disk is full, and at most a quarter of a segment.
-const RESERVE_BYTES: u64 = 256 << 10;
+const KEPT_FOR_DELETES_BYTES: u64 = 256 << 10;
 /// Capacity the frame buffer keeps from batch to batch.
 const BUFFER_BYTES_KEPT: usize = 4 << 20;
 /// Distance between entries of the sparse index.
@@ -85,8 +85,8 @@ impl Kind {
     }
 }
 
-/// Revisions lost in a crash of a relaxed mode, both ends included. The last was never handed out: the gap ends one
-/// beyond the reservation, so that the head after a crash is a position that can be resumed from.
+/// Revisions lost in a crash of a relaxed mode, both ends included. `to` itself, one beyond the reservation, was never handed
+/// out: it is the head after the crash, from which a client may resume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
     /// First lost.
@@ -129,18 +129,18 @@ impl FrameHeader {
 }
 
 /// A frame found whole.
-struct Found<'a> {
+struct WholeFrame<'a> {
     header: FrameHeader,
     payload: &'a [u8],
 }
 
 /// The frame at the front of `bytes`, if whole and its checksum holds.
-fn frame_at(bytes: &[u8], salt: u32) -> Option<Found<'_>> {
+fn frame_at(bytes: &[u8], salt: u32) -> Option<WholeFrame<'_>> {
     let header = FrameHeader::parse(bytes)?;
     let payload = bytes.get(FRAME_HEADER_BYTES..FRAME_HEADER_BYTES.checked_add(header.length as usize)?)?;
     let crc = crc32c::crc32c_append(salt, &bytes[8..FRAME_HEADER_BYTES]);
     (crc32c::crc32c_append(crc, payload) == header.crc || faults::is_on(Bug::SkipChecksum))
-        .then_some(Found { header, payload })
+        .then_some(WholeFrame { header, payload })
 }
 
 /// Builds frames for one segment's salt into a buffer that is kept from batch to batch.
@@ -171,7 +171,7 @@ impl FrameBuffer {
     }
 
     /// Fills in the checksums, which depend on the segment the frames go to.
-    fn seal(&mut self, salt: u32) {
+    fn fill_checksums(&mut self, salt: u32) {
         let mut at = 0;
         while at < self.bytes.len() {
             let header = FrameHeader::parse(&self.bytes[at..]).expect("a frame just built");
@@ -230,9 +230,9 @@ fn segment_header(version: u32, first_revision: Revision, salt: u32, size: u64) 
     header
 }
 
-/// [`RESERVE_BYTES`] of a segment of this size.
-fn reserve_of(segment_bytes: u64) -> u64 {
-    RESERVE_BYTES.min(segment_bytes / 4)
+/// [`KEPT_FOR_DELETES_BYTES`] of a segment of this size.
+fn kept_for_deletes(segment_bytes: u64) -> u64 {
+    KEPT_FOR_DELETES_BYTES.min(segment_bytes / 4)
 }
 
 fn segment_path(dir: &Path, first_revision: Revision) -> PathBuf {
@@ -252,7 +252,7 @@ fn new_salt() -> u32 {
 }
 
 impl Segment {
-    /// Creates a segment whose first bytes are `frames` (not yet sealed with a salt), of the spare if there is one. Tells where
+    /// Creates a segment whose first bytes are `frames` (without their checksums yet), of the spare if there is one. Tells where
     /// the next frame goes.
     fn create(
         dir: Option<&Path>,
@@ -262,7 +262,7 @@ impl Segment {
         spare: Option<Spare>,
     ) -> Result<(Self, u64), AppendError> {
         let salt = new_salt();
-        frames.seal(salt);
+        frames.fill_checksums(salt);
         let header = segment_header(VERSION, first_revision, salt, size);
         let end = (header.len() + frames.bytes.len()) as u64;
         let begin = |file: &File| -> io::Result<()> {
@@ -383,7 +383,7 @@ impl Segment {
     fn seal(&self, at: u64, next: Revision) -> Result<(), Error> {
         let mut seal = FrameBuffer { bytes: Vec::new() };
         seal.push(Kind::Seal, next, 0, next.prev(), |_| ());
-        seal.seal(self.salt);
+        seal.fill_checksums(self.salt);
         let written = self.file.write_all_at(&seal.bytes, at).and_then(|()| self.file.sync());
         written.map_err(Error::io("cannot seal", self.name()))?;
         self.end.store(at + seal.bytes.len() as u64, Ordering::Release);
@@ -460,7 +460,7 @@ impl Segment {
         &self,
         mut at: u64,
         chunk: usize,
-        mut visit: impl FnMut(u64, &Found<'_>) -> Result<bool, Error>,
+        mut visit: impl FnMut(u64, &WholeFrame<'_>) -> Result<bool, Error>,
     ) -> Result<u64, Error> {
         let mut want = chunk;
         loop {
@@ -780,6 +780,33 @@ pub struct OpenedWal {
     pub torn_bytes: u64,
 }
 
+/// Where a log ends that was opened.
+struct LogEnd {
+    /// Where the next frame goes in the newest segment.
+    at: u64,
+    /// The newest revision.
+    head: Revision,
+    /// Revisions up to here may have been handed out.
+    reserved: Revision,
+    torn_bytes: u64,
+}
+
+/// The number (from one) of the first segment that has to be read to know all that comes after a revision.
+fn first_needed(segments: &[Segment], replay_after: Revision) -> Result<usize, Error> {
+    let mut first_needed = segments.partition_point(|s| s.first_revision <= replay_after.next());
+    if first_needed == 0 {
+        let first = &segments[0];
+        let detail =
+            format!("the log begins at revision {}, but what is after {replay_after} is needed", first.first_revision);
+        return Err(Error::corrupt(first.name(), 16, detail));
+    }
+    // A crash before, or within, the seal of the segment before leaves that to be mended, needed or not.
+    while first_needed > 1 && segments[first_needed - 2].sealed_for()?.is_none() {
+        first_needed -= 1;
+    }
+    Ok(first_needed)
+}
+
 impl Wal {
     /// Opens the log in `dir`, or a new one in memory when there is none. Every record after `replay_after` is handed
     /// to `replay` in order. A torn tail is cut; anything else that is not as it was written, or that ends before `shown`, which
@@ -800,33 +827,11 @@ impl Wal {
             }
             let first = Revision::ZERO.next();
             let (segment, at) = Segment::create(dir, first, segment_bytes, FrameBuffer { bytes: Vec::new() }, None)?;
-            return Ok(Self::assemble(
-                dir,
-                vec![Arc::new(segment)],
-                Vec::new(),
-                at,
-                Revision::ZERO,
-                Revision::ZERO,
-                segment_bytes,
-                0,
-            ));
+            let end = LogEnd { at, head: Revision::ZERO, reserved: Revision::ZERO, torn_bytes: 0 };
+            return Ok(Self::assemble(dir, segment_bytes, vec![Arc::new(segment)], Vec::new(), end));
         }
         let segments = paths.iter().map(|p| Segment::open(p)).collect::<Result<Vec<_>, _>>()?;
-        let mut first_needed = segments.partition_point(|s| s.first_revision <= replay_after.next());
-        if first_needed == 0 {
-            return Err(Error::corrupt(
-                segments[0].name(),
-                16,
-                format!(
-                    "the log begins at revision {}, but what is after {replay_after} is needed",
-                    segments[0].first_revision
-                ),
-            ));
-        }
-        // A crash before, or within, the seal of the segment before leaves that to be mended, needed or not.
-        while first_needed > 1 && segments[first_needed - 2].sealed_for()?.is_none() {
-            first_needed -= 1;
-        }
+        let first_needed = first_needed(&segments, replay_after)?;
         let mut scan = Scan {
             next: segments[first_needed - 1].first_revision,
             shown,
@@ -885,7 +890,8 @@ impl Wal {
         }
         last.write_again(scan.vouched_end as u64, at)?;
         let segments = segments.into_iter().map(Arc::new).collect();
-        let mut opened = Self::assemble(dir, segments, scan.gaps, at, head, scan.reserved, segment_bytes, torn_bytes);
+        let end = LogEnd { at, head, reserved: scan.reserved, torn_bytes };
+        let mut opened = Self::assemble(dir, segment_bytes, segments, scan.gaps, end);
         opened.wal.newest_ts_ms = match scan.ts_ms {
             // The newest segment has none yet. Whoever reads the others is told of damage there.
             0 => opened.log.newest_at(u64::MAX).ok().flatten().map_or(0, |(_, ts_ms)| ts_ms),
@@ -898,17 +904,14 @@ impl Wal {
         Ok(opened)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the two ways of opening a log, new and existing, end here")]
     fn assemble(
         dir: Option<&Path>,
+        segment_bytes: u64,
         segments: Vec<Arc<Segment>>,
         gaps: Vec<Gap>,
-        at: u64,
-        head: Revision,
-        reserved: Revision,
-        segment_bytes: u64,
-        torn_bytes: u64,
+        end: LogEnd,
     ) -> OpenedWal {
+        let LogEnd { at, head, reserved, torn_bytes } = end;
         let active = Arc::clone(segments.last().expect("there is at least one segment"));
         let log = Arc::new(Log { segments: RwLock::new(segments), gaps: RwLock::new(gaps), holds: Mutex::default() });
         let mut wal = Self {
@@ -1026,7 +1029,7 @@ impl Wal {
         if self.at + length + FRAME_HEADER_BYTES as u64 > self.active.size {
             self.rotate(length)?;
         }
-        self.frames.seal(self.active.salt);
+        self.frames.fill_checksums(self.active.salt);
         if let Some(zeros) = &mut self.zeros {
             zeros.claim(self.at + length);
         }
@@ -1096,7 +1099,7 @@ impl Wal {
 
     /// Whether the log is down to its reserve and cannot get another segment. Tries to get one.
     pub fn is_full(&mut self) -> Result<bool, Error> {
-        if self.at + reserve_of(self.active.size) <= self.active.size {
+        if self.at + kept_for_deletes(self.active.size) <= self.active.size {
             return Ok(false);
         }
         match self.rotate(0) {
@@ -1124,7 +1127,7 @@ impl Wal {
             carried.push(Kind::Reserve, staged_from, 0, staged_from.prev(), |out| out.put_revision(reserved));
         }
         let needed = (SEGMENT_HEADER_BYTES + carried.bytes.len() + 2 * FRAME_HEADER_BYTES) as u64 + length;
-        let size = self.segment_bytes.max((needed + reserve_of(self.segment_bytes)).next_multiple_of(4096));
+        let size = self.segment_bytes.max((needed + kept_for_deletes(self.segment_bytes)).next_multiple_of(4096));
         let replaces_empty = staged_from == self.active.first_revision;
         let spare = self.zeros.as_mut().and_then(|zeros| zeros.take_spare(size));
         let is_zero = spare.is_some();
@@ -1205,9 +1208,9 @@ struct Scan {
     gaps: Vec<Gap>,
     reserved: Revision,
     sealed: bool,
-    /// Where the last of the segment's frames ends that a later one vouches for.
+    /// End of the last frame that a later frame confirms as durable.
     vouched_end: usize,
-    /// Those behind it, by the revision that it takes, and where each ends.
+    /// The frames after it: the revision that a later frame has to confirm, and the frame's end.
     unvouched: VecDeque<(Revision, usize)>,
     /// The newest record's time.
     ts_ms: u64,
@@ -1289,7 +1292,7 @@ impl Scan {
 
     fn frame(
         &mut self,
-        found: &Found<'_>,
+        found: &WholeFrame<'_>,
         path: &Path,
         at: u64,
         replay_after: Revision,
@@ -1463,7 +1466,7 @@ mod tests {
         ) {
             let mut frames = FrameBuffer { bytes: Vec::new() };
             frames.push(Kind::Record, Revision(12), 1, Revision(11), |out| out.resize(out.len() + length, b'x'));
-            frames.seal(salt);
+            frames.fill_checksums(salt);
             let mut bytes = vec![b'x'; before * FRAME_ALIGN];
             bytes.append(&mut frames.bytes);
             if damaged {

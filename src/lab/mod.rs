@@ -22,7 +22,7 @@ mod power;
 mod volume;
 mod workload;
 
-use crate::disk::Op;
+use crate::disk::DiskOp;
 use crate::faults::Bug;
 use parking_lot::Mutex;
 use std::cell::RefCell;
@@ -92,7 +92,7 @@ fn within<T>(recorder: Option<&Arc<Recorder>>, bug: Option<Bug>, run: impl FnOnc
 }
 
 /// Tells the recorder of an operation on a name.
-pub fn tell(op: Op<'_>) -> io::Result<()> {
+pub fn tell(op: DiskOp<'_>) -> io::Result<()> {
     recorder().map_or(Ok(()), |recorder| recorder.tell(op))
 }
 
@@ -117,21 +117,21 @@ pub struct Watched {
 
 impl Watched {
     /// Tells the recorder of an operation on the file, before it is done.
-    pub fn tell(&self, op: Op<'_>, file: &std::fs::File) -> io::Result<()> {
-        if let Op::Sync = op {
+    pub fn tell(&self, op: DiskOp<'_>, file: &std::fs::File) -> io::Result<()> {
+        if let DiskOp::Sync = op {
             // What was written through a mapping is being synced too.
             self.recorder.look_at_rows();
         }
         let mut recording = self.recorder.recording.lock();
         let inode = self.inode;
         let mut failure = recording.failure(op);
-        if let Op::Sync = op
+        if let DiskOp::Sync = op
             && self.seen.swap(recording.errors_of(inode), Ordering::Relaxed) < recording.errors_of(inode)
         {
             failure.get_or_insert(Failure::Device);
         }
         match op {
-            Op::Write { at, bytes } => {
+            DiskOp::Write { at, bytes } => {
                 if let Some(Failure::Short) = failure {
                     let part = &bytes[..bytes.len() / 2];
                     recording.push(Step::Write { inode, at, bytes: part.into() });
@@ -140,13 +140,13 @@ impl Watched {
                     recording.push(Step::Write { inode, at, bytes: bytes.into() });
                 }
             }
-            Op::SetLength(bytes) if failure.is_none() => recording.push(Step::SetLength { inode, bytes }),
-            Op::Allocate { at, bytes } if failure.is_none() && at + bytes > recording.volume.length(inode) => {
+            DiskOp::SetLength(bytes) if failure.is_none() => recording.push(Step::SetLength { inode, bytes }),
+            DiskOp::Allocate { at, bytes } if failure.is_none() && at + bytes > recording.volume.length(inode) => {
                 recording.push(Step::SetLength { inode, bytes: at + bytes });
             }
-            Op::Sync if failure.is_none() => recording.push(Step::Sync(inode)),
+            DiskOp::Sync if failure.is_none() => recording.push(Step::Sync(inode)),
             // After a sync that failed the system may have forgotten that these pages were never written.
-            Op::Sync => {
+            DiskOp::Sync => {
                 recording.push(Step::Forget(inode));
                 *recording.sync_errors.entry(inode).or_default() += 1;
                 self.seen.store(recording.errors_of(inode), Ordering::Relaxed);
@@ -172,14 +172,18 @@ enum Failure {
 
 impl Failure {
     /// The ways in which an operation can fail.
-    fn of(op: Op<'_>) -> &'static [Self] {
+    fn of(op: DiskOp<'_>) -> &'static [Self] {
         match op {
-            Op::Open(_) => &[Self::Device, Self::Files],
-            Op::Create(_) | Op::OpenOrCreate(_) => &[Self::Device, Self::Files, Self::Full],
-            Op::Write { .. } => &[Self::Device, Self::Full, Self::Short],
-            Op::Allocate { .. } | Op::Rename { .. } | Op::CreateDir(_) | Op::Sync => &[Self::Device, Self::Full],
-            Op::List(_) => &[Self::Device, Self::Files],
-            Op::Read | Op::SetLength(_) | Op::Remove(_) | Op::RemoveDir(_) | Op::SyncDir(_) => &[Self::Device],
+            DiskOp::Open(_) => &[Self::Device, Self::Files],
+            DiskOp::Create(_) | DiskOp::OpenOrCreate(_) => &[Self::Device, Self::Files, Self::Full],
+            DiskOp::Write { .. } => &[Self::Device, Self::Full, Self::Short],
+            DiskOp::Allocate { .. } | DiskOp::Rename { .. } | DiskOp::CreateDir(_) | DiskOp::Sync => {
+                &[Self::Device, Self::Full]
+            }
+            DiskOp::List(_) => &[Self::Device, Self::Files],
+            DiskOp::Read | DiskOp::SetLength(_) | DiskOp::Remove(_) | DiskOp::RemoveDir(_) | DiskOp::SyncDir(_) => {
+                &[Self::Device]
+            }
         }
     }
 
@@ -194,8 +198,8 @@ impl Failure {
 }
 
 /// Not writes: where they fail, blocks were promised.
-fn asks_for_blocks(op: Op<'_>) -> bool {
-    matches!(op, Op::Allocate { .. } | Op::Create(_) | Op::OpenOrCreate(_) | Op::CreateDir(_))
+fn asks_for_blocks(op: DiskOp<'_>) -> bool {
+    matches!(op, DiskOp::Allocate { .. } | DiskOp::Create(_) | DiskOp::OpenOrCreate(_) | DiskOp::CreateDir(_))
 }
 
 /// What fails.
@@ -271,7 +275,7 @@ impl Recording {
         self.steps.push(step);
     }
 
-    fn failure(&mut self, op: Op<'_>) -> Option<Failure> {
+    fn failure(&mut self, op: DiskOp<'_>) -> Option<Failure> {
         let ways = Failure::of(op);
         let number = self.ways.len();
         self.ways.push(ways.len());
@@ -283,7 +287,7 @@ impl Recording {
             _ => return None,
         };
         let what = match op {
-            Op::Write { at, bytes } => format!("Write of {} at {at}", bytes.len()),
+            DiskOp::Write { at, bytes } => format!("Write of {} at {at}", bytes.len()),
             op => format!("{op:?}"),
         };
         self.failed.push(format!("{failure:?} in operation {number}, {what}"));
@@ -320,19 +324,19 @@ impl Recorder {
         self.recording.lock().push(step);
     }
 
-    fn tell(&self, op: Op<'_>) -> io::Result<()> {
+    fn tell(&self, op: DiskOp<'_>) -> io::Result<()> {
         let mut recording = self.recording.lock();
         let owned = |path: &Path| self.below(path).map(Path::to_owned);
         let step = match op {
-            Op::Create(path) => owned(path).map(Step::Create),
-            Op::OpenOrCreate(path) => {
+            DiskOp::Create(path) => owned(path).map(Step::Create),
+            DiskOp::OpenOrCreate(path) => {
                 owned(path).filter(|path| recording.volume.find(path).is_none()).map(Step::Create)
             }
-            Op::Rename { from, to } => owned(from).zip(owned(to)).map(|(from, to)| Step::Rename { from, to }),
-            Op::Remove(path) => owned(path).filter(|path| recording.volume.find(path).is_some()).map(Step::Remove),
-            Op::CreateDir(path) => owned(path).map(Step::CreateDir),
-            Op::RemoveDir(path) => owned(path).map(Step::RemoveDir),
-            Op::SyncDir(path) => owned(path).map(Step::SyncDir),
+            DiskOp::Rename { from, to } => owned(from).zip(owned(to)).map(|(from, to)| Step::Rename { from, to }),
+            DiskOp::Remove(path) => owned(path).filter(|path| recording.volume.find(path).is_some()).map(Step::Remove),
+            DiskOp::CreateDir(path) => owned(path).map(Step::CreateDir),
+            DiskOp::RemoveDir(path) => owned(path).map(Step::RemoveDir),
+            DiskOp::SyncDir(path) => owned(path).map(Step::SyncDir),
             _ => None,
         };
         if let Some(failure) = recording.failure(op) {

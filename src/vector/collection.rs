@@ -74,18 +74,18 @@ pub struct Collection {
     text_bytes: usize,
     /// Live slots.
     live: RoaringBitmap,
+    /// Updated in the background: an edit takes microseconds and more, and the writer does not wait for it.
     meta_index: MetaIndex,
-    /// Slots whose metadata is not in the index yet, or is there as it was before: a filter looks at it itself.
+    /// Slots that the index lacks, or holds with their old metadata: a filter looks at the metadata itself.
     unindexed: RoaringBitmap,
-    /// Those of them that may be put into it: not while a search runs that began before they changed. It would find them in
-    /// the index neither as they were nor as they are.
+    /// The part of `unindexed` that may be indexed now, as no running search needs the old metadata any more. A search that does
+    /// would find such a slot in the index neither as it was nor as it is.
     due: RoaringBitmap,
     /// Metadata that was replaced while searches ran that see it, of each slot the oldest first, with what replaced it.
     replaced: HashMap<u32, VecDeque<(Revision, VectorMeta)>>,
     /// The slots of those, in the order of the changes, each with the first search that does not see it.
     replaced_order: VecDeque<(SearchNumber, u32)>,
-    /// What the index holds of slots that are in `unindexed` all the same. Edits of the index are left to background work:
-    /// they take microseconds and more, and the writer does not wait for them.
+    /// The old metadata that the index still holds of slots in `unindexed`.
     outdated: HashMap<u32, VectorMeta>,
     /// Slots whose metadata is too large for the index.
     unindexable: RoaringBitmap,
