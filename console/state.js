@@ -1,35 +1,19 @@
 // State: the keys as a tree by prefix, one key beside it.
 //
 // A branch is what stands before the next ":" or "/". Its children are read page by page as they come in sight, keys only; a
-// branch that is longer than a page is stepped over, so the first level of a million keys costs a request for each branch
-// and not a thousand pages. Values are read for the rows in sight. From the first page's revision on a stream brings every
-// change; what a page or a value knew already is told by its revision.
+// branch that is longer than a page is stepped over (tree.js). Values are read for the rows in sight. From the first page's
+// revision on a stream brings every change; what a page or a value knew already is told by its revision.
 
-import { arrange, byBytes, bytes, copy, duration, el, exact, field, icon, ICONS, int, isSelected, jsonUpdate, jsonView, lazily, many, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast, visible } from './lib.js';
+import { arrange, bytes, copy, duration, el, exact, field, icon, ICONS, int, isSelected, jsonUpdate, jsonView, lazily, many, merge, number, paint, pretty, query, quote, say, sizeOf, sure, toast, visible } from './lib.js';
 import { keysWords, limits, reachesKey, writes } from './key.js';
 import { VirtualList } from './list.js';
 import { keyCount } from './overview.js';
+import { Tree } from './tree.js';
 import { Stream, cursorAfter, curlKey, get, history, read, serverNow, write } from './server.js';
 
 const PAGE = 500, ROW = 32, PREVIEW = 160, AGAIN_MS = 2000;
-const LAST = '\u{10ffff}\u{10ffff}'; // After every key of a branch.
-const SEPARATOR = /[:/]/;
 
-// ---- The tree ---------------------------------------------------------------------------------------------------------
-// A branch: {prefix, depth, children, isOpen, isDone, after, count, isMore, asOf}; a key: {key, revision, expires, meta, preview}.
-// `sort` orders both. `after` is the name from which the next page goes on. `isMore`: a page ended in it, so `count` is the
-// least there is; `isDoubtful`: of such a one something went since, so that may be less, or none at all.
-const branch = (prefix, depth, count = 0, isMore = false, asOf = 0) => ({ sort: prefix, prefix, depth, children: [], isOpen: false, isDone: false, after: null, count, isMore, asOf, isDoubtful: false, isLoading: false, error: '', timer: 0 });
-const leaf = (e, depth) => ({ sort: e.key, key: e.key, depth, revision: number(e.revision), created: e.created_revision, expires: number(e.expires_at_ms), meta: e.meta, preview: undefined, flash: 0 });
-let root = branch('', 0), rows = [], since = null, ticket = 0, stopped = '';
-
-/** Where `sort` is, or would be, among children that are in order. */
-function place(children, sort) {
-  let low = 0, high = children.length;
-  while (low < high) { const mid = (low + high) >> 1; byBytes(children[mid].sort, sort) < 0 ? low = mid + 1 : high = mid; }
-  return low;
-}
-const separatorIn = (prefix, key) => { const at = key.slice(prefix.length).search(SEPARATOR); return at < 0 ? -1 : prefix.length + at + 1; };
+let tree = new Tree('', 0, preview), rows = [], since = null, ticket = 0, stopped = '';
 
 /** Reads the next children of a branch. */
 async function more(b) {
@@ -41,11 +25,11 @@ async function more(b) {
       const r = await get(`/v1/state?${query({ prefix: b.prefix, limit: PAGE, keys_only: 'true', cursor: b.after === null ? '' : cursorAfter(b.after) })}`);
       if (mine !== ticket) return;
       if (since === null) { since = r.revision; follow(); }
-      added += take(b, r);
+      added += tree.take(b, r);
       draw();
     }
     b.error = '';
-    if (b.isDone && b !== root) settle(b);
+    if (b.isDone && b !== tree.root) tree.settle(b);
   } catch (e) {
     if (mine !== ticket) return;
     b.error = e.message;
@@ -57,56 +41,8 @@ async function more(b) {
 }
 /** What could not be read while the server was away is asked for as soon as it is back. */
 function askAgain() {
-  (function each(b) { if (b.error) more(b); for (const c of b.children) if (c.isOpen) each(c); })(root);
+  (function each(b) { if (b.error) more(b); for (const c of b.children) if (c.isOpen) each(c); })(tree.root);
   if (open?.failed) refreshOpen();
-}
-/** Sorts a page into a branch. Returns how many children it brought. */
-function take(b, { items, next_cursor: next, revision }) {
-  const asOf = number(revision), fresh = [];
-  let group = null;
-  for (const e of items) {
-    const end = separatorIn(b.prefix, e.key);
-    if (end < 0) { group = null; fresh.push(leaf(e, b.depth + 1)); continue; }
-    const prefix = e.key.slice(0, end);
-    if (group?.prefix !== prefix) fresh.push(group = Object.assign(branch(prefix, b.depth + 1, 0, false, asOf), { only: e }));
-    group.count++;
-  }
-  b.isDone = next === null;
-  b.after = items.at(-1)?.key ?? b.after;
-  if (group && !b.isDone && fresh.at(-1) === group) { group.isMore = true; b.after = group.prefix + LAST; }
-  let added = 0;
-  for (const node of fresh) {
-    // A branch of one key is that key.
-    const child = node.count === 1 && !node.isMore ? leaf(node.only, b.depth + 1) : node;
-    delete node.only;
-    const at = place(b.children, child.sort);
-    if (b.children[at]?.sort === child.sort) continue; // The stream was faster.
-    b.children.splice(at, 0, child);
-    added++;
-  }
-  return added;
-}
-/** The branches that lead to a prefix, its own the last; none when it is not in the tree. */
-function trailTo(wanted) {
-  const trail = [];
-  for (let b = root; b.prefix !== wanted;) {
-    const end = separatorIn(b.prefix, wanted), name = wanted.slice(0, end);
-    b = b.children[place(b.children, name)];
-    if (end < 0 || b?.prefix !== name) return [];
-    trail.push(b);
-  }
-  return trail;
-}
-/** After a branch was read to its end, or counted anew: from there on it and those above are as many as what is in them. */
-function settle(b) {
-  const trail = trailTo(b.prefix);
-  for (const up of trail.toReversed()) {
-    if (!up.isDone) continue;
-    up.count = up.children.reduce((n, c) => n + (c.prefix === undefined ? 1 : c.count), 0);
-    up.isMore = up.children.some((c) => c.isMore);
-    up.asOf = 0; // What changes its children changes its count, and nothing else does.
-  }
-  prune(trail);
 }
 /** Counts the branches in sight that are doubtful. One after the other, and each second: a queue changes all the time. */
 async function recount() {
@@ -118,79 +54,16 @@ async function recount() {
       const r = await get(`/v1/state?${query({ prefix: b.prefix, limit: PAGE, keys_only: 'true' })}`);
       if (mine !== ticket || b.isLoading || b.children.length) return;
       Object.assign(b, { count: r.items.length, isMore: r.next_cursor !== null, asOf: number(r.revision) });
-      settle(b);
+      tree.settle(b);
     }
   } catch { for (const b of doubtful) b.isDoubtful = true; } finally { draw(); }
 }
-/** The rows in sight order: a branch, then what is in it. A branch that has more ends in a row that loads it. */
-function flatten(b, into) {
-  for (const child of b.children) {
-    into.push(child);
-    if (child.isOpen) flatten(child, into);
-  }
-  if (!b.isDone) into.push({ loads: b, depth: b.depth + 1, sort: '' });
-  return into;
-}
-
-/** An event, into the tree. */
-function apply(ev) {
-  const key = ev.key, revision = number(ev.revision), isGone = ev.type === 'state_deleted', isNew = !isGone && number(ev.prev_revision) === 0;
-  const trail = [];
-  let b = root;
-  for (;;) {
-    const at = place(b.children, key), known = b.children[at];
-    if (known?.key === key) { // Here, as itself.
-      if (known.revision >= revision) return;
-      if (isGone) {
-        b.children.splice(at, 1);
-        for (const up of trail) if (revision > up.asOf) up.count--;
-        prune(trail);
-      } else Object.assign(known, { revision, expires: number(ev.expires_at_ms), meta: ev.meta, ...('value' in ev || 'value_base64' in ev ? { preview: preview(ev), isStale: false } : { isStale: true }), flash: Date.now() });
-      return;
-    }
-    const end = separatorIn(b.prefix, key);
-    const inside = end < 0 ? null : b.children[place(b.children, key.slice(0, end))];
-    if (inside?.prefix === key.slice(0, end)) { // In a branch that is known.
-      inside.flash = Date.now();
-      trail.push(inside);
-      if (inside.isOpen || inside.children.length) { b = inside; continue; }
-      if (inside.isMore && isGone && revision > inside.asOf) inside.isDoubtful = true;
-      if (revision > inside.asOf && !inside.isMore) {
-        inside.count += isNew ? 1 : isGone ? -1 : 0;
-        for (const up of trail.slice(0, -1)) if (revision > up.asOf) up.count += isNew ? 1 : isGone ? -1 : 0;
-        prune(trail);
-      }
-      return;
-    }
-    if (isGone || (!b.isDone && (b.after === null || byBytes(key, b.after) > 0))) return; // Not read yet: the page will have it.
-    for (const up of trail) if (isNew && revision > up.asOf) up.count++;
-    const mine = Object.assign(leaf({ ...ev, created_revision: revision }, b.depth + 1), { preview: 'value' in ev || 'value_base64' in ev ? preview(ev) : undefined, flash: Date.now() });
-    // A second key of a branch that was one key makes it a branch.
-    const prefix = end < 0 ? null : key.slice(0, end), twin = prefix === null ? -1 : b.children.findIndex((c) => c.key?.startsWith(prefix));
-    if (twin >= 0) {
-      const both = branch(prefix, b.depth + 1, 2, false, revision);
-      both.flash = Date.now();
-      b.children.splice(twin, 1);
-      b.children.splice(place(b.children, prefix), 0, both);
-    } else b.children.splice(place(b.children, key), 0, mine);
-    return;
-  }
-}
-/** Branches that became empty go. */
-function prune(trail) {
-  for (let i = trail.length - 1; i >= 0; i--) {
-    const b = trail[i], up = trail[i - 1] ?? root;
-    if (b.count > 0 || b.isMore || b.children.length) return;
-    up.children.splice(up.children.indexOf(b), 1);
-  }
-}
-
 const stream = new Stream({
   onFrame(f) {
     if (f.type === 'reset') return void load();
     if (f.type !== 'state_updated' && f.type !== 'state_deleted') return;
     const ev = exact(f.data);
-    apply(ev);
+    tree.apply(ev);
     if (open?.key === ev.key) changed(ev);
     draw();
   },
@@ -201,21 +74,22 @@ const stream = new Stream({
     draw();
   },
 });
-const follow = () => stream.open(`/v1/events?${query({ types: 'state_updated,state_deleted', since, prefix: root.prefix })}`);
+const follow = () => stream.open(`/v1/events?${query({ types: 'state_updated,state_deleted', since, prefix: tree.root.prefix })}`);
 
 /** Reads the tree anew; branches that were open open again. */
 async function load() {
   ticket++;
   const wasOpen = new Set();
-  (function note(b) { for (const c of b.children) if (c.isOpen) { wasOpen.add(c.prefix); note(c); } })(root);
-  root = branch(prefix, -1);
+  (function note(b) { for (const c of b.children) if (c.isOpen) { wasOpen.add(c.prefix); note(c); } })(tree.root);
+  tree = new Tree(prefix, -1, preview);
+  const { root } = tree;
   root.isOpen = true;
   since = null;
   stream.open(null);
   root.isDone = !reachesKey(prefix); // There is nothing to ask for.
   draw();
   await more(root);
-  if (root.error) { if (root.isAway) setTimeout(() => root.error && since === null && load(), AGAIN_MS / 2); return; }
+  if (root.error) { if (root.isAway) setTimeout(() => tree.root.error && since === null && load(), AGAIN_MS / 2); return; }
   const again = async (b) => { for (const c of b.children) if (wasOpen.has(c.prefix)) { c.isOpen = true; await more(c); await again(c); } };
   await again(root);
   // A single branch has nothing to choose from.
@@ -249,7 +123,7 @@ const fetchPreviews = lazily(async () => {
       const asked = rows.slice(i, end + 1), wanted = new Map(asked.map((r) => [r.key, r]));
       const before = rows[i - 1]?.key, isNext = before !== undefined && rows[i - 1].depth === first.depth;
       const r = isNext
-        ? await get(`/v1/state?${query({ prefix: root.prefix, limit: wanted.size, cursor: cursorAfter(before) })}`)
+        ? await get(`/v1/state?${query({ prefix: tree.root.prefix, limit: wanted.size, cursor: cursorAfter(before) })}`)
         : await get(`/v1/state?${query({ prefix: first.key, limit: 1 })}`);
       for (const e of r.items) {
         const row = wanted.get(e.key);
@@ -274,7 +148,8 @@ const fetchPreviews = lazily(async () => {
 let nodes = null, list = null, go = () => {}, prefix = null, open = null;
 const draw = lazily(() => {
   if (!nodes) return;
-  rows = flatten(root, []);
+  rows = tree.rows();
+  const { root } = tree;
   list.set(rows.length);
   const total = root.children.reduce((n, c) => n + (c.prefix ? c.count : 1), 0), isSome = !root.isDone || root.children.some((c) => c.isMore);
   say(nodes.info, !root.children.length ? '' : prefix || keyCount() === undefined ? `${isSome ? `${int(total)}+ keys` : many(total, 'key')}${prefix ? total === 1 && !isSome ? ' begins so' : ' begin so' : ''}` : many(keyCount(), 'key'));
@@ -289,7 +164,7 @@ const isFlashing = (r) => Date.now() - r.flash < 900;
 function sign(i) {
   const r = rows[i];
   if (!r || r.loads || (r.key !== undefined && isUnread(r))) return Symbol('to be read');
-  return `${r.depth} ${isFlashing(r) ? r.flash : ''} ${r.prefix !== undefined ? `${r.isOpen} ${r.count}${r.isMore}` : `${open?.key === r.key} ${r.expires ? endsIn(r.expires) : ''}`} ${JSON.stringify([r.sort, root.prefix, r.preview])}`;
+  return `${r.depth} ${isFlashing(r) ? r.flash : ''} ${r.prefix !== undefined ? `${r.isOpen} ${r.count}${r.isMore}` : `${open?.key === r.key} ${r.expires ? endsIn(r.expires) : ''}`} ${JSON.stringify([r.sort, tree.root.prefix, r.preview])}`;
 }
 function row(i) {
   const r = rows[i];
@@ -303,7 +178,8 @@ function row(i) {
   }
   if (isFlashing(r)) node.classList.add('flash');
   // Names are shown from where their branch begins; a prefix may end in the middle of one.
-  const up = r.depth === 0 ? root.prefix.slice(0, 1 + Math.max(root.prefix.lastIndexOf(':'), root.prefix.lastIndexOf('/'))) : parentOf(r);
+  const top = tree.root.prefix;
+  const up = r.depth === 0 ? top.slice(0, 1 + Math.max(top.lastIndexOf(':'), top.lastIndexOf('/'))) : tree.parentOf(r).prefix;
   if (r.prefix !== undefined) {
     node.setAttribute('aria-expanded', String(r.isOpen));
     node.append(Object.assign(icon(ICONS.right)), el('span', { class: 'name' }, visible(r.prefix.slice(up.length))), el('span', { class: 'count' }, `${int(r.count)}${r.isMore ? '+' : ''}`));
@@ -317,16 +193,6 @@ function row(i) {
     node.append(el('span', { class: left < 10_000 ? 'ends soon' : 'ends', title: 'time to live' }, endsIn(r.expires)));
   }
   return node;
-}
-function parentOf(r) {
-  // What stands above it in the tree is a prefix of it: the longest open branch.
-  const name = r.key ?? r.prefix;
-  let b = root;
-  for (;;) {
-    const end = separatorIn(b.prefix, name), inside = end < 0 ? null : b.children[place(b.children, name.slice(0, end))];
-    if (!inside?.isOpen || inside === r || inside.prefix !== name.slice(0, end)) return b.prefix;
-    b = inside;
-  }
 }
 function toggle(b, isOpen = !b.isOpen) {
   b.isOpen = isOpen;
@@ -793,7 +659,7 @@ export const state = {
       return leave(() => { open = null; go('state', Object.fromEntries(params)); });
     }
     if (nodes.filter !== document.activeElement) nodes.filter.value = next;
-    if (next !== prefix) { prefix = next; root = branch('', 0); nodes.tree.scrollTop = 0; list.active = -1; load(); }
+    if (next !== prefix) { prefix = next; tree = new Tree('', 0, preview); nodes.tree.scrollTop = 0; list.active = -1; load(); }
     if (key !== null) openKey(key);
     else if (open && !open.isNew) open = null;
     if (!open) { nodes.detail.hidden = true; nodes.split.classList.remove('two'); }

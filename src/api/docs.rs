@@ -31,6 +31,7 @@ pub const ASSETS: &[(&str, &str)] = &[
     ("server.js", include_str!("../../console/server.js")),
     ("state.js", include_str!("../../console/state.js")),
     ("theme.js", include_str!("../../console/theme.js")),
+    ("tree.js", include_str!("../../console/tree.js")),
     ("vectors.js", include_str!("../../console/vectors.js")),
 ];
 
