@@ -14,7 +14,8 @@
 //! Queues: `waiting` holds each collection that has work once; `jobs` and `stood_in` what collections have given out. Their
 //! locks are held to push or pop. A shutdown waits for one job.
 
-use super::collections::{Job, SharedCollection};
+use super::collections::SharedCollection;
+use super::upkeep::Job;
 use super::{Poison, spawn_vital};
 use crate::turns::{self, Turn};
 use crate::vector::graph::Scratch;

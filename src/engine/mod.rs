@@ -29,6 +29,7 @@
 
 pub mod answers;
 pub mod backup;
+mod checkpoint;
 pub mod clock;
 pub mod codec;
 pub mod collections;
@@ -44,6 +45,7 @@ pub mod search;
 pub mod sequencer;
 pub mod snapshot;
 pub mod state;
+mod upkeep;
 pub mod view;
 pub mod wal;
 pub mod zeros;
