@@ -20,6 +20,7 @@ pub mod heap;
 pub mod keys;
 #[cfg(test)]
 mod lab;
+pub mod logging;
 pub mod npy;
 pub mod revision;
 pub mod turns;

@@ -5,7 +5,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Par
 use kiss_vdb::api::auth::Auth;
 use kiss_vdb::api::live::StreamThreads;
 use kiss_vdb::api::tls::Tls;
-use kiss_vdb::api::{AUDIT, App, serve, service};
+use kiss_vdb::api::{App, serve, service};
 use kiss_vdb::cli::{self, CliVerb};
 use kiss_vdb::config::{Config, Resolved, SETTINGS, Setting};
 use kiss_vdb::engine::frame::push_fmt;
@@ -13,7 +13,7 @@ use kiss_vdb::engine::{COLLECTION_FILES, Engine, collections_max};
 use kiss_vdb::error::Error;
 use kiss_vdb::heap::{self, Heap};
 use kiss_vdb::turns::{self, Turn};
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,10 +23,6 @@ use tokio::net::TcpSocket;
 use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::filter::{FilterExt, filter_fn};
-use tracing_subscriber::layer::{Layer, SubscriberExt};
-use tracing_subscriber::util::SubscriberInitExt;
 
 #[global_allocator]
 static HEAP: Heap = Heap;
@@ -161,35 +157,11 @@ fn print_config(resolved: &Resolved) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lines that wait to be written; more are dropped.
-const LOG_LINES_MAX: usize = 4096;
-
-/// Lines go to stderr by a thread of their own, which is ended by dropping what this gives: a pipe whose reader has stalled would
-/// otherwise hold up requests, and the stop.
-fn start_logging(config: &Config) -> anyhow::Result<WorkerGuard> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level).with_context(|| {
-        format!("log_level = {:?} (RUST_LOG) is not a tracing filter such as info", config.log_level)
-    })?;
-    let stderr = NonBlockingBuilder::default().buffered_lines_limit(LOG_LINES_MAX).thread_name("log");
-    let (stderr, thread) = stderr.finish(std::io::stderr());
-    let lines = tracing_subscriber::fmt::layer().with_writer(stderr.clone());
-    let lines = if config.log_json {
-        lines.json().boxed()
-    } else {
-        lines.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed()
-    };
-    // The audit is for machines, and not a matter of levels.
-    let is_audit = filter_fn(|meta| meta.target() == AUDIT);
-    let audit = tracing_subscriber::fmt::layer().json().with_writer(stderr).with_filter(is_audit.clone());
-    tracing_subscriber::registry().with(lines.with_filter(is_audit.not()).with_filter(filter)).with(audit).init();
-    Ok(thread)
-}
-
 fn run_server(resolved: &Resolved) -> anyhow::Result<()> {
     let config = resolved.build()?;
     // Before there are other threads.
     heap::keep_giving_back().context("cannot start a thread")?;
-    let _log = start_logging(&config)?;
+    let _log = kiss_vdb::logging::start(&config)?;
     // A file larger than the process may write is an error like a full disk's, and not its end.
     // SAFETY: nothing is called by it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
@@ -272,19 +244,17 @@ struct Stop {
 }
 
 impl Stop {
-    /// From here on SIGTERM, SIGINT and SIGHUP (a terminal that goes) are ours. By itself the system ends nothing that runs as the first process of a container.
+    /// From here on SIGTERM and SIGINT are ours. By itself the system ends nothing that runs as the first process of a container.
     fn on_signals(runtime: &Runtime) -> anyhow::Result<Self> {
         let _entered = runtime.enter();
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
         let stop = Self { wanted: Arc::new(watch::channel(false).0), is_open: Arc::default() };
         let (wanted, is_open) = (Arc::clone(&stop.wanted), Arc::clone(&stop.is_open));
         runtime.spawn(async move {
             let name = tokio::select! {
                 _ = interrupt.recv() => "SIGINT",
                 _ = terminate.recv() => "SIGTERM",
-                _ = hangup.recv() => "SIGHUP",
             };
             tracing::info!(signal = name, "stopping");
             wanted.send_replace(true);

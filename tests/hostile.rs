@@ -416,28 +416,50 @@ async fn large_answers_that_nobody_reads_are_bounded_and_small_ones_pass() {
     for n in 0..32 {
         ok(c, &format!(r#"PUT /v1/state/large/{n} {{"value":"{value}"}}"#)).await;
     }
-    let mut readers = Vec::new();
-    let mut page = call(c, "GET /v1/state?prefix=large/").await;
-    while page.status == 200 {
-        assert!(readers.len() < 9, "256 MiB are eight pages");
-        let mut socket = connect(&server.target).await;
-        socket.write_all(b"GET /v1/state?prefix=large/ HTTP/1.1\r\nhost: h\r\n\r\n").await.unwrap();
-        // Its first bytes tell that it is made.
-        socket.read_exact(&mut [0; 12]).await.unwrap();
-        readers.push(socket);
-        page = call(c, "GET /v1/state?prefix=large/").await;
+    let page = "GET /v1/state?prefix=large/";
+    // As the loop of our own answers, and as hyper does.
+    for rest in [
+        " HTTP/1.1\r\nhost: h\r\n\r\n",
+        " HTTP/1.0\r\n\r\n",
+        " HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    ] {
+        let mut readers = Vec::new();
+        let mut answer = call(c, page).await;
+        while answer.status == 200 {
+            assert!(readers.len() < 9, "256 MiB are eight pages: {rest:?}");
+            let mut socket = connect(&server.target).await;
+            socket.write_all(format!("{page}{rest}").as_bytes()).await.unwrap();
+            // Its first bytes tell that it is made.
+            socket.read_exact(&mut [0; 12]).await.unwrap();
+            readers.push(socket);
+            answer = call(c, page).await;
+        }
+        assert!(readers.len() > 5, "{} readers had a page", readers.len());
+        assert_eq!((answer.status.as_u16(), &answer.json().unwrap()["code"]), (503, &json!("overloaded")));
+        assert_eq!(answer.headers["retry-after"], "1");
+        // A value in JSON is sent from where it is, and takes no memory.
+        assert_eq!(ok(c, "GET /v1/state/large/1").await["value"], value);
+        ok(c, "GET /v1/state?prefix=large/&keys_only=true").await;
+        ok(c, r#"PUT /v1/state/small {"value":{}}"#).await;
+        ok(c, r#"PATCH /v1/state/small {"a":1}"#).await;
+        ok(c, r#"POST /v1/batch {"ops":[{"op":"patch","key":"small","patch":{"b":2}}]}"#).await;
+        drop(readers);
+        while call(c, page).await.status == 503 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
-    assert!(readers.len() > 5, "{} readers had a page", readers.len());
-    assert_eq!((page.status.as_u16(), &page.json().unwrap()["code"]), (503, &json!("overloaded")));
-    assert_eq!(page.headers["retry-after"], "1");
-    // A value in JSON is sent from where it is, and takes no memory.
-    assert_eq!(ok(c, "GET /v1/state/large/1").await["value"], value);
-    ok(c, "GET /v1/state?prefix=large/&keys_only=true").await;
-    ok(c, r#"PUT /v1/state/small {"value":1}"#).await;
-    drop(readers);
-    while call(c, "GET /v1/state?prefix=large/").await.status == 503 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    // What one search would carry has a limit of its own: few vectors stand in the answer to each of many queries.
+    ok(c, r#"POST /v1/vector/v {"dim":2,"metric":"l2"}"#).await;
+    let text = "x".repeat(60_000);
+    for n in 0..20 {
+        ok(c, &format!(r#"POST /v1/vector/v/add {{"id":"{n}","vector":[{n},1],"meta":{{"t":"{text}"}}}}"#)).await;
     }
+    let query = r#"{"vector":[1,1],"k":20,"include_meta":true}"#;
+    let queries =
+        |count: usize| format!(r#"POST /v1/vector/v/search {{"queries":[{}]}}"#, vec![query; count].join(","));
+    ok(c, &queries(10)).await;
+    let refused = call(c, &queries(120)).await;
+    assert_eq!(refused.status, 400, "{:?}", refused.json());
 }
 
 /// However a request is cut into packets, and whatever came before it on its connection, it is answered the same.

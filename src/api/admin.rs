@@ -8,6 +8,7 @@ use crate::engine::frame::push_fmt;
 use crate::engine::snapshot::Pace;
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
+use crate::logging::dropped_lines;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
@@ -202,6 +203,7 @@ impl Collector for Gauges {
             let metric = ConstCounter::new(value);
             metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
         };
+        counter("kiss_log_lines_dropped", "Lines of the log dropped, as stderr took them too slowly", dropped_lines())?;
         counter("kiss_stream_events", "Events handed to streams", load(&stats.delivered))?;
         counter("kiss_stream_ring_misses", "Times a stream had to read the log", load(&stats.ring_misses))?;
         counter("kiss_stream_resets", "Streams told that their position cannot be honoured", load(&stats.resets))

@@ -8,7 +8,9 @@ use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http_body::{Body as _, Frame, SizeHint};
+use futures_util::FutureExt;
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -134,16 +136,27 @@ impl OnTheirWay {
         Self { bytes: Arc::default(), bytes_max }
     }
 
-    /// Room for an answer that is about to be made, of about so many bytes.
-    pub fn room(&self, bytes: usize) -> Result<Room, Rejection> {
-        let mut room = Room { bytes: 0, all: Arc::clone(&self.bytes), all_max: self.bytes_max };
-        room.grow_to(bytes)?;
+    /// Room for an answer that is about to be made, of about so many bytes; none is needed for a small one. Refused where it is
+    /// too much for all together.
+    pub fn room(&self, bytes: usize) -> Result<Option<Room>, Rejection> {
+        let mut room = None;
+        self.grow(&mut room, bytes)?;
         Ok(room)
     }
 
-    /// Refuses what may have a large answer and can no longer be refused when that is known: a write.
-    pub fn check(&self) -> Result<(), Rejection> {
-        if self.bytes.load(Ordering::Relaxed) < self.bytes_max { Ok(()) } else { Err(TOO_MANY) }
+    /// The same for one that grows while it is made.
+    pub fn grow(&self, room: &mut Option<Room>, bytes: usize) -> Result<(), Rejection> {
+        if bytes <= LARGE_BYTES || room.as_ref().is_some_and(|room| room.bytes >= bytes) {
+            return Ok(());
+        }
+        if self.take(room, bytes) { Ok(()) } else { Err(TOO_MANY) }
+    }
+
+    /// Takes it, and tells whether it was there.
+    fn take(&self, room: &mut Option<Room>, bytes: usize) -> bool {
+        let room = room.get_or_insert_with(|| Room { bytes: 0, all: Arc::clone(&self.bytes) });
+        let more = bytes - std::mem::replace(&mut room.bytes, bytes);
+        self.bytes.fetch_add(more, Ordering::Relaxed) + more <= self.bytes_max
     }
 
     /// Counts an answer, if it is large, until it is sent or given up. Beyond the limit one that `may_be_refused` is, because
@@ -156,14 +169,19 @@ impl OnTheirWay {
         if !is_large {
             return Ok(answer);
         }
-        let (parts, body) = answer.into_response().into_parts();
-        let bytes = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
-        let mut room = Room { bytes: 0, all: Arc::clone(&self.bytes), all_max: self.bytes_max };
-        let has_room = room.grow_to(bytes);
-        if may_be_refused {
-            has_room?;
+        let (parts, mut body) = answer.into_response().into_parts();
+        // Made of a text, it is ready, and in one piece.
+        let piece = body.frame().now_or_never().flatten().and_then(Result::ok).and_then(|frame| frame.into_data().ok());
+        let text = piece.unwrap_or_default();
+        let mut room = None;
+        let has_room = self.take(&mut room, text.len());
+        if may_be_refused && !has_room {
+            return Err(TOO_MANY.into());
         }
-        Ok(Response::from_parts(parts, Body::new(Counted { body, _room: room })).into())
+        // With the text itself rather than with the body: hyper lets go of a body when it has the last of its bytes, and holds
+        // these until the client has taken them.
+        let counted = Bytes::from_owner(Counted { text, _room: room });
+        Ok(Response::from_parts(parts, Body::from(counted)).into())
     }
 }
 
@@ -175,19 +193,6 @@ const TOO_MANY: Rejection =
 pub struct Room {
     bytes: usize,
     all: Arc<AtomicUsize>,
-    all_max: usize,
-}
-
-impl Room {
-    /// Takes more of it. Refused where it is too much for all together.
-    pub fn grow_to(&mut self, bytes: usize) -> Result<(), Rejection> {
-        if bytes <= LARGE_BYTES.max(self.bytes) {
-            return Ok(());
-        }
-        let more = bytes - std::mem::replace(&mut self.bytes, bytes);
-        let all = self.all.fetch_add(more, Ordering::Relaxed) + more;
-        if all <= self.all_max { Ok(()) } else { Err(TOO_MANY) }
-    }
 }
 
 impl Drop for Room {
@@ -196,26 +201,15 @@ impl Drop for Room {
     }
 }
 
-/// A body that takes room until it is dropped.
+/// A text that takes room.
 struct Counted {
-    body: Body,
-    _room: Room,
+    text: Bytes,
+    _room: Option<Room>,
 }
 
-impl http_body::Body for Counted {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.text
     }
 }
 
@@ -234,16 +228,15 @@ mod tests {
         // As the connection's loop has it, and as axum's router does.
         let of_router = Answer::Full(answer(large).into_response());
         let held = [answer(large), of_router].map(|answer| on_their_way.count(answer, true).unwrap());
-        assert!(on_their_way.check().is_err(), "full");
         assert!(on_their_way.count(answer(large), true).is_err(), "a read");
         assert!(on_their_way.count(answer(large - 1), true).is_ok(), "a small one");
         assert!(on_their_way.count(answer(large), false).is_ok(), "a write, which is done");
         assert!(on_their_way.room(large).is_err() && on_their_way.room(large - 1).is_ok(), "one that is being made");
         drop(held);
         let mut room = on_their_way.room(large).unwrap();
-        assert!(room.grow_to(2 * large).is_ok() && on_their_way.check().is_err() && room.grow_to(3 * large).is_err());
+        assert!(on_their_way.grow(&mut room, 2 * large).is_ok() && on_their_way.grow(&mut room, 3 * large).is_err());
         drop(room);
         assert_eq!(on_their_way.bytes.load(Ordering::Relaxed), 0);
-        assert!(on_their_way.check().is_ok() && on_their_way.count(answer(large), true).is_ok());
+        assert!(on_their_way.count(answer(large), true).is_ok());
     }
 }

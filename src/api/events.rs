@@ -580,7 +580,7 @@ async fn history(
     subscription.look_at_everything();
     let deadline = Instant::now() + wait;
     let deadline = access.and_then(|access| access.ends_at).map_or(deadline, |at| deadline.min(at));
-    let mut room = app.answers.room(0)?;
+    let mut room = None;
     let mut out = String::from("{\"events\":[");
     let mut count = 0;
     while count < limit && out.len() < HISTORY_BYTES_MAX {
@@ -605,7 +605,7 @@ async fn history(
                     out.push_str(frame.json(include_vector));
                     count += 1;
                 }
-                room.grow_to(out.len())?;
+                app.answers.grow(&mut room, out.len())?;
             }
             Ok(Some(Step::Reset(ResetReason::Compacted, _))) => return Err(compacted().into()),
             // The log is damaged there; the server's log says where.

@@ -597,7 +597,7 @@ fn fault<'a, T: Deserialize<'a>>(text: &'a str, error: &serde_json::Error) -> St
     let words = in_plain_words(error);
     let parsed: Result<T, _> = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text));
     let path = parsed.err().map(|error| error.path().to_string());
-    match path.filter(|path| path != "." && !words.contains(&format!("`{path}`"))) {
+    match path.filter(|path| path != "." && !path.contains('?') && !words.contains(&format!("`{path}`"))) {
         Some(path) => format!("{path}: {words}"),
         None => words,
     }
@@ -629,7 +629,7 @@ pub fn condition(headers: &Fields, if_revision: Option<Revision>) -> ApiResult<C
 /// Refuses the headers where they are not looked at: a condition that is overlooked is a write that its sender did not want.
 pub fn check_unconditional(headers: &Fields) -> ApiResult<()> {
     if [header::IF_MATCH, header::IF_NONE_MATCH].into_iter().any(|name| headers.first(name).is_some()) {
-        return Err(invalid("If-Match and If-None-Match are for /v1/state/{key}; here give if_revision in the body"));
+        return Err(invalid("If-Match and If-None-Match are for keys; elsewhere give if_revision, where it is taken"));
     }
     Ok(())
 }

@@ -150,6 +150,12 @@ impl App {
 
     /// The same for a part of a request that takes several commands: its answer is not remembered.
     pub async fn commit_part(&self, head: &Head, command: Command) -> ApiResult<Committed> {
+        if !head.uri.path().starts_with(state::PREFIX) {
+            check_unconditional(&head.headers)?;
+        }
+        if head.grant.as_ref().is_some_and(|grant| grant.is_revoked()) {
+            return Err(ApiError::Unauthorized("the key has ended meanwhile"));
+        }
         for (index, op) in command.ops.iter().enumerate() {
             head.need_op(op).map_err(|e| if command.is_batch { e.at(index) } else { e })?;
         }
@@ -399,13 +405,6 @@ impl Guard {
     async fn answer_in_bounds(&self, head: Head, body: Payload, route: &'static str) -> ApiResult {
         let app = &self.app;
         let is_read = matches!(head.method, Method::GET | Method::HEAD);
-        if !is_read && route != KEY_ROUTE {
-            check_unconditional(&head.headers)?;
-        }
-        if head.method == Method::PATCH || route == BATCH_ROUTE {
-            // Other writes are not answered with values.
-            app.answers.check()?;
-        }
         // Nobody reads the body of such a one.
         let answer = match app.admit(if is_read { Some(0) } else { body.bytes_max() }).await? {
             None => self.route(head, body, route).await,

@@ -33,7 +33,7 @@ use serde_json::value::RawValue;
 use std::sync::Arc;
 
 /// Where keys begin in the path.
-const PREFIX: &str = "/v1/state/";
+pub const PREFIX: &str = "/v1/state/";
 /// `job_id` and `tags` as clients send them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -114,7 +114,9 @@ impl AsRef<[u8]> for Held {
 }
 
 async fn commit_one(app: &App, head: &Head, body: &[u8], op: Op) -> ApiResult {
-    let committed = app.commit(head, body, Command::one(op)).await?;
+    let command = Command::one(op);
+    let _room = app.answers.room(app.engine.patched_bytes(&command))?;
+    let committed = app.commit(head, body, command).await?;
     let outcome = &committed.outcomes[0];
     let status = match outcome {
         Outcome::Put { created: true, .. } | Outcome::Patched { created: true, .. } => StatusCode::CREATED,
@@ -210,7 +212,8 @@ pub async fn get(State(app): State<App>, head: Head) -> ApiResult {
         if matches!(&entry.value, Value::Json(text) if text.len() > LARGE_BYTES) {
             return Ok(Answer::pieces(entry_pieces(&key, &entry), entry.revision));
         }
-        let _room = app.answers.room(entry.value.len())?;
+        // Bytes grow by a third, as base64.
+        let _room = app.answers.room(entry.value.len() / 3 * 4)?;
         let mut out = String::with_capacity(128 + key.len() + entry.value.len());
         aside(entry.value.len(), || push_entry(&mut out, &key, &entry, true));
         return Ok(Answer::Json(Json { status: StatusCode::OK, body: out, revision: Some(entry.revision) }));
@@ -490,7 +493,9 @@ pub async fn batch(State(app): State<App>, head: Head, body: Payload) -> ApiResu
         parsed
     };
     let ops: Result<Vec<Op>, Rejection> = aside(bytes.len(), || body.ops.into_iter().enumerate().map(parse).collect());
-    let committed = app.commit(&head, &bytes, Command::batch(ops?)).await?;
+    let command = Command::batch(ops?);
+    let _room = app.answers.room(app.engine.patched_bytes(&command))?;
+    let committed = app.commit(&head, &bytes, command).await?;
     let mut out = String::from("{\"results\":[");
     push_list(&mut out, &committed.outcomes, push_outcome);
     push_fmt(

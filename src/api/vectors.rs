@@ -38,6 +38,8 @@ const GROUP_SIZE_MAX: usize = 100;
 const GROUPED_MAX: usize = 8;
 /// Numbers of vectors one answer may carry (`include_vector`): 10,000,000 are 100 MB of JSON.
 const ANSWER_NUMBERS_MAX: usize = 10_000_000;
+/// Bytes of vectors and metadata one answer may carry: as much as the numbers are.
+const ANSWER_BYTES_MAX: usize = ANSWER_NUMBERS_MAX * NUMBER_BYTES;
 /// Text of a number, on average: a digit before the point, eight after it, a comma.
 const NUMBER_BYTES: usize = 12;
 /// Most scores one request may ask to keep: `queries` times (`offset` + `k`). Bounds memory for a search.
@@ -78,6 +80,13 @@ pub async fn create(State(app): State<App>, path: NamePath, head: Head, body: Pa
     }
     // It may be deleted by now; then say so rather than invent an answer.
     let shared = app.engine.collection(collection.as_str())?;
+    if head.need_collection(Right::Read, collection.as_str()).is_err() {
+        // As it was made: what it holds by now is for who may read it.
+        let revision = shared.created();
+        let untold = Shape { count: 0, has_graph: false, indexed: 0, memory_bytes: 0, revision };
+        push_collection(&mut out, collection.as_str(), spec, &untold);
+        return Ok(json(status, out));
+    }
     push_info(&mut out, &app.engine, collection.as_str(), &shared);
     Ok(json(status, out))
 }
@@ -404,10 +413,11 @@ pub async fn list(State(app): State<App>, path: NamePath, head: Head) -> ApiResu
     let mut has_more = items.len() > limit;
     items.truncate(limit);
     let numbers = items.iter().filter_map(|item| item.vector.as_ref()).map(|vector| vector.len()).sum::<usize>();
-    let _room = app.answers.room((numbers * NUMBER_BYTES).min(PAGE_BYTES_MAX))?;
+    let text_bytes = numbers * NUMBER_BYTES + items.iter().map(|item| item.meta.text().len()).sum::<usize>();
+    let _room = app.answers.room(text_bytes.min(PAGE_BYTES_MAX))?;
     let mut out = String::from("{\"items\":[");
     let mut count = 0;
-    aside(numbers * NUMBER_BYTES, || {
+    aside(text_bytes, || {
         for item in &items {
             if out.len() > PAGE_BYTES_MAX {
                 has_more = true;
@@ -641,6 +651,20 @@ fn hit_count(found: &Found) -> usize {
     }
 }
 
+/// Bytes of the metadata that hits carry.
+fn meta_bytes(answers: &[SearchAnswer], body: &SearchBody<'_>) -> usize {
+    let of_hits = |hits: &[Hit]| hits.iter().map(|hit| hit.meta.text().len()).sum::<usize>();
+    let of_answer = |(at, answer): (usize, &SearchAnswer)| {
+        let query = body.queries.as_ref().map_or(body, |queries| &queries[at].0);
+        match &answer.found {
+            _ if query.include_meta != Some(true) => 0,
+            Found::Hits(hits) => of_hits(hits),
+            Found::Groups(groups) => groups.iter().map(|(_, hits)| of_hits(hits)).sum(),
+        }
+    };
+    answers.iter().enumerate().map(of_answer).sum()
+}
+
 /// Numbers of the vectors that hits carry.
 fn number_count(found: &Found) -> usize {
     let count =
@@ -705,8 +729,14 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Pa
     let mut out = String::with_capacity(1024);
     out.push('{');
     let numbers = answers.iter().map(|answer| number_count(&answer.found)).sum::<usize>();
-    let _room = app.answers.room(numbers * NUMBER_BYTES)?;
-    aside(numbers * NUMBER_BYTES, || match &body.queries {
+    let text_bytes = numbers * NUMBER_BYTES + meta_bytes(&answers, &body);
+    if text_bytes > ANSWER_BYTES_MAX {
+        return Err(invalid(format!(
+            "with its metadata the answer would be larger than {ANSWER_BYTES_MAX} bytes; ask for fewer hits, or without include_meta"
+        )));
+    }
+    let _room = app.answers.room(text_bytes)?;
+    aside(text_bytes, || match &body.queries {
         None => push_answer(&mut out, &answers[0], &body),
         Some(queries) => {
             out.push_str("\"results\":[");

@@ -90,6 +90,7 @@ pub async fn serve(
         stopped: pin!(tokio::task::unconstrained(stop.wait_for(|stop| *stop))),
         stop_flag: &stop_flag,
         is_waiting: false,
+        is_stopped: false,
         is_alarm_set: false,
         has_answered: false,
     };
@@ -259,6 +260,8 @@ struct Idle<'a, S> {
     /// The same stop as in `stopped`, only cheap to ask.
     stop_flag: &'a watch::Receiver<bool>,
     is_waiting: bool,
+    /// `stopped` has ended, and is not to be polled again.
+    is_stopped: bool,
     /// The alarm wakes this task.
     is_alarm_set: bool,
     /// Since the alarm was set.
@@ -269,9 +272,13 @@ impl<S: Future> Idle<'_, S> {
     /// Ready when there was no request for [`HEAD_TIMEOUT`], or at the server's stop. The alarm is set again only when it goes off,
     /// so a connection may be idle for up to twice as long; set for each request it would cost a twentieth of a small one.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.is_stopped {
+            return Poll::Ready(());
+        }
         if !self.is_waiting || self.stop_flag.has_changed().unwrap_or(true) {
             self.is_waiting = true;
-            if self.stopped.as_mut().poll(cx).is_ready() {
+            self.is_stopped = self.stopped.as_mut().poll(cx).is_ready();
+            if self.is_stopped {
                 return Poll::Ready(());
             }
         }

@@ -69,6 +69,7 @@ use search::{INLINE_COST, Search, SearchAnswer, SearchTicket};
 use sequencer::{Request, Sequencer};
 use snapshot::Pace;
 use state::State;
+use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -316,15 +317,35 @@ impl Engine {
         if command.ops.iter().any(Op::is_about_vectors) {
             return command.ops.iter().map(Op::weight).sum::<usize>().max(1);
         }
-        let patched = command.ops.iter().filter_map(|op| if let Op::Patch { key, .. } = op { Some(key) } else { None });
-        let mut patched = patched.peekable();
-        if patched.peek().is_none() {
+        let bytes = self.patched_bytes(command);
+        if bytes > SLOW_PATCH_BYTES { bytes / PATCHED_BYTES_LIKE_A_VECTOR } else { 0 }
+    }
+
+    /// Bytes that a command's patches read and write, each a value: as large as it is now, or as the command itself makes it.
+    #[must_use]
+    pub fn patched_bytes(&self, command: &Command) -> usize {
+        if !command.ops.iter().any(|op| matches!(op, Op::Patch { .. })) {
             return 0;
         }
-        // As large as they are now: earlier commands may change that, and then the guess is wrong by one batch.
+        let mut made = HashMap::new();
+        let mut bytes = 0;
         let state = self.inner.state.read();
-        let bytes: usize = patched.filter_map(|key| state.get(key.as_str(), 0)).map(|entry| entry.value.len()).sum();
-        if bytes > SLOW_PATCH_BYTES { bytes / PATCHED_BYTES_LIKE_A_VECTOR } else { 0 }
+        for op in &command.ops {
+            match op {
+                Op::Put { key, value, .. } if command.ops.len() > 1 => drop(made.insert(key, value.len())),
+                Op::Patch { key, patch, .. } => {
+                    let stored = || state.get(key.as_str(), 0).map_or(0, |entry| entry.value.len());
+                    let whole = made.get(key).copied().unwrap_or_else(stored) + patch.len();
+                    bytes += whole;
+                    if command.ops.len() > 1 {
+                        made.insert(key, whole);
+                    }
+                }
+                _ => {}
+            }
+        }
+        // With more it is refused.
+        bytes.min(self.inner.record_bytes_max)
     }
 
     async fn wait_for_room(&self, command: &Command) -> Result<(), Rejection> {
@@ -758,6 +779,15 @@ mod tests {
         let last = patched.into_iter().map(|committed| committed.unwrap().last_revision).max().unwrap();
         let small = small.unwrap().last_revision;
         assert!(small.plus(10) < last, "the put is {small}, the last patch {last}");
+        // Also where the value is made by the command itself, and of it nothing may be left.
+        let ops: Vec<Op> = [put("new", "x".repeat(60_000)), patch(), patch()].into_iter().flat_map(|c| c.ops).collect();
+        let renamed = ops.into_iter().map(|op| match op {
+            Op::Patch { patch, ttl_ms, condition, .. } => {
+                Op::Patch { key: Key::new("new").unwrap(), patch, ttl_ms, condition }
+            }
+            other => other,
+        });
+        assert_eq!(engine.patched_bytes(&Command::batch(renamed.collect())), 2 * 60_000 + 2 + 4);
         threads.stop();
     }
 

@@ -389,7 +389,9 @@ impl SearchTicket {
                 scan = self.rescore(search, &found);
                 is_clear = tells_apart(&scan, rescored);
             }
-            if !is_clear && numbers <= EXACT_INSTEAD {
+            // The matches of a scan were all looked at; whatever it takes, equals come by id.
+            let has_equals = plan.way == Way::Scan && has_equals(graph, &scan, wanted);
+            if !is_clear && (numbers <= EXACT_INSTEAD || has_equals) {
                 plan.given_up = Some(plan.way);
                 return None;
             }
@@ -530,17 +532,15 @@ fn tells_apart(
         None if is_full => found.last().map_or(f32::MAX, |&(_, distance)| distance),
         None => return true,
     };
-    let mut kept: Vec<(u32, f32)> =
-        scan.top.kept().map(|c| (c.slot.0, Probe::distance_of(graph.metric(), c.score))).collect();
-    kept.sort_unstable_by(|a, b| a.1.total_cmp(&b.1));
+    if by_id && has_equals(graph, scan, wanted) {
+        // Others, left out, may be as near, and come first by their id.
+        return false;
+    }
+    let kept = nearest(graph, scan);
     let Some(&(_, last)) = wanted.checked_sub(1).and_then(|last| kept.get(last)) else {
         // Some died meanwhile.
         return true;
     };
-    if by_id && kept.get(wanted).is_some_and(|&(_, next)| next == last) {
-        // Others, left out, may be as near, and come first by their id.
-        return false;
-    }
     if last <= 0.0 && !probe.is_by_products() {
         // Nothing is nearer.
         return true;
@@ -566,6 +566,20 @@ fn tells_apart(
     let (common, spread) = ((least + most) / 2.0, (most - least) / 2.0);
     let spread = if is_exact { spread } else { spread.max(DEVIATIONS * expected) };
     last + common + spread <= next + tolerance
+}
+
+/// What was scored again, the nearest first.
+fn nearest(graph: &Graph, scan: &Scan) -> Vec<(u32, f32)> {
+    let mut kept: Vec<(u32, f32)> =
+        scan.top.kept().map(|c| (c.slot.0, Probe::distance_of(graph.metric(), c.score))).collect();
+    kept.sort_unstable_by(|a, b| a.1.total_cmp(&b.1));
+    kept
+}
+
+/// Whether the last hit and the next candidate are equally near.
+fn has_equals(graph: &Graph, scan: &Scan, wanted: usize) -> bool {
+    let kept = nearest(graph, scan);
+    wanted.checked_sub(1).is_some_and(|last| kept.get(last..last + 2).is_some_and(|pair| pair[0].1 == pair[1].1))
 }
 
 /// All slots of a bitmap.

@@ -308,16 +308,14 @@ impl Sequencer {
         if !commands.is_empty() {
             self.last_fast = Instant::now();
         }
-        if let Some(((command, _), _)) = self.slow.front()
-            && !command.ops.iter().any(Op::is_about_vectors)
-        {
-            // Patches may take the writer most of a second to decide: too long for what one more sync takes.
-            self.commit_all(&mut commands);
-        }
         let mut slowness = 0;
         while slowness < COMMIT_VECTORS
             && let Some((waiting, more)) = self.slow.pop_front()
         {
+            if !waiting.0.ops.iter().any(Op::is_about_vectors) {
+                // Patches may take the writer most of a second to decide: nothing waits for them that would take a sync more.
+                self.commit_all(&mut commands);
+            }
             slowness += more;
             commands.push_back(waiting);
         }
