@@ -34,6 +34,7 @@ use std::sync::Arc;
 
 /// Where keys begin in the path.
 pub const PREFIX: &str = "/v1/state/";
+
 /// `job_id` and `tags` as clients send them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
