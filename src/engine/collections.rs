@@ -83,7 +83,7 @@ pub struct SharedCollection {
     pub(super) jobs_out: AtomicUsize,
     /// A sync of the rows failed: no more checkpoints until a restart.
     pub(super) rows_failed: AtomicBool,
-    /// Slots the tail may hold before vector writes wait: [`TAIL_MAX`], or more while the graph catches up with vectors that
+    /// Slots the tail may hold before vector writes wait: [`super::linker::TAIL_MAX`], or more while the graph catches up with vectors that
     /// were there before it. Never grows.
     pub(super) tail_limit: AtomicUsize,
     /// [`Collection::charged_bytes`] as of the last change.
