@@ -1,10 +1,11 @@
 # Two commands: `make run` builds and serves, `make test` installs what it needs and passes everything.
-.PHONY: run build demo bench test test-long lint contract console screenshots clients check-deploy deb image clean-venv
+.PHONY: run build demo bench test test-long lint contract console console-format screenshots clients check-deploy deb image clean-venv
 
 CARGO ?= cargo
 BINARY := target/release/kiss-vdb
 VENV := target/venv
 NODE_DIR := target/node
+PRETTIER := --print-width 140 --single-quote
 
 run:
 	$(CARGO) run --release --locked -- serve
@@ -56,10 +57,14 @@ $(VENV)/ready: tests/requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-# The console in Chromium.
+# The console in Chromium, and in the form that prettier gives it (`make console-format`).
 console: build $(NODE_DIR)/ready
 	command -v chromium >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium)
+	cd $(NODE_DIR) && npx prettier $(PRETTIER) --check $(CURDIR)/console/*.js
 	cd $(NODE_DIR) && cp $(CURDIR)/tests/console.mjs . && node console.mjs $(CURDIR)/$(BINARY)
+
+console-format: $(NODE_DIR)/ready
+	cd $(NODE_DIR) && npx prettier $(PRETTIER) --write $(CURDIR)/console/*.js
 
 # The pictures in docs/console.md, of a server that does something. Takes two minutes.
 screenshots: build $(NODE_DIR)/ready

@@ -15,13 +15,14 @@ import { vectors } from './vectors.js';
 
 const $ = (id) => document.getElementById(id);
 const views = { overview, state, events, vectors, jobs };
-const sections = {}, tabs = {};
+const sections = {},
+  tabs = {};
 let view = null;
 
 // ---- Views ------------------------------------------------------------------------------------------------------------
 for (const [name, { title }] of Object.entries(views)) {
-  const tab = tabs[name] = Object.assign(document.createElement('a'), { href: `#${name}`, textContent: title });
-  const section = sections[name] = Object.assign(document.createElement('section'), { id: `view-${name}`, hidden: true });
+  const tab = (tabs[name] = Object.assign(document.createElement('a'), { href: `#${name}`, textContent: title }));
+  const section = (sections[name] = Object.assign(document.createElement('section'), { id: `view-${name}`, hidden: true }));
   section.setAttribute('aria-label', title);
   $('tabs').append(tab);
   $('main').append(section);
@@ -35,7 +36,10 @@ export function go(name, params = {}) {
 function route() {
   const [name, q = ''] = location.hash.slice(1).split('?');
   const wanted = Object.hasOwn(views, name) ? name : 'overview';
-  if (view && view !== wanted) { views[view].hide?.(); scrollTo(0, 0); }
+  if (view && view !== wanted) {
+    views[view].hide?.();
+    scrollTo(0, 0);
+  }
   view = wanted;
   document.title = `${views[view].title} · KISS VDB`;
   for (const [other, tab] of Object.entries(tabs)) {
@@ -54,7 +58,10 @@ addEventListener('hashchange', route);
 // ---- The connection ---------------------------------------------------------------------------------------------------
 // A filter that matches nothing, and a heartbeat each second that carries the newest revision: what it costs does not grow
 // with what the server does. While this stream stands, what is shown is true; when it does not, the page says so.
-let head = null, lostAt = null, refusal = '', link = 'connecting';
+let head = null,
+  lostAt = null,
+  refusal = '',
+  link = 'connecting';
 function setHead(n, isReset = false) {
   if (!Number.isSafeInteger(n) || (!isReset && head !== null && n <= head)) return;
   head = n;
@@ -89,12 +96,16 @@ function banner() {
   $('banner').hidden = !isAway && !refusal && !stalled;
   say($('pill-text'), stalled ? 'not live' : link);
   $('pill').classList.toggle('stalled', Boolean(stalled));
-  say($('hurry'), refusal ? hasKey() ? 'Use another key' : 'Give a key' : 'Try now');
+  say($('hurry'), refusal ? (hasKey() ? 'Use another key' : 'Give a key') : 'Try now');
   if (refusal) say($('banner-text'), refusal);
   else if (isAway || stalled) {
-    const { retryAt, trouble } = stalled ?? pulse, wait = Math.ceil((retryAt - Date.now()) / 1000);
+    const { retryAt, trouble } = stalled ?? pulse,
+      wait = Math.ceil((retryAt - Date.now()) / 1000);
     const why = trouble ? `The server opens no stream: ${trouble}.` : 'The server does not answer.';
-    say($('banner-text'), `${why} What you see is ${stalled ? 'not kept up to date' : `from ${lostAt.toTimeString().slice(0, 8)}`}. ${wait > 0 ? `Next try in ${wait} s.` : 'Trying …'}`);
+    say(
+      $('banner-text'),
+      `${why} What you see is ${stalled ? 'not kept up to date' : `from ${lostAt.toTimeString().slice(0, 8)}`}. ${wait > 0 ? `Next try in ${wait} s.` : 'Trying …'}`,
+    );
   }
 }
 setInterval(banner, 500);
@@ -106,10 +117,16 @@ $('hurry').onclick = () => {
 function sync() {
   const isOn = !document.hidden;
   pulse.run(isOn);
-  for (const [name, { streams }] of Object.entries(views)) for (const stream of streams) stream.run(isOn && name === view && !stream.isHeld);
+  for (const [name, { streams }] of Object.entries(views))
+    for (const stream of streams) stream.run(isOn && name === view && !stream.isHeld);
 }
-document.addEventListener('visibilitychange', () => { sync(); if (!document.hidden) overview.poll(); });
-setInterval(() => { if (!document.hidden && document.body.dataset.link === 'connected') overview.poll(); }, 1000);
+document.addEventListener('visibilitychange', () => {
+  sync();
+  if (!document.hidden) overview.poll();
+});
+setInterval(() => {
+  if (!document.hidden && document.body.dataset.link === 'connected') overview.poll();
+}, 1000);
 
 // ---- The key ----------------------------------------------------------------------------------------------------------
 function askKey(why, title = 'This server asks for a key') {
@@ -141,25 +158,52 @@ function renew() {
 }
 /** A line about a key that may not do everything, with a way to each of its places. */
 function showReach() {
-  const key = granted(), own = limits(), name = key?.name ?? '', words = mayWrite() ? own ? 'reads and writes' : 'reads and writes everything' : own ? 'only reads' : 'reads everything and writes nothing';
+  const key = granted(),
+    own = limits(),
+    name = key?.name ?? '',
+    words = mayWrite()
+      ? own
+        ? 'reads and writes'
+        : 'reads and writes everything'
+      : own
+        ? 'only reads'
+        : 'reads everything and writes nothing';
   $('key').hidden = !hasKey();
   say($('key').lastChild, name);
   $('key').title = `${key ? `The key ${name} ${words}. ` : ''}Use another key`;
   $('reach').hidden = !key || (mayWrite() && !own);
   if ($('reach').hidden) return;
-  const place = (target, word, text) => el('a', { class: 'chip', href: `#${target}` }, el('span', { class: 'soft' }, word), ' ', el('span', { class: 'mono' }, text));
-  const forKeys = view === 'events' || view === 'jobs' ? view : 'state', forCollections = view === 'events' ? view : 'vectors';
-  $('reach').replaceChildren(el('span', {}, 'The key ', el('b', {}, name), ` ${words}${own ? ':' : '.'}`), el('span', { class: 'chips' },
-    own?.prefixes.map((p) => place(`${forKeys}?${query({ prefix: p })}`, 'keys', `${p}…`)) ?? [],
-    own?.collections.map((c) => c === '*' ? place('vectors', 'all', 'collections') : place(`${forCollections}?${query({ collection: c })}`, 'collection', c)) ?? [],
-    own && !own.prefixes.length && !own.collections.length ? el('span', { class: 'soft' }, 'nothing: neither keys nor collections are named in it') : null));
+  const place = (target, word, text) =>
+    el('a', { class: 'chip', href: `#${target}` }, el('span', { class: 'soft' }, word), ' ', el('span', { class: 'mono' }, text));
+  const forKeys = view === 'events' || view === 'jobs' ? view : 'state',
+    forCollections = view === 'events' ? view : 'vectors';
+  $('reach').replaceChildren(
+    el('span', {}, 'The key ', el('b', {}, name), ` ${words}${own ? ':' : '.'}`),
+    el(
+      'span',
+      { class: 'chips' },
+      own?.prefixes.map((p) => place(`${forKeys}?${query({ prefix: p })}`, 'keys', `${p}…`)) ?? [],
+      own?.collections.map((c) =>
+        c === '*' ? place('vectors', 'all', 'collections') : place(`${forCollections}?${query({ collection: c })}`, 'collection', c),
+      ) ?? [],
+      own && !own.prefixes.length && !own.collections.length
+        ? el('span', { class: 'soft' }, 'nothing: neither keys nor collections are named in it')
+        : null,
+    ),
+  );
 }
 
 // ---- Colours ----------------------------------------------------------------------------------------------------------
-const THEMES = { auto: '◐', light: '☀', dark: '☾' }, THEME = 'kiss-vdb-theme';
+const THEMES = { auto: '◐', light: '☀', dark: '☾' },
+  THEME = 'kiss-vdb-theme';
 function theme(name) {
-  if (name === 'auto') { delete document.documentElement.dataset.theme; localStorage.removeItem(THEME); }
-  else { document.documentElement.dataset.theme = name; localStorage.setItem(THEME, name); }
+  if (name === 'auto') {
+    delete document.documentElement.dataset.theme;
+    localStorage.removeItem(THEME);
+  } else {
+    document.documentElement.dataset.theme = name;
+    localStorage.setItem(THEME, name);
+  }
   say($('theme'), THEMES[name]);
   $('theme').title = `Colours: ${name === 'auto' ? 'as the system' : name} (t)`;
   repaint();
@@ -184,14 +228,24 @@ addEventListener('keydown', (e) => {
   if (e.key === 'Escape' && views[view].keys?.Escape) return void views[view].keys.Escape();
   if (e.ctrlKey || e.metaKey || e.altKey || e.target.closest('input, textarea, select')) return;
   const tab = /^[1-5]$/.test(e.key) && Object.values(tabs)[e.key - 1];
-  const act = tab ? () => tab.click()
-    : e.key === '/' ? () => sections[view].querySelector('input:not([type=checkbox], [hidden])')?.select()
-    : e.key === '?' ? () => $('shortcuts').showModal()
-    : e.key === 't' ? nextTheme
-    : views[view].keys?.[e.key];
-  if (act) { e.preventDefault(); act(); }
+  const act = tab
+    ? () => tab.click()
+    : e.key === '/'
+      ? () => sections[view].querySelector('input:not([type=checkbox], [hidden])')?.select()
+      : e.key === '?'
+        ? () => $('shortcuts').showModal()
+        : e.key === 't'
+          ? nextTheme
+          : views[view].keys?.[e.key];
+  if (act) {
+    e.preventDefault();
+    act();
+  }
 });
 
 theme(document.documentElement.dataset.theme ?? 'auto');
 // Views begin where the key may look.
-learn().then(() => { route(); overview.poll(); });
+learn().then(() => {
+  route();
+  overview.poll();
+});

@@ -10,11 +10,14 @@ let grant = null;
 
 /** Asks what the key may do. True when that is another than before. */
 export async function learn() {
-  const asked = whichKey(), before = JSON.stringify(grant);
+  const asked = whichKey(),
+    before = JSON.stringify(grant);
   let found = null;
   if (hasKey()) {
     // The shortest token there is: it is made for what comes with it.
-    try { found = (await post('/v1/token', { ttl_ms: 1000 })).grant ?? null; } catch (e) {
+    try {
+      found = (await post('/v1/token', { ttl_ms: 1000 })).grant ?? null;
+    } catch (e) {
       if (asked !== whichKey()) return false;
       // Away, or busy: what was known stays, and the next connection asks again.
       if (e.status !== 403 || e.isAway) return false;
@@ -29,25 +32,34 @@ export async function learn() {
 export const granted = () => grant;
 export const mayWrite = () => !grant || grant.rights.includes('write') || grant.rights.includes('admin');
 /** `{prefixes, collections}` for a key with limits, or null. */
-export const limits = () => grant?.prefixes ? { prefixes: grant.prefixes, collections: grant.collections } : null;
+export const limits = () => (grant?.prefixes ? { prefixes: grant.prefixes, collections: grant.collections } : null);
 /** Whether a key, or every key that begins so, is within. */
 export const reachesKey = (key) => !grant?.prefixes || grant.prefixes.some((p) => key.startsWith(p));
 export const reachesCollection = (name) => !grant?.prefixes || grant.collections.some((c) => c === name || c === '*');
 
-const list = (names) => names.length < 2 ? names.join('') : `${names.slice(0, -1).join(', ')} or ${names.at(-1)}`;
+const list = (names) => (names.length < 2 ? names.join('') : `${names.slice(0, -1).join(', ')} or ${names.at(-1)}`);
 /** What a key with limits reaches, as sentences. */
-export const keysWords = () => limits().prefixes.length ? `The key "${grant.name}" reaches keys that begin with ${list(grant.prefixes)}.` : `The key "${grant.name}" reaches no keys, only collections.`;
-export const collectionsWords = () => limits().collections.length ? `The key "${grant.name}" reaches the collection ${list(grant.collections)}.` : `The key "${grant.name}" reaches no collections, only keys.`;
+export const keysWords = () =>
+  limits().prefixes.length
+    ? `The key "${grant.name}" reaches keys that begin with ${list(grant.prefixes)}.`
+    : `The key "${grant.name}" reaches no keys, only collections.`;
+export const collectionsWords = () =>
+  limits().collections.length
+    ? `The key "${grant.name}" reaches the collection ${list(grant.collections)}.`
+    : `The key "${grant.name}" reaches no collections, only keys.`;
 
 /** Why something may not be written, or ''. `what` is prefixes or collections. */
 function whyNot(what) {
   if (!mayWrite()) return `The key "${grant.name}" may only read.`;
   const own = limits();
-  return own && !own[what].length ? what === 'prefixes' ? keysWords() : collectionsWords() : '';
+  return own && !own[what].length ? (what === 'prefixes' ? keysWords() : collectionsWords()) : '';
 }
 function lock(node) {
   const why = whyNot(node.dataset.writes);
-  if (!('disabled' in node)) { node.hidden = why !== ''; return; }
+  if (!('disabled' in node)) {
+    node.hidden = why !== '';
+    return;
+  }
   node.disabled = why !== '';
   node.title = why || node.dataset.title;
 }

@@ -13,11 +13,32 @@ export class VirtualList {
    * `onKey(event, index)` sees keys first.
    */
   constructor(box, rowHeight, { draw, sign, onPick, onKey = () => false }) {
-    Object.assign(this, { box, rowHeight, draw, sign, onPick, onKey, drawn: new Map(), count: 0, active: -1, first: 0, last: -1, from: 0, to: -1, isQueued: false });
+    Object.assign(this, {
+      box,
+      rowHeight,
+      draw,
+      sign,
+      onPick,
+      onKey,
+      drawn: new Map(),
+      count: 0,
+      active: -1,
+      first: 0,
+      last: -1,
+      from: 0,
+      to: -1,
+      isQueued: false,
+    });
     this.space = el('div', { class: 'rows' });
     box.append(this.space);
     box.tabIndex = 0;
-    box.addEventListener('scroll', () => { this.refresh(); }, { passive: true });
+    box.addEventListener(
+      'scroll',
+      () => {
+        this.refresh();
+      },
+      { passive: true },
+    );
     new ResizeObserver(() => this.refresh()).observe(box);
     // By place and not by target, and not by click: a live list may replace the row between press and release, and then
     // there is no click. A click without a press is assistive technology's.
@@ -29,20 +50,30 @@ export class VirtualList {
       this.onPick(i);
       this.refresh();
     };
-    box.addEventListener('pointerdown', (e) => { press = e.button === 0 ? [e.clientX, e.clientY] : null; });
-    box.addEventListener('pointercancel', () => { press = null; });
+    box.addEventListener('pointerdown', (e) => {
+      press = e.button === 0 ? [e.clientX, e.clientY] : null;
+    });
+    box.addEventListener('pointercancel', () => {
+      press = null;
+    });
     box.addEventListener('pointerup', (e) => {
       if (press && Math.hypot(e.clientX - press[0], e.clientY - press[1]) < 6) pick(e);
       press = null;
     });
-    box.addEventListener('click', (e) => { if (e.detail === 0) pick(e); });
+    box.addEventListener('click', (e) => {
+      if (e.detail === 0) pick(e);
+    });
     box.addEventListener('keydown', (e) => this.keydown(e));
   }
-  get height() { return Math.min(this.count * this.rowHeight, HEIGHT_MAX); }
+  get height() {
+    return Math.min(this.count * this.rowHeight, HEIGHT_MAX);
+  }
   /** Pixels of the real list above what is in sight. */
   get offset() {
-    const full = this.count * this.rowHeight, view = this.box.clientHeight, room = this.height - view;
-    return full <= HEIGHT_MAX || room <= 0 ? this.box.scrollTop : this.box.scrollTop / room * (full - view);
+    const full = this.count * this.rowHeight,
+      view = this.box.clientHeight,
+      room = this.height - view;
+    return full <= HEIGHT_MAX || room <= 0 ? this.box.scrollTop : (this.box.scrollTop / room) * (full - view);
   }
   at(clientY) {
     const i = Math.floor((clientY - this.box.getBoundingClientRect().top - this.box.clientTop + this.offset) / this.rowHeight);
@@ -57,10 +88,15 @@ export class VirtualList {
   refresh() {
     if (this.isQueued) return;
     this.isQueued = true;
-    requestAnimationFrame(() => { this.isQueued = false; this.render(); });
+    requestAnimationFrame(() => {
+      this.isQueued = false;
+      this.render();
+    });
   }
   render() {
-    const offset = this.offset, view = this.box.clientHeight, shift = this.box.scrollTop - offset;
+    const offset = this.offset,
+      view = this.box.clientHeight,
+      shift = this.box.scrollTop - offset;
     this.first = Math.max(0, Math.floor(offset / this.rowHeight));
     this.last = Math.min(this.count - 1, Math.ceil((offset + view) / this.rowHeight));
     this.from = Math.max(0, this.first - BEYOND);
@@ -68,7 +104,8 @@ export class VirtualList {
     const drawn = new Map();
     let place = 0;
     for (let i = this.from; i <= this.to; i++) {
-      const sign = this.sign(i), row = this.drawn.get(sign) ?? this.draw(i);
+      const sign = this.sign(i),
+        row = this.drawn.get(sign) ?? this.draw(i);
       drawn.set(sign, row);
       row.style.transform = `translateY(${i * this.rowHeight + shift}px)`;
       row.style.height = `${this.rowHeight}px`;
@@ -79,24 +116,43 @@ export class VirtualList {
     }
     while (this.space.children.length > place) this.space.lastChild.remove();
     this.drawn = drawn;
-    this.active >= 0 ? this.box.setAttribute('aria-activedescendant', `${this.box.id}-${this.active}`) : this.box.removeAttribute('aria-activedescendant');
+    this.active >= 0
+      ? this.box.setAttribute('aria-activedescendant', `${this.box.id}-${this.active}`)
+      : this.box.removeAttribute('aria-activedescendant');
   }
   /** Brings a row into sight and makes it the active one. */
   go(index) {
     this.active = Math.max(0, Math.min(this.count - 1, index));
-    const top = this.active * this.rowHeight, view = this.box.clientHeight, offset = this.offset;
+    const top = this.active * this.rowHeight,
+      view = this.box.clientHeight,
+      offset = this.offset;
     const wanted = top < offset ? top : top + this.rowHeight > offset + view ? top + this.rowHeight - view : offset;
     if (wanted !== offset) {
       const full = this.count * this.rowHeight;
-      this.box.scrollTop = full <= HEIGHT_MAX ? wanted : wanted / (full - view) * (this.height - view);
+      this.box.scrollTop = full <= HEIGHT_MAX ? wanted : (wanted / (full - view)) * (this.height - view);
     }
     this.refresh();
   }
   keydown(e) {
     if (e.ctrlKey || e.metaKey || e.altKey || this.onKey(e, this.active)) return;
     const page = Math.max(1, Math.floor(this.box.clientHeight / this.rowHeight) - 1);
-    const to = { ArrowDown: this.active + 1, j: this.active + 1, ArrowUp: this.active - 1, k: this.active - 1, PageDown: this.active + page, PageUp: this.active - page, Home: 0, End: this.count - 1 }[e.key];
-    if (to !== undefined) { e.preventDefault(); if (this.count) this.go(to); }
-    else if (e.key === 'Enter' && this.active >= 0 && this.active < this.count) { e.preventDefault(); this.onPick(this.active); this.refresh(); }
+    const to = {
+      ArrowDown: this.active + 1,
+      j: this.active + 1,
+      ArrowUp: this.active - 1,
+      k: this.active - 1,
+      PageDown: this.active + page,
+      PageUp: this.active - page,
+      Home: 0,
+      End: this.count - 1,
+    }[e.key];
+    if (to !== undefined) {
+      e.preventDefault();
+      if (this.count) this.go(to);
+    } else if (e.key === 'Enter' && this.active >= 0 && this.active < this.count) {
+      e.preventDefault();
+      this.onPick(this.active);
+      this.refresh();
+    }
   }
 }

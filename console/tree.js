@@ -12,17 +12,37 @@ const SEPARATOR = /[:/]/;
 // `sort` orders branches and keys alike. `after` is the name from which the next page goes on. `isMore`: a page ended in the
 // branch, so `count` is the least there is; `isDoubtful`: of such a one something went since, so that may be less, or none at all.
 const branch = (prefix, depth, count = 0, asOf = 0) => ({
-  sort: prefix, prefix, depth, count, asOf, children: [], after: null, isOpen: false, isDone: false, isMore: false,
-  isDoubtful: false, isLoading: false, error: '', timer: 0,
+  sort: prefix,
+  prefix,
+  depth,
+  count,
+  asOf,
+  children: [],
+  after: null,
+  isOpen: false,
+  isDone: false,
+  isMore: false,
+  isDoubtful: false,
+  isLoading: false,
+  error: '',
+  timer: 0,
 });
 const leaf = (e, depth) => ({
-  sort: e.key, key: e.key, depth, revision: number(e.revision), created: e.created_revision, expires: number(e.expires_at_ms),
-  meta: e.meta, preview: undefined, flash: 0,
+  sort: e.key,
+  key: e.key,
+  depth,
+  revision: number(e.revision),
+  created: e.created_revision,
+  expires: number(e.expires_at_ms),
+  meta: e.meta,
+  preview: undefined,
+  flash: 0,
 });
 
 /** Where `sort` is, or would be, among children that are in order. */
 function place(children, sort) {
-  let low = 0, high = children.length;
+  let low = 0,
+    high = children.length;
   while (low < high) {
     const mid = (low + high) >> 1;
     if (byBytes(children[mid].sort, sort) < 0) low = mid + 1;
@@ -54,7 +74,8 @@ export class Tree {
 
   /** Sorts a page into a branch. Returns how many children it brought. */
   take(b, { items, next_cursor: next, revision }) {
-    const asOf = number(revision), fresh = [];
+    const asOf = number(revision),
+      fresh = [];
     let group = null;
     for (const e of items) {
       const end = separatorIn(b.prefix, e.key);
@@ -133,18 +154,27 @@ export class Tree {
 
   /** Takes in an event about a key. */
   apply(ev) {
-    const key = ev.key, revision = number(ev.revision), trail = [];
-    const isGone = ev.type === 'state_deleted', isNew = !isGone && number(ev.prev_revision) === 0;
+    const key = ev.key,
+      revision = number(ev.revision),
+      trail = [];
+    const isGone = ev.type === 'state_deleted',
+      isNew = !isGone && number(ev.prev_revision) === 0;
     const change = isNew ? 1 : isGone ? -1 : 0;
-    const count = (branches) => { for (const up of branches) if (revision > up.asOf) up.count += change; };
+    const count = (branches) => {
+      for (const up of branches) if (revision > up.asOf) up.count += change;
+    };
     for (let b = this.root; ;) {
-      const at = place(b.children, key), known = b.children[at];
+      const at = place(b.children, key),
+        known = b.children[at];
       if (known?.key === key) return this.#change(b, at, ev, trail);
       const inside = childTowards(b, key);
       if (!inside) return this.#add(b, ev, trail, count);
       inside.flash = Date.now();
       trail.push(inside);
-      if (inside.isOpen || inside.children.length) { b = inside; continue; }
+      if (inside.isOpen || inside.children.length) {
+        b = inside;
+        continue;
+      }
       if (inside.isMore && isGone && revision > inside.asOf) inside.isDoubtful = true;
       if (revision > inside.asOf && !inside.isMore) {
         inside.count += change;
@@ -157,7 +187,8 @@ export class Tree {
 
   /** An event about a key that is in the tree as itself. */
   #change(b, at, ev, trail) {
-    const known = b.children[at], revision = number(ev.revision);
+    const known = b.children[at],
+      revision = number(ev.revision);
     if (known.revision >= revision) return;
     if (ev.type === 'state_deleted') {
       b.children.splice(at, 1);
@@ -172,10 +203,12 @@ export class Tree {
 
   /** An event about a key that is not in the tree. */
   #add(b, ev, trail, count) {
-    const key = ev.key, isGone = ev.type === 'state_deleted';
+    const key = ev.key,
+      isGone = ev.type === 'state_deleted';
     if (isGone || (!b.isDone && (b.after === null || byBytes(key, b.after) > 0))) return; // Not read yet: the page will have it.
     if (number(ev.prev_revision) === 0) count(trail);
-    const end = separatorIn(b.prefix, key), prefix = end < 0 ? null : key.slice(0, end);
+    const end = separatorIn(b.prefix, key),
+      prefix = end < 0 ? null : key.slice(0, end);
     const twin = prefix === null ? -1 : b.children.findIndex((c) => c.key?.startsWith(prefix));
     if (twin >= 0) {
       // A second key of a branch that was one key makes it a branch.
@@ -192,7 +225,8 @@ export class Tree {
   /** Branches that became empty go. */
   #prune(trail) {
     for (let i = trail.length - 1; i >= 0; i--) {
-      const b = trail[i], up = trail[i - 1] ?? this.root;
+      const b = trail[i],
+        up = trail[i - 1] ?? this.root;
       if (b.count > 0 || b.isMore || b.children.length) return;
       up.children.splice(up.children.indexOf(b), 1);
     }

@@ -680,6 +680,8 @@ const tests = {
     await page.keyboard.type('{"by": "hand"}');
     await page.keyboard.press('Control+Enter');
     await until('written', async () => (await json('GET', '/v1/state/typed')).value.by === 'hand');
+    // The page has heard of it, too.
+    await shows('#badges', /revision/);
     await page.keyboard.press('Escape');
     await page.locator('#tree').focus();
     await page.keyboard.press('3');
