@@ -3,7 +3,6 @@
 //! A pipe whose reader has stalled would otherwise hold up requests, and the stop. So lines wait in a queue of [`LINES_MAX`], and more
 //! are dropped and counted.
 
-use crate::api::AUDIT;
 use crate::config::Config;
 use anyhow::Context;
 use std::io::IsTerminal;
@@ -13,6 +12,8 @@ use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
+/// Where lines go that tell who was refused, and who acted on the server: JSON, whatever the other lines are.
+pub const AUDIT: &str = "audit";
 /// Lines that wait to be written: some megabytes.
 const LINES_MAX: usize = 16_384;
 

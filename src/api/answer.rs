@@ -170,9 +170,11 @@ impl OnTheirWay {
             return Ok(answer);
         }
         let (parts, mut body) = answer.into_response().into_parts();
-        // Made of a text, it is ready, and in one piece.
-        let piece = body.frame().now_or_never().flatten().and_then(Result::ok).and_then(|frame| frame.into_data().ok());
-        let text = piece.unwrap_or_default();
+        // Made of a text, it is ready, and in one piece; of an answer to HEAD nothing is left.
+        let Some(Some(Ok(Ok(text)))) = body.frame().now_or_never().map(|frame| frame.map(|f| f.map(Frame::into_data)))
+        else {
+            return Ok(Response::from_parts(parts, body).into());
+        };
         let mut room = None;
         let has_room = self.take(&mut room, text.len());
         if may_be_refused && !has_room {

@@ -38,6 +38,7 @@ use crate::engine::command::{Command, Committed};
 use crate::engine::metrics::{Metrics, RequestLabels};
 use crate::error::{Error, Rejection};
 use crate::keys::Right;
+use crate::logging::AUDIT;
 use crate::turns;
 use answer::{Answer, OnTheirWay};
 use auth::{Auth, Client, counted_address};
@@ -104,8 +105,6 @@ pub struct Shared {
     meters: Meters,
 }
 
-/// Where lines go that tell who was refused, and who acted on the server: JSON, whatever the other lines are.
-pub const AUDIT: &str = "audit";
 /// A request's name: the client's, or ours where one is logged.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest name of a client's that is taken over.

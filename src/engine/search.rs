@@ -390,8 +390,8 @@ impl SearchTicket {
                 is_clear = tells_apart(&scan, rescored);
             }
             // The matches of a scan were all looked at; whatever it takes, equals come by id.
-            let has_equals = plan.way == Way::Scan && has_equals(graph, &scan, wanted);
-            if !is_clear && (numbers <= EXACT_INSTEAD || has_equals) {
+            let must_be_exact = || plan.way == Way::Scan && has_equals(&nearest(graph, &scan), wanted);
+            if !is_clear && (numbers <= EXACT_INSTEAD || must_be_exact()) {
                 plan.given_up = Some(plan.way);
                 return None;
             }
@@ -532,11 +532,11 @@ fn tells_apart(
         None if is_full => found.last().map_or(f32::MAX, |&(_, distance)| distance),
         None => return true,
     };
-    if by_id && has_equals(graph, scan, wanted) {
+    let kept = nearest(graph, scan);
+    if by_id && has_equals(&kept, wanted) {
         // Others, left out, may be as near, and come first by their id.
         return false;
     }
-    let kept = nearest(graph, scan);
     let Some(&(_, last)) = wanted.checked_sub(1).and_then(|last| kept.get(last)) else {
         // Some died meanwhile.
         return true;
@@ -577,8 +577,7 @@ fn nearest(graph: &Graph, scan: &Scan) -> Vec<(u32, f32)> {
 }
 
 /// Whether the last hit and the next candidate are equally near.
-fn has_equals(graph: &Graph, scan: &Scan, wanted: usize) -> bool {
-    let kept = nearest(graph, scan);
+fn has_equals(kept: &[(u32, f32)], wanted: usize) -> bool {
     wanted.checked_sub(1).is_some_and(|last| kept.get(last..last + 2).is_some_and(|pair| pair[0].1 == pair[1].1))
 }
 

@@ -308,13 +308,15 @@ impl Sequencer {
         if !commands.is_empty() {
             self.last_fast = Instant::now();
         }
+        let mut has_fast = !commands.is_empty();
         let mut slowness = 0;
         while slowness < COMMIT_VECTORS
             && let Some((waiting, more)) = self.slow.pop_front()
         {
-            if !waiting.0.ops.iter().any(Op::is_about_vectors) {
-                // Patches may take the writer most of a second to decide: nothing waits for them that would take a sync more.
+            if has_fast && !waiting.0.ops.iter().any(Op::is_about_vectors) {
+                // Patches may take the writer most of a second to decide: too long for what one more sync takes.
                 self.commit_all(&mut commands);
+                has_fast = false;
             }
             slowness += more;
             commands.push_back(waiting);
