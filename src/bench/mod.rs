@@ -681,7 +681,7 @@ impl<'a> Bench<'a> {
 
     fn sends(&mut self) -> anyhow::Result<()> {
         let args = self.args;
-        let (tally, per_second) = sends::measure(args.streams, args.events_per_second, args.seconds)?;
+        let (tally, per_second) = sends::measure(args.streams, args.events_per_second, args.seconds, args.pin)?;
         let mut row = Row::new(format!("{} sends", args.streams), tally);
         row.more.push((PER_CPU_SECOND, rounded(per_second, 0)));
         self.add(row);

@@ -7,6 +7,7 @@
 //! What a stream server adds to this is its own cost; what it takes away, it has coalesced.
 
 use super::load::Tally;
+use super::server::{GENERATOR_CORE, SERVER_CORE, pin_to};
 use anyhow::{Context, anyhow, ensure};
 use rustix::time::{ClockId, clock_gettime};
 use std::cell::RefCell;
@@ -34,8 +35,9 @@ struct Shared {
 }
 
 /// Rounds of one frame to each of `sockets`, so many a second, or one after the other where they take longer: when each
-/// frame was there, from the beginning of its round, and frames sent a second of the sender's processor time.
-pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64) -> anyhow::Result<(Tally, f64)> {
+/// frame was there, from the beginning of its round, and frames sent a second of the sender's processor time. Pinned, the
+/// sender has the server's core and the receiver the generator's, as streams have: on one core both send for less.
+pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64, pin: bool) -> anyhow::Result<(Tally, f64)> {
     ensure!(sockets > 0, "at least one socket");
     let rounds = (rounds_per_second * seconds).ceil().max(1.0) as u64;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -52,8 +54,16 @@ pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64) -> a
     let shared = Arc::new(Shared { origin: Instant::now(), began: AtomicU64::new(0), received: AtomicU64::new(0) });
     let receiving = {
         let shared = Arc::clone(&shared);
-        std::thread::spawn(move || receive(receivers, &shared))
+        std::thread::spawn(move || {
+            if pin {
+                pin_to(GENERATOR_CORE)?;
+            }
+            receive(receivers, &shared)
+        })
     };
+    if pin {
+        pin_to(SERVER_CORE)?;
+    }
     let frame = [b'x'; FRAME_BYTES];
     let start = Instant::now();
     let mut spent = Duration::ZERO;
@@ -71,6 +81,9 @@ pub(super) fn measure(sockets: usize, rounds_per_second: f64, seconds: f64) -> a
             ensure!(began.elapsed() < ROUND_TIMEOUT, "not every frame was received");
             std::thread::sleep(LOOK_EVERY);
         }
+    }
+    if pin {
+        pin_to(GENERATOR_CORE)?;
     }
     // The receivers end with their sockets.
     drop(senders);
@@ -126,7 +139,7 @@ fn receive(receivers: Vec<TcpStream>, shared: &Arc<Shared>) -> anyhow::Result<Ta
 mod tests {
     #[test]
     fn every_frame_of_every_round_is_counted() {
-        let (tally, per_second) = super::measure(7, 1000.0, 0.01).unwrap();
+        let (tally, per_second) = super::measure(7, 1000.0, 0.01, false).unwrap();
         assert_eq!(tally.latency.len(), 70);
         assert!(per_second > 0.0);
     }

@@ -16,8 +16,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The core a pinned server runs on, and the one for the generator.
-const SERVER_CORE: usize = 0;
-const GENERATOR_CORE: usize = 1;
+pub(super) const SERVER_CORE: usize = 0;
+pub(super) const GENERATOR_CORE: usize = 1;
 /// A server that has not ended this long after SIGTERM is killed; its own drain and snapshot take less.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// What a bare server answers: as long as the answer to a GET of 100 bytes.
@@ -126,7 +126,7 @@ impl Drop for Server {
     }
 }
 
-fn pin_to(core: usize) -> anyhow::Result<()> {
+pub(super) fn pin_to(core: usize) -> anyhow::Result<()> {
     let mut cores = CpuSet::new();
     cores.set(core);
     sched_setaffinity(None, &cores).with_context(|| format!("cannot pin to core {core}"))
