@@ -13,6 +13,7 @@
 
 use crate::client::{Answer, Client, EventStream, ServerEvent, Target};
 use crate::config::SETTINGS;
+use crate::npy;
 use anyhow::{Context, bail, ensure};
 use hyper::Method;
 use serde::Deserialize;
@@ -327,19 +328,17 @@ struct Sentence {
     vector: Vec<f32>,
 }
 
-/// Sentences (NDJSON) and their embeddings (NumPy format 1.0, `<f2`, one row for each line).
-fn sentences(ndjson: &str, npy: &[u8]) -> anyhow::Result<Vec<Sentence>> {
+/// Sentences (NDJSON) and their embeddings (`.npy`, one row for each line).
+fn sentences(ndjson: &str, mut npy: &[u8]) -> anyhow::Result<Vec<Sentence>> {
     let mut all: Vec<Sentence> = ndjson.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-    let rest = npy.strip_prefix(b"\x93NUMPY\x01\x00").context("not a .npy file of format 1.0")?;
-    let (size, rest) = rest.split_first_chunk().context("a .npy file without a header")?;
-    let (header, data) = rest.split_at_checked(u16::from_le_bytes(*size).into()).context("a .npy header cut short")?;
-    let header = std::str::from_utf8(header)?;
-    for part in ["'descr': '<f2'", "'fortran_order': False", &format!("'shape': ({}, {DIM})", all.len())] {
-        ensure!(header.contains(part), "the .npy header {header:?} lacks {part}");
-    }
-    ensure!(data.len() == all.len() * DIM * 2, "a .npy file of another length than its shape says");
-    for (sentence, row) in all.iter_mut().zip(data.chunks_exact(DIM * 2)) {
-        sentence.vector = row.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+    let header = npy::Header::read(&mut npy)?;
+    ensure!(
+        (header.rows, header.width) == (all.len(), DIM) && header.value_bytes() == Some(npy.len()),
+        "the .npy file has another shape than the sentences, or is cut short"
+    );
+    let numbers = header.floats(npy)?;
+    for (sentence, row) in all.iter_mut().zip(numbers.chunks_exact(DIM)) {
+        sentence.vector = row.to_vec();
     }
     Ok(all)
 }

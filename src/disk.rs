@@ -1,5 +1,5 @@
-//! Files and directories, as the log, the snapshots and the collections use them: everything that a power cut or a failing
-//! disk can touch passes through here.
+//! Files and directories, as the log, the snapshots and the collections use them: every file that data is in passes through here.
+//! (`LOCK`, and the secret of tokens, which is made anew where it is missing or cut short, do not.)
 //!
 //! Plain calls to the system, on real files. In tests each operation is first told to the lab, if the thread is in one
 //! (`src/lab/`): it writes down what was done and in which order, and may make the operation fail. Nothing of that is

@@ -154,7 +154,7 @@ pub enum Error {
         cause: std::io::Error,
     },
     /// A file holds something it must not. It is left untouched.
-    #[error("{} is damaged at offset {offset}: {detail}. Nothing was changed; restore this file from a copy, or move the data directory aside to start empty", path.display())]
+    #[error("{} is damaged at offset {offset}: {detail}. No file was changed; restore this file from a copy, or move the data directory aside to start empty", path.display())]
     Corrupt {
         /// Which file.
         path: PathBuf,

@@ -4,11 +4,11 @@
 //! are dropped and counted.
 
 use crate::config::Config;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::io::IsTerminal;
 use std::sync::OnceLock;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -27,9 +27,14 @@ pub fn dropped_lines() -> u64 {
 
 /// Begins to log as configured. What it gives ends the thread when it is dropped, once everything is written.
 pub fn start(config: &Config) -> anyhow::Result<WorkerGuard> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level).with_context(|| {
-        format!("log_level = {:?} (RUST_LOG) is not a tracing filter such as info", config.log_level)
-    })?;
+    let not_a_filter = || format!("log_level = {:?} (RUST_LOG) is not a tracing filter such as info", config.log_level);
+    // A word that is no level would be taken for a module, of which everything is logged, and of all others nothing.
+    let is_level_or_module = |part: &str| {
+        let part = part.trim();
+        part.contains(['=', '[', ':']) || part.starts_with("kiss_vdb") || part.parse::<LevelFilter>().is_ok()
+    };
+    ensure!(config.log_level.split(',').all(is_level_or_module), not_a_filter());
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level).with_context(not_a_filter)?;
     let stderr = NonBlockingBuilder::default().buffered_lines_limit(LINES_MAX).thread_name("log");
     let (stderr, thread) = stderr.finish(std::io::stderr());
     DROPPED.get_or_init(|| stderr.error_counter());

@@ -298,9 +298,10 @@ async fn run(
     let listener = serve::listen(socket).context("cannot listen")?;
     let app = App::new(engine, config)?;
     let acceptor = tls.as_ref().map(Tls::acceptor).transpose()?;
-    tokio::spawn(Auth::keep_fresh(app.clone()));
+    // Reading many keys takes long: not on the thread that accepts.
+    requests.spawn(Auth::keep_fresh(app.clone()));
     if let Some(tls) = tls {
-        tokio::spawn(tls.keep_fresh());
+        requests.spawn(tls.keep_fresh());
     }
     if let Err(error) = print_banner(config, listener.local_addr()?) {
         tracing::warn!(%error, "cannot say on stdout that the server is ready");

@@ -111,6 +111,7 @@ async fn each_key_does_what_its_rights_and_limits_say() {
     let writer = &mut with_key(&s.server, &s.writer);
     for (line, status) in [
         ("GET /v1/state/other", 403),
+        ("GET /v1/vector", 403),
         (r#"PATCH /v1/state/other {"m":1}"#, 403),
         (r#"POST /v1/vector/docs/delete {"filters":{"x":1}}"#, 403),
         (r#"POST /v1/vector/docs/delete {"id":"x"}"#, 404),

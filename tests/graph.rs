@@ -124,7 +124,7 @@ impl Live {
             ef: ef.or(self.ef),
             group: None,
         }];
-        self.collection.begin_search(Revision(self.revision), &searches).run(&searches).remove(0)
+        self.collection.begin_search(Revision(self.revision), &searches).run(&searches).unwrap().remove(0)
     }
 
     /// Scores of what matches, best first.
@@ -512,7 +512,8 @@ fn a_stored_vector_is_found_by_its_id_wherever_the_walk_leads() {
         let mut search = Search { ef: Some(WALKED), ..search(live.spec, numbers, 1) };
         let run = |search: &Search| {
             let searches = [search.clone()];
-            let answer = live.collection.begin_search(Revision(live.revision), &searches).run(&searches).remove(0);
+            let answer =
+                live.collection.begin_search(Revision(live.revision), &searches).run(&searches).unwrap().remove(0);
             assert_eq!(answer.plan.way.as_str(), "graph", "the walk is what may miss it");
             hits(&answer)[0].id.as_str() == id
         };
@@ -668,7 +669,7 @@ fn writers_linkers_and_searchers_at_once_lose_nothing() {
                                 let revision = state.read();
                                 collection.begin_search(Revision(*revision), &searches)
                             };
-                            let answer = ticket.run(&searches).remove(0);
+                            let answer = ticket.run(&searches).unwrap().remove(0);
                             let is_found = hits(&answer).iter().any(|hit| hit.id == id);
                             let equal = hits(&answer).iter().filter(|hit| hit.score > 0.999_999).count();
                             assert!(is_found == alive.contains_key(&number) || equal >= 3, "{id:?} {:?}", answer.plan);
@@ -695,7 +696,7 @@ fn writers_linkers_and_searchers_at_once_lose_nothing() {
                         let revision = state.read();
                         (collection.begin_search(Revision(*revision), &searches), collection.read(|c| c.len()))
                     };
-                    let answer = ticket.run(&searches).remove(0);
+                    let answer = ticket.run(&searches).unwrap().remove(0);
                     assert_eq!(hits(&answer).len(), live.min(10), "{:?}", answer.plan);
                     for hit in hits(&answer) {
                         let own = score(Metric::Cosine, hit.vector.as_ref().unwrap(), searches[0].query.numbers());
@@ -844,7 +845,7 @@ fn a_walk_that_ends_among_the_dead_falls_back_to_looking_at_everything() {
         let searches = [Search { ef: live.ef, ..search(live.spec, query, 10) }];
         let ticket = live.collection.begin_search(Revision(live.revision), &searches);
         let answers = answers.clone();
-        rayon::spawn(move || answers.send(hits(&ticket.run(&searches)[0]).len()).unwrap());
+        rayon::spawn(move || answers.send(hits(&ticket.run(&searches).unwrap()[0]).len()).unwrap());
     }
     drop(answers);
     assert_eq!(answered.iter().collect::<Vec<_>>(), vec![10; queries.len()]);
@@ -942,7 +943,9 @@ fn a_filter_never_misses_a_vector_whose_other_metadata_changes() {
         });
         let filter = Filter::parse(&json!({ "lang": "es" })).unwrap();
         let counts: BTreeSet<usize> = (0..3000)
-            .map(|_| collection.begin_match(Revision(revision.load(Ordering::Relaxed))).count_matching(&filter))
+            .map(|_| {
+                collection.begin_match(Revision(revision.load(Ordering::Relaxed))).count_matching(&filter).unwrap()
+            })
             .collect();
         stop.store(true, Ordering::Relaxed);
         assert_eq!(counts, BTreeSet::from([500]));
@@ -975,8 +978,8 @@ fn a_search_sees_metadata_as_it_was_when_it_began() {
         for work in [0, usize::MAX] {
             live.work(work);
             for (ticket, wanted) in [(&before, 300), (&between, 200)] {
-                assert_eq!(ticket.count_matching(&filter(of_a.clone())), wanted);
-                let answer = ticket.run(&searches).remove(0);
+                assert_eq!(ticket.count_matching(&filter(of_a.clone())).unwrap(), wanted);
+                let answer = ticket.run(&searches).unwrap().remove(0);
                 assert_eq!(hits(&answer).len(), wanted);
                 assert!(hits(&answer).iter().all(|hit| hit.meta.text().contains("\"a\"")));
             }
@@ -986,7 +989,7 @@ fn a_search_sees_metadata_as_it_was_when_it_began() {
                 json!({ "$or": [{ "state": "a" }, { "state": { "$ne": "a" } }] }),
                 json!({ "n": { "$gte": -100 } }),
             ] {
-                assert_eq!(between.count_matching(&filter(always)), 300);
+                assert_eq!(between.count_matching(&filter(always)).unwrap(), 300);
             }
         }
         drop((before, between));

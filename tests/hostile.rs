@@ -566,6 +566,10 @@ async fn half_requests_at_a_stop_are_answered_once_they_are_whole() {
     // And until what they said is read.
     tokio::time::sleep(Duration::from_secs(1)).await;
     server.signal(rustix::process::Signal::TERM);
+    // Until it has heard of it.
+    while TcpStream::connect(server.target.url().strip_prefix("http://").unwrap()).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     // One half at once, the other when it has become hyper's.
     for (n, socket) in begun.iter_mut().enumerate() {
         if n == 6 {

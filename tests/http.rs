@@ -665,6 +665,7 @@ async fn searches() {
         row("not a number", search(r#"{"vector":[NaN,0]}"#), 400, code("invalid_vector")),
         row("not a number to add", r#"POST /v1/vector/c/add {"id":"nan","vector":[-Infinity,0]}"#, 400, code("invalid_vector")),
         row("unknown operator", search(r#"{"vector":[0,0],"filters":{"n":{"$regex":"x"}}}"#), 400, bad()),
+        row("operator inside a value", search(r#"{"vector":[0,0],"filters":{"n":{"x":{"$gt":1}}}}"#), 400, bad()),
         row("typo", search(r#"{"vector":[0,0],"top":3}"#), 400, bad()),
         row("query in queries is bad", search(r#"{"queries":[{"vector":[0,0]},{"vector":[0]}]}"#), 400, json!({"code":"dimension_mismatch"})),
         row("groups with too many numbers", r#"POST /v1/vector/wide/search {"id":"00","k":1000,"group_by":"n","group_size":100,"include_vector":true}"#, 400, bad()),
@@ -695,6 +696,31 @@ async fn searches() {
         }
     }
     assert_eq!(seen, (0..20).filter(|n| n % 2 == 1).map(|n| (format!("{n:02}"), f64::from(n))).collect::<Vec<_>>());
+}
+
+/// Each writes all of its vector's metadata again, to the log too.
+#[tokio::test]
+async fn updates_of_much_metadata_come_in_smaller_batches() {
+    let server = Server::start(&[]);
+    let c = &mut server.client();
+    ok(c, r#"POST /v1/vector/v {"dim":1,"metric":"l2"}"#).await;
+    let text = "x".repeat(60_000);
+    let items: Vec<Value> =
+        (0..150).map(|n| json!({"id": n.to_string(), "vector": [1], "meta": {"text": text}})).collect();
+    ok(c, &format!("POST /v1/vector/v/upsert {}", json!({ "items": items }))).await;
+    let touch = |count: usize| {
+        let items: Vec<Value> = (0..count).map(|n| json!({"id": n.to_string(), "meta": {"seen": true}})).collect();
+        format!("POST /v1/vector/v/update {}", json!({ "items": items }))
+    };
+    check(
+        c,
+        vec![
+            row("too much", touch(150), 413, json!({"code":"payload_too_large","limit_bytes":8 << 20})),
+            row("half of it", touch(75), 200, json!({})),
+            row("done to those", r#"POST /v1/vector/v/count {"filters":{"seen":true}}"#, 200, json!({"count":75})),
+        ],
+    )
+    .await;
 }
 
 /// Many vectors take long to apply, and keys are read meanwhile; of the vectors everybody sees all or none. Only a change of

@@ -338,8 +338,9 @@ async fn play(steps: Vec<Step>) {
             Step::DeleteMatching(c, m) => {
                 let Some((_, vectors)) = model.collections.get_mut(c) else { continue };
                 let filter = Filter::parse(&json!({ "m": m })).unwrap();
-                let ids = running.engine.begin_match(name(*c).as_str()).unwrap().0.ids_matching(&filter);
-                let selection = VectorSelection { ids, filter: Some(filter), deleted_before: 0 };
+                let (ticket, at) = running.engine.begin_match(name(*c).as_str()).unwrap();
+                let ids = ticket.ids_matching(&filter).unwrap();
+                let selection = VectorSelection { ids, filter: Some((filter, at)), deleted_before: 0 };
                 let result =
                     running.engine.submit(Command::one(Op::DeleteVectors { collection: name(*c), selection })).await;
                 let before = vectors.len();

@@ -28,6 +28,7 @@ use jiff::Timestamp;
 use jiff::civil::DateTime;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use std::collections::BTreeSet;
 use std::hash::BuildHasher;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -83,7 +84,7 @@ pub fn filter(params: &Params) -> ApiResult<EventFilter> {
         if prefix.len() > KEY_BYTES_MAX {
             return Err(invalid(format!("prefix is at most {KEY_BYTES_MAX} bytes")));
         }
-        filter.prefixes.insert(prefix.into());
+        filter.prefixes.insert(prefix);
     }
     for collection in params.all("collection") {
         filter.collections.insert(CollectionName::new(collection)?);
@@ -100,8 +101,11 @@ pub fn filter(params: &Params) -> ApiResult<EventFilter> {
     if filter.job_ids.contains("") || filter.tags.contains("") {
         return Err(invalid("job_id and tag are not empty"));
     }
-    if filter.terms() > FILTER_TERMS_MAX {
-        return Err(invalid(format!("a filter has at most {FILTER_TERMS_MAX} terms, this one has {}", filter.terms())));
+    // Those that begin with another of them too.
+    let prefixes = params.all("prefix").collect::<BTreeSet<_>>().len();
+    let terms = filter.terms() - filter.prefixes.len() + prefixes;
+    if terms > FILTER_TERMS_MAX {
+        return Err(invalid(format!("a filter has at most {FILTER_TERMS_MAX} terms, this one has {terms}")));
     }
     Ok(filter)
 }
@@ -116,7 +120,7 @@ fn restrict(grant: &Grant, filter: &mut EventFilter) -> Result<(), Rejection> {
             filter.collections.insert(CollectionName::new(collection)?);
         }
         filter.all_collections = within.collections.iter().any(|c| c == "*");
-        filter.prefixes.extend(within.prefixes.iter().map(|p| p.as_str().into()));
+        within.prefixes.iter().for_each(|prefix| filter.prefixes.insert(prefix));
         return if filter.watches_all() { grant.need_everything(Right::Read) } else { Ok(()) };
     }
     filter.keys.iter().try_for_each(|key| grant.need_key(Right::Read, key.as_str()))?;
@@ -270,7 +274,7 @@ pub async fn events(State(app): State<App>, head: Head) -> ApiResult {
     let resume = resume_point(&app, headers, &params).await?;
     let include_vector = params.flag("include_vector")?;
     // A page of history is over at once, unless it is to wait.
-    let lasts = !wants_json(headers) || params.one("wait_ms")?.is_some();
+    let lasts = !wants_json(headers) || params.one("wait_ms")?.is_some_and(|wait_ms| wait_ms != "0");
     let place = client.filter(|_| lasts).map_or(Ok(None), |client| Auth::stream_place(&app, client))?;
     let access = grant.map(|grant| Access::new(grant, app.engine.now_ms()));
     if wants_json(headers) {

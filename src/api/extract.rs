@@ -192,7 +192,8 @@ impl Head {
     pub fn retry(&self, body: &[u8]) -> ApiResult<Option<Box<Retry>>> {
         let mut values = self.headers.all(IDEMPOTENCY_KEY);
         let Some(value) = values.next() else { return Ok(None) };
-        let key = value.to_str().ok().filter(|key| !key.is_empty() && key.len() <= IDEMPOTENCY_KEY_BYTES_MAX);
+        let is_right = |key: &&str| (1..=IDEMPOTENCY_KEY_BYTES_MAX).contains(&key.len()) && !key.contains('\t');
+        let key = value.to_str().ok().filter(is_right);
         let (Some(key), None) = (key, values.next()) else {
             return Err(invalid(format!(
                 "Idempotency-Key is one text of 1 to {IDEMPOTENCY_KEY_BYTES_MAX} printable ASCII characters"

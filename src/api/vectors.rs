@@ -129,6 +129,7 @@ fn push_info(out: &mut String, engine: &Engine, name: &str, collection: &SharedC
 
 /// `GET /v1/vector`
 pub async fn collections(State(app): State<App>, head: Head) -> ApiResult {
+    head.grant.as_ref().map_or(Ok(()), |grant| grant.need(Right::Read))?;
     Params::parse(&head.uri, &[])?;
     let mut out = String::from("{\"collections\":[");
     let mut all = app.engine.collections();
@@ -359,13 +360,13 @@ async fn delete_matching(app: &App, head: &Head, body: &[u8], collection: Collec
     if let Some(known) = head.retry(body)?.and_then(|retry| app.engine.remembered(&retry)) {
         return Ok(json(StatusCode::OK, outcome_json(&known?.outcomes[0])));
     }
-    let (ticket, _) = app.engine.begin_match(collection.as_str())?;
-    let (ids, filter) = app.engine.on_pool(move || (ticket.ids_matching(&filter), filter)).await?;
+    let (ticket, at) = app.engine.begin_match(collection.as_str())?;
+    let (ids, filter) = app.engine.on_pool(move || ticket.ids_matching(&filter).map(|ids| (ids, filter))).await??;
     let mut all = Outcome::VectorsDeleted { deleted: 0, missing: Vec::new(), revision: app.engine.head() };
     let mut chunks = ids.chunks(ITEMS_MAX).peekable();
     while let Some(ids) = chunks.next() {
         let deleted_before = if let Outcome::VectorsDeleted { deleted, .. } = all { deleted } else { 0 };
-        let selection = VectorSelection { ids: ids.to_vec(), filter: Some(filter.clone()), deleted_before };
+        let selection = VectorSelection { ids: ids.to_vec(), filter: Some((filter.clone(), at)), deleted_before };
         let command = Command::one(Op::DeleteVectors { collection: collection.clone(), selection });
         let committed = match chunks.peek() {
             Some(_) => app.commit_part(head, command).await?,
@@ -459,7 +460,7 @@ pub async fn count(State(app): State<App>, path: NamePath, head: Head, body: Pay
         }
         Some(filter) => {
             let (ticket, revision) = app.engine.begin_match(collection.as_str())?;
-            (app.engine.on_pool(move || ticket.count_matching(&filter)).await?, revision)
+            (app.engine.on_pool(move || ticket.count_matching(&filter)).await??, revision)
         }
     };
     Ok(json(StatusCode::OK, format!("{{\"count\":{count},\"revision\":{revision}}}")))

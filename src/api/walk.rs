@@ -6,6 +6,7 @@ use crate::engine::Engine;
 use crate::engine::codec::Entry;
 use crate::engine::command::Key;
 use crate::engine::feed::EventFilter;
+use crate::engine::prefixes::Prefixes;
 use crate::engine::state::is_live;
 use crate::engine::view::View;
 use crate::revision::Revision;
@@ -132,17 +133,8 @@ impl Walk {
     /// Of what the filter wants, in line for one of the places if it needs any.
     #[must_use]
     pub fn new(engine: &Engine, filter: EventFilter, places: &Arc<Semaphore>) -> Self {
-        let mut prefixes: Vec<String> = Vec::new();
-        // Both in order: what begins with a name stands behind it.
-        let mut names: Vec<&str> =
-            filter.keys.iter().map(Key::as_str).chain(filter.prefixes.iter().map(|p| &**p)).collect();
-        names.sort_unstable();
-        for name in names {
-            if !prefixes.last().is_some_and(|last| name.starts_with(last.as_str())) {
-                prefixes.push(name.to_owned());
-            }
-        }
-        prefixes.reverse();
+        let names = filter.keys.iter().map(Key::as_str).chain(filter.prefixes.iter());
+        let mut prefixes: Vec<String> = names.collect::<Prefixes>().iter().rev().map(str::to_owned).collect();
         let are_only_collections = filter.all_collections || !filter.collections.is_empty();
         if prefixes.is_empty() && !are_only_collections {
             prefixes.push(String::new());
@@ -215,7 +207,7 @@ impl Walk {
             if let Some((entries, revision)) = named {
                 (found, self.whole_at) = (entries, Some(revision));
             } else {
-                let view = engine.begin_view(self.prefixes.clone());
+                let view = engine.begin_view(self.prefixes.iter().map(String::as_str).collect());
                 if let Some(place) = &self.place {
                     *place.view.lock() = Arc::downgrade(&view);
                 }
@@ -297,7 +289,7 @@ mod tests {
     fn filter(keys: &[&str], prefixes: &[&str]) -> EventFilter {
         EventFilter {
             keys: keys.iter().map(|key| Key::new(key).unwrap()).collect(),
-            prefixes: prefixes.iter().map(|&prefix| prefix.into()).collect(),
+            prefixes: prefixes.iter().copied().collect(),
             ..EventFilter::default()
         }
     }

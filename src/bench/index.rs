@@ -153,7 +153,7 @@ impl Index {
     fn run(&self, search: Search) -> (Vec<usize>, usize) {
         let searches = [search];
         let ticket = self.collection.begin_search(Revision(self.revision), &searches);
-        let answer = ticket.run(&searches).remove(0);
+        let answer = ticket.run(&searches).expect("one search ends in time").remove(0);
         let Found::Hits(hits) = answer.found else { return (Vec::new(), 0) };
         (hits.iter().filter_map(|hit| hit.id.as_str().parse().ok()).collect(), answer.plan.scored)
     }

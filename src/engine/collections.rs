@@ -25,7 +25,7 @@
 
 use super::codec::Event;
 use super::linker::Background;
-use super::search::{Search, SearchTicket};
+use super::search::{SEARCH_TIME_MAX, Search, SearchTicket};
 use super::upkeep::{Done, Upkeep};
 use crate::disk;
 use crate::error::{Error, Rejection};
@@ -41,6 +41,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 /// Ids encoded under one hold of the lock during a checkpoint, and bytes of rows read there for their checksums.
 const CHECKPOINT_IDS: usize = 1000;
@@ -108,6 +109,18 @@ impl Searches {
         self.next += 1;
         self.running.insert(number);
         number
+    }
+}
+
+/// See [`SharedCollection::pin_slots`].
+struct SlotPin<'a> {
+    collection: &'a SharedCollection,
+    number: SearchNumber,
+}
+
+impl Drop for SlotPin<'_> {
+    fn drop(&mut self) {
+        self.collection.end_search(self.number);
     }
 }
 
@@ -234,7 +247,7 @@ impl SharedCollection {
         hold: impl FnOnce() -> T,
     ) -> (Vec<Item>, Revision) {
         let held = hold();
-        let number = self.begin();
+        let _pin = self.pin_slots();
         let (listed, revision) = self.read(|c| (c.list(after, limit, false).collect::<Vec<_>>(), c.revision()));
         drop(held);
         let (slots, mut items): (Vec<u32>, Vec<Item>) = listed.into_iter().unzip();
@@ -248,7 +261,6 @@ impl SharedCollection {
                 });
             }
         }
-        self.end_search(number);
         (items, revision)
     }
 
@@ -338,6 +350,11 @@ impl SharedCollection {
         Horizon { next: searches.next, oldest, oldest_search, durable }
     }
 
+    /// From here on no slot that is live now is reused, until what this gives is dropped.
+    fn pin_slots(&self) -> SlotPin<'_> {
+        SlotPin { collection: self, number: self.begin() }
+    }
+
     pub(super) fn begin(&self) -> SearchNumber {
         self.searches.lock().begin()
     }
@@ -378,7 +395,8 @@ impl SharedCollection {
         let usual_effort = self.usual_effort.load(Ordering::Relaxed);
         self.read(|c| {
             let live = needs_live(usual_effort, c.len()).then(|| c.live().clone());
-            SearchTicket { collection, at, number, graph: c.searchable(), vectors: c.len(), usual_effort, live }
+            let (graph, vectors, until) = (c.searchable(), c.len(), Instant::now() + SEARCH_TIME_MAX);
+            SearchTicket { collection, at, number, until, graph, vectors, usual_effort, live }
         })
     }
 
@@ -401,7 +419,7 @@ impl SharedCollection {
     /// Takes the graph file into use, if there is one that fits. Searches are exact until then.
     pub(super) fn load_graph(&self) {
         let Some(dir) = &self.dir else { return };
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         let file = match GraphFile::read(dir, self.spec, self.created) {
             Ok(Some(file)) => file,
             Ok(None) => return,
@@ -413,12 +431,10 @@ impl SharedCollection {
         if self.read(|c| c.graph().is_some()) {
             return;
         }
-        // From here on no slot that is live now is reused.
-        let number = self.begin();
+        let _pin = self.pin_slots();
         let graph = Arc::new(Graph::new(self.spec.metric, self.spec.dim, self.centre()));
         if let Err(error) = graph.nodes().reserve(self.read(Collection::slot_count).max(file.slots())) {
             tracing::warn!(%error, "no memory for the graph file; searches stay exact");
-            self.end_search(number);
             return;
         }
         let slots = file.slots();
@@ -440,7 +456,6 @@ impl SharedCollection {
         let known = known.into_inner();
         file.restore(&graph, &known);
         let adopted = self.write(|inner, _| inner.adopt_graph(Arc::clone(&graph), &known));
-        self.end_search(number);
         match adopted {
             Ok(()) => tracing::info!(
                 slots = known.len(),

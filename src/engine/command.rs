@@ -287,8 +287,9 @@ pub enum VectorWrite {
 pub struct VectorSelection {
     /// Candidates, in the order given.
     pub ids: Vec<VectorId>,
-    /// Checked again when the delete is decided: what no longer matches stays.
-    pub filter: Option<Filter>,
+    /// They matched at a revision. Those that changed since are checked again when the delete is decided: what no longer matches
+    /// stays.
+    pub filter: Option<(Filter, Revision)>,
     /// How many earlier commands of the same request deleted: the last one answers for all.
     pub deleted_before: usize,
 }

@@ -27,6 +27,7 @@
 use super::codec::Record;
 use super::command::Key;
 use super::frame::{Ephemeral, Facets, Frame, Recent};
+use super::prefixes::Prefixes;
 use super::wal::Log;
 use super::{Poison, spawn_vital};
 use crate::error::Error;
@@ -49,14 +50,18 @@ const RING_BYTES_MAX: usize = 16 << 20;
 const TOPIC_NOTED_MAX: usize = 4096;
 /// Events looked at under one hold of the ring's lock.
 const RING_SCAN_EVENTS: usize = 2048;
+/// Events times topics looked at under one hold of the topics' lock: some milliseconds.
+const MATCHES_AT_ONCE: usize = 1 << 16;
 /// Streams that read the log at the same time; more wait their turn.
 const CATCH_UPS_MAX: usize = 8;
-/// Bytes of log read at a time for one stream.
-const CATCH_UP_BYTES: usize = 256 << 10;
+/// Bytes of log looked through at a time for one stream, some milliseconds, where little of it matches.
+const CATCH_UP_BYTES: usize = 1 << 20;
 /// What a part of it counts for beside its records.
 const PART_BYTES: usize = 200;
 /// Decoded log that a topic keeps while streams of it are behind.
 const HISTORY_BYTES_MAX: usize = 8 << 20;
+/// The same of all topics together; beyond it each stream reads the log by itself.
+const HISTORIES_BYTES_MAX: usize = 256 << 20;
 /// Most keys, prefixes, collections, types, jobs and tags in one filter.
 pub const FILTER_TERMS_MAX: usize = 256;
 
@@ -66,7 +71,7 @@ pub struct EventFilter {
     /// Exactly these keys,
     pub keys: BTreeSet<Key>,
     /// or keys that begin so,
-    pub prefixes: BTreeSet<Box<str>>,
+    pub prefixes: Prefixes,
     /// or events of these collections,
     pub collections: BTreeSet<CollectionName>,
     /// or of any.
@@ -114,9 +119,7 @@ impl EventFilter {
 
     fn watches(&self, facets: &Facets<'_>) -> bool {
         self.watches_all()
-            || facets
-                .key
-                .is_some_and(|key| self.keys.contains(key) || self.prefixes.iter().any(|p| key.starts_with(&**p)))
+            || facets.key.is_some_and(|key| self.keys.contains(key) || self.prefixes.begin(key))
             || facets.collection.is_some_and(|c| self.all_collections || self.collections.contains(c))
     }
 
@@ -180,6 +183,8 @@ pub struct Feed {
     bell: (Mutex<Bell>, Condvar),
     log: Arc<Log>,
     catch_ups: Arc<Semaphore>,
+    /// Of all topics' `history`.
+    histories_bytes: Arc<AtomicUsize>,
     draining: AtomicBool,
     /// Whether anybody listens: while nobody does, the feed's thread sleeps through commits.
     has_topics: AtomicBool,
@@ -227,11 +232,31 @@ struct Topic {
 struct Part {
     read: Read,
     found: Arc<FoundFrames>,
-    bytes: usize,
+    bytes: KeptBytes,
 }
 
 /// Matching frames, and up to where the log was read for them.
 type FoundFrames = (Vec<Arc<Frame>>, Revision);
+
+/// Bytes that count among all that topics keep, until this is dropped.
+#[derive(Debug)]
+struct KeptBytes {
+    bytes: usize,
+    all: Arc<AtomicUsize>,
+}
+
+impl KeptBytes {
+    fn new(bytes: usize, all: &Arc<AtomicUsize>) -> Self {
+        all.fetch_add(bytes, Ordering::Relaxed);
+        Self { bytes, all: Arc::clone(all) }
+    }
+}
+
+impl Drop for KeptBytes {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
 
 /// What was asked of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,6 +264,46 @@ struct Read {
     after: Revision,
     frames_max: usize,
     bytes_max: usize,
+}
+
+impl Read {
+    /// Frames that match, and about how much memory they keep alive: up to one of the maxima, to `head`, or over [`CATCH_UP_BYTES`]
+    /// of the log. `None` when that no longer reaches back so far. Blocking.
+    fn find(&self, log: &Log, head: Revision, filter: &EventFilter) -> Result<Option<(FoundFrames, usize)>, Error> {
+        let (mut frames, mut reached, mut bytes) = (Vec::new(), self.after, PART_BYTES);
+        // In steps, so that little is decoded beyond a maximum.
+        for _ in 0..(CATCH_UP_BYTES / self.bytes_max).max(1) {
+            if frames.len() >= self.frames_max || bytes >= self.bytes_max || reached >= head {
+                break;
+            }
+            let Some(history) = log.read_after(reached, head, self.bytes_max)? else {
+                if reached == self.after {
+                    return Ok(None);
+                }
+                // Just now dropped; what was found goes out first.
+                break;
+            };
+            let after = std::mem::replace(&mut reached, history.reached);
+            'records: for record in &history.records {
+                let (before, mut weight) = (frames.len(), 0);
+                for event in Recent::of_record(record) {
+                    weight += event.weight;
+                    if event.revision > after && filter.wants(&event.facets()) {
+                        if frames.len() == self.frames_max {
+                            reached = event.revision.prev();
+                            break 'records;
+                        }
+                        frames.push(Arc::clone(event.frame()));
+                    }
+                }
+                if frames.len() > before {
+                    // A frame keeps all of its record.
+                    bytes += weight;
+                }
+            }
+        }
+        Ok(Some(((frames, reached), bytes)))
+    }
 }
 
 #[derive(Debug)]
@@ -310,8 +375,8 @@ impl Registry {
         if !filter.watches_all() {
             filter.keys.iter().for_each(|k| file(&mut self.by_key, k, topic, add));
             filter.collections.iter().for_each(|c| file(&mut self.by_collection, c, topic, add));
-            for prefix in &filter.prefixes {
-                file(&mut self.by_prefix, prefix, topic, add);
+            for prefix in filter.prefixes.iter() {
+                file(&mut self.by_prefix, &prefix.into(), topic, add);
                 let count = self.prefix_lengths.entry(prefix.len()).or_insert(0);
                 *count = if add { *count + 1 } else { *count - 1 };
                 if *count == 0 {
@@ -403,6 +468,7 @@ impl Feed {
             bell: (Mutex::new(Bell::default()), Condvar::new()),
             log,
             catch_ups: Arc::new(Semaphore::new(CATCH_UPS_MAX)),
+            histories_bytes: Arc::default(),
             draining: AtomicBool::new(false),
             has_topics: AtomicBool::new(false),
             stats: FeedStats::default(),
@@ -508,11 +574,13 @@ impl Feed {
     /// Notes new events in the topics that want them and wakes those topics' streams. False when there was nothing new.
     fn match_some(&self) -> bool {
         let from = self.matched.load(Ordering::Acquire);
+        // With each, all topics may have to be looked at, and meanwhile none can begin.
+        let at_once = (MATCHES_AT_ONCE / self.registry.lock().topics.len().max(1)).clamp(1, RING_SCAN_EVENTS);
         let (first, start, events) = {
             let ring = self.ring.read();
             let start = from.max(ring.first);
             let skip = usize::try_from(start - ring.first).unwrap_or(usize::MAX);
-            (ring.first, start, ring.events.iter().skip(skip).take(RING_SCAN_EVENTS).cloned().collect::<Vec<_>>())
+            (ring.first, start, ring.events.iter().skip(skip).take(at_once).cloned().collect::<Vec<_>>())
         };
         // Where nothing is left, what was there must still be looked for in the log.
         if events.is_empty() && start == from {
@@ -687,16 +755,19 @@ impl Topic {
     }
 
     /// Keeps what was read for the other streams of this topic that are behind.
-    fn keep_history(&self, read: Read, frames: &[Arc<Frame>], bytes: usize, reached: Revision, head: Revision) {
+    fn keep_history(&self, read: Read, found: &FoundFrames, bytes: usize, head: Revision, all: &Arc<AtomicUsize>) {
         // What reaches the head may be more for the next one to read. Looked at under the lock, so that nothing is kept once
         // the last stream is level.
         let mut history = self.history.lock();
         let is_shared = self.behind.load(Ordering::Relaxed) > 1;
-        if !is_shared || reached >= head || bytes > HISTORY_BYTES_MAX || history.iter().any(|part| part.read == read) {
+        if !is_shared || found.1 >= head || bytes > HISTORY_BYTES_MAX || history.iter().any(|part| part.read == read) {
             return;
         }
-        history.push_front(Part { read, found: Arc::new((frames.to_vec(), reached)), bytes });
-        while history.iter().map(|part| part.bytes).sum::<usize>() > HISTORY_BYTES_MAX {
+        if all.load(Ordering::Relaxed) + bytes > HISTORIES_BYTES_MAX {
+            return;
+        }
+        history.push_front(Part { read, found: Arc::new(found.clone()), bytes: KeptBytes::new(bytes, all) });
+        while history.iter().map(|part| part.bytes.bytes).sum::<usize>() > HISTORY_BYTES_MAX {
             history.pop_back();
         }
     }
@@ -715,7 +786,7 @@ pub struct Subscription {
     revision: Revision,
     /// The next position of the ring to look at; `None` while behind the ring.
     position: Option<u64>,
-    /// Where the ring ended when it began: ephemeral events before are for those who were there.
+    /// Where the ring ended when it began. Ephemeral events published before are not for it.
     began: u64,
     catching_up: Option<JoinHandle<Result<CaughtUp, JoinError>>>,
     watches_searches: bool,
@@ -973,32 +1044,9 @@ impl Subscription {
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;
                 let head = feed.head();
-                let Some(history) = feed.log.read_after(after, head, bytes_max.min(CATCH_UP_BYTES))? else {
-                    return Ok(None);
-                };
-                let mut frames: Vec<Arc<Frame>> = Vec::new();
-                let mut reached = history.reached;
-                let mut bytes = PART_BYTES;
-                'records: for record in &history.records {
-                    let before = frames.len();
-                    let mut weight = 0;
-                    for event in Recent::of_record(record) {
-                        weight += event.weight;
-                        if event.revision > after && topic.filter.wants(&event.facets()) {
-                            if frames.len() == frames_max {
-                                reached = event.revision.prev();
-                                break 'records;
-                            }
-                            frames.push(Arc::clone(event.frame()));
-                        }
-                    }
-                    if frames.len() > before {
-                        // A frame keeps all of its record.
-                        bytes += weight;
-                    }
-                }
-                topic.keep_history(read, &frames, bytes, reached, head);
-                Ok(Some((frames, reached)))
+                let Some((found, bytes)) = read.find(&feed.log, head, &topic.filter)? else { return Ok(None) };
+                topic.keep_history(read, &found, bytes, head, &feed.histories_bytes);
+                Ok(Some(found))
             })
             .await
         }));

@@ -5,7 +5,7 @@
 //! Command            command.rs    parsed by api/, every limit checked once
 //!   -> Sequencer     sequencer.rs  drains what waits, hands out revisions
 //!   -> decide        state.rs      pure: state + overlay + command -> events or a rejection
-//!   -> prepare       recovery.rs   files and room for vectors, the only I/O that can be refused
+//!   -> prepare       prepare.rs    files and room for vectors, the only I/O that can be refused
 //!   -> Wal           wal.rs        codec.rs encodes; one write, one fdatasync for the batch
 //!   -> State::apply  state.rs      infallible; recovery calls the very same (many vectors: beside readers)
 //!   -> Feed          feed.rs       shared frames, matched and woken on the feed's own thread
@@ -39,6 +39,8 @@ pub mod frame;
 pub mod json;
 pub mod linker;
 pub mod metrics;
+pub mod prefixes;
+pub mod prepare;
 pub mod recovery;
 pub mod restore;
 pub mod search;
@@ -58,14 +60,15 @@ use answers::Retry;
 use clock::Clock;
 use codec::{Entries, Entry};
 use collections::SharedCollection;
-use command::{Command, Committed, Op};
+use command::{Command, Committed, Op, VectorWrite};
 use feed::{EventFilter, Feed};
 use frame::{Ephemeral, push_fmt};
 use linker::Background;
 use metrics::{Metrics, PlanLabels};
 use parking_lot::{Condvar, Mutex, RwLock};
-use recovery::Preparer;
-use search::{INLINE_COST, Search, SearchAnswer, SearchTicket};
+use prefixes::Prefixes;
+use prepare::Preparer;
+use search::{Search, SearchAnswer, SearchTicket};
 use sequencer::{Request, Sequencer};
 use snapshot::Pace;
 use state::State;
@@ -104,6 +107,9 @@ const STARVED_AFTER: Duration = Duration::from_millis(500);
 const SLOW_PATCH_BYTES: usize = 256 << 10;
 /// As much as this takes as long as a vector.
 const PATCHED_BYTES_LIKE_A_VECTOR: usize = 16 << 10;
+
+/// Metadata that the updates of one command may write again, beside what they bring: two tenths of a second of the writer's time.
+const UPDATED_META_BYTES_MAX: usize = 8 << 20;
 
 /// Collections there may be, however many files may be open.
 const COLLECTIONS_MAX: usize = 10_000;
@@ -295,6 +301,7 @@ impl Engine {
     /// has no room for more in its tail; others do not.
     pub async fn submit(&self, command: Command) -> Result<Committed, Rejection> {
         self.wait_for_room(&command).await?;
+        self.check_updates(&command)?;
         let (reply, answer) = oneshot::channel();
         let slowness = self.slowness(&command);
         self.queue.try_send(Request::Commit((command, reply), slowness)).map_err(|e| match e {
@@ -319,6 +326,22 @@ impl Engine {
         }
         let bytes = self.patched_bytes(command);
         if bytes > SLOW_PATCH_BYTES { bytes / PATCHED_BYTES_LIKE_A_VECTOR } else { 0 }
+    }
+
+    /// An update of a vector writes all of its metadata again, however little of it changes.
+    fn check_updates(&self, command: &Command) -> Result<(), Rejection> {
+        let mut bytes = 0;
+        for op in &command.ops {
+            let Op::WriteVector { write: VectorWrite::Update, collection, id, .. } = op else { continue };
+            // What there is no collection or vector for is refused by the writer.
+            let Ok(collection) = self.collection(collection.as_str()) else { continue };
+            bytes += collection.read(|c| c.peek(id.as_str()).map_or(0, |(_, meta)| meta.text().len()));
+        }
+        if bytes > UPDATED_META_BYTES_MAX {
+            let what = "metadata that these updates write again (send them in smaller batches)";
+            return Err(Rejection::PayloadTooLarge { what, limit_bytes: UPDATED_META_BYTES_MAX });
+        }
+        Ok(())
     }
 
     /// Bytes that a command's patches read and write, each a value: as large as it is now, or as the command itself makes it.
@@ -464,10 +487,10 @@ impl Engine {
             (collection.begin_search(state.revision(), &searches), state.revision())
         };
         let count = searches.len() as u64;
-        let found = if ticket.cost(&searches) < INLINE_COST {
-            ticket.run(&searches)
+        let found = if ticket.is_cheap(&searches) {
+            ticket.run(&searches)?
         } else {
-            self.on_pool(move || ticket.run(&searches)).await?
+            self.on_pool(move || ticket.run(&searches)).await??
         };
         let took = started.elapsed();
         self.inner.metrics.searches.inc_by(count);
@@ -520,7 +543,7 @@ impl Engine {
 
     /// A consistent walk over the keys for a stream that wants a snapshot.
     #[must_use]
-    pub fn begin_view(&self, prefixes: Vec<String>) -> Arc<View> {
+    pub fn begin_view(&self, prefixes: Prefixes) -> Arc<View> {
         View::begin(&self.inner.state, prefixes, true)
     }
 
@@ -673,8 +696,9 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// The `snapshots` thread: tidies every [`TIDY_EVERY`] or every `interval`, if that is shorter, and at most once a second; takes snapshots every `interval` (zero: never), and before that when the
-/// log is [`LOG_OVER`] times what it should be and has grown since the last by as much as it should be.
+/// The `snapshots` thread. Tidies every [`TIDY_EVERY`], or every `interval` where that is shorter. Takes snapshots every `interval`;
+/// zero is never. Takes one before its time when the log is [`LOG_OVER`] times what it should be, and has grown since the last by as
+/// much as it should be.
 fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condvar)) {
     let mut last_revision = Revision::ZERO;
     let mut last_snapshot = Instant::now();
@@ -686,7 +710,8 @@ fn take_snapshots(inner: &Inner, interval: Duration, stop: &(Mutex<bool>, Condva
             let mut stopped = stop.0.lock();
             if !*stopped {
                 // A wake-up for another reason only tidies early.
-                stop.1.wait_for(&mut stopped, TIDY_EVERY.min(interval.max(Duration::from_secs(1))));
+                let pause = if interval.is_zero() { TIDY_EVERY } else { TIDY_EVERY.min(interval) };
+                stop.1.wait_for(&mut stopped, pause);
             }
             if *stopped {
                 return;

@@ -11,23 +11,23 @@ use crate::vector::codes::Probe;
 use crate::vector::collection::{Collection, Groups, Query, Scan, SearchNumber};
 use crate::vector::filter::Filter;
 use crate::vector::graph::{Graph, Scratch, kept_by_halves};
-use crate::vector::meta_index::select;
+use crate::vector::meta_index::{MetaIndex, select};
 use crate::vector::plan::{self, Way};
 use crate::vector::topk::{Candidate, TopK};
 use crate::vector::{Hit, VectorId};
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Work done under one hold of the collection's lock, in numbers multiplied: about a hundred microseconds.
 const SLICE_COST: usize = 1 << 20;
 /// Rows in a slice at most, however cheap they are.
 const SLICE_ROWS_MAX: usize = 4096;
 /// Searches cheaper than this run where they are: handing them to other threads would take longer.
-pub const INLINE_COST: usize = 1 << 19;
-/// Metadata objects parsed under one hold of the lock.
+const INLINE_COST: usize = 1 << 19;
+/// Metadata objects taken under one hold of the lock.
 const SLICE_METAS: usize = 64;
 /// Numbers of graph rows compared in the time of one multiplied.
 const CODES_PER_NUMBER: usize = 4;
@@ -45,9 +45,11 @@ const EXACT_INSTEAD: usize = 1 << 23;
 const EXACT_FOR_EQUALS: usize = 1 << 20;
 /// Hits up to which matches are scanned in the graph's rows.
 const SCANNED_MAX: usize = 512;
-/// A search that had to scan a tail longer than this does a linker's job: else, on a machine busy with searches, the tail
-/// would slow them all down for ever.
+/// A search that had to scan a tail longer than this links some of it, which takes milliseconds: else, on a machine busy with
+/// searches, the tail would slow them all down for ever.
 const HELP_FROM: usize = 4096;
+/// A search that takes longer is given up: it keeps slots of deleted vectors from being reused, and threads from others.
+pub(super) const SEARCH_TIME_MAX: Duration = Duration::from_secs(10);
 /// Vectors up to which a filtered search is cheap whatever its filter matches.
 const INLINE_VECTORS: usize = 100_000;
 
@@ -130,6 +132,8 @@ pub struct SearchTicket {
     pub(super) collection: Arc<SharedCollection>,
     pub(super) at: Revision,
     pub(super) number: SearchNumber,
+    /// When it is given up.
+    pub(super) until: Instant,
     /// The graph and its tail when the search began.
     pub(super) graph: Option<(Arc<Graph>, Vec<u32>)>,
     /// How many vectors were live then.
@@ -178,9 +182,18 @@ impl Search {
 }
 
 impl SearchTicket {
-    /// What these searches cost, about, in numbers multiplied: decides where they run.
+    /// Whether these searches take no longer than handing them to other threads would.
     #[must_use]
-    pub fn cost(&self, searches: &[Search]) -> usize {
+    pub fn is_cheap(&self, searches: &[Search]) -> bool {
+        !self.has_long_tail() && self.cost(searches) < INLINE_COST
+    }
+
+    fn has_long_tail(&self) -> bool {
+        self.graph.as_ref().is_some_and(|(_, tail)| tail.len() > HELP_FROM)
+    }
+
+    /// What these searches cost, about, in numbers multiplied.
+    fn cost(&self, searches: &[Search]) -> usize {
         let dim = self.collection.spec().dim;
         let (slots, text_bytes, unindexed) = self.collection.read(|c| {
             let unindexed = self.live.as_ref().map_or(0, |live| c.not_indexed_len(live));
@@ -188,6 +201,8 @@ impl SearchTicket {
         });
         // Parsing a byte of metadata costs as much as some tens of numbers.
         const META_BYTE_COST: usize = 32;
+        const CONDITION_COST: usize = 8;
+        const RANGE_VALUES: usize = 4096;
         let one = |search: &Search| match &self.graph {
             _ if search.group.is_some() => slots * (dim + (text_bytes + 16) * META_BYTE_COST),
             Some((_, tail)) if !search.is_exact => {
@@ -200,17 +215,31 @@ impl SearchTicket {
         let parsed = |search: &Search| match &search.filter {
             Some(filter) => {
                 let parsed = if filter.is_indexable() { unindexed } else { slots };
-                parsed * (text_bytes + 16) * META_BYTE_COST
+                // Each byte may be a value that each condition looks at.
+                let looked_at = META_BYTE_COST + filter.conditions() * CONDITION_COST;
+                // In the index, a range over many values is many sets.
+                let in_index = filter.conditions() * slots.min(RANGE_VALUES);
+                parsed.saturating_mul((text_bytes + 16) * looked_at) + in_index
             }
             None => 0,
         };
-        searches.iter().map(|search| one(search) + parsed(search)).sum()
+        searches.iter().map(|search| one(search) + parsed(search)).fold(0, usize::saturating_add)
+    }
+
+    /// What was found, unless it took too long.
+    fn in_time<T>(&self, found: T) -> Result<T, Rejection> {
+        let what = "it took longer than 10 s and was given up; narrow the filter, or ask for less at once";
+        if self.is_over() { Err(Rejection::Overloaded(what)) } else { Ok(found) }
+    }
+
+    /// Whether it is given up: what is found from here on is not looked at.
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.until
     }
 
     /// Runs the searches; several threads when it is worth it.
-    #[must_use]
-    pub fn run(&self, searches: &[Search]) -> Vec<SearchAnswer> {
-        let is_cheap = || self.cost(searches) < INLINE_COST;
+    pub fn run(&self, searches: &[Search]) -> Result<Vec<SearchAnswer>, Rejection> {
+        let is_cheap = || self.is_cheap(searches);
         // Those that look at everything do so together, in one pass over memory.
         let (together, alone): (Vec<_>, Vec<_>) =
             searches.iter().enumerate().partition(|(_, search)| self.looks_at_everything(search));
@@ -224,11 +253,11 @@ impl SearchTicket {
             let (places, searches): (Vec<usize>, Vec<&Search>) = together.into_iter().unzip();
             answers.extend(places.into_iter().zip(self.scan_everything(&searches, is_cheap())));
         }
-        if self.graph.as_ref().is_some_and(|(_, tail)| tail.len() > HELP_FROM) {
+        if self.has_long_tail() {
             self.collection.help();
         }
         answers.sort_unstable_by_key(|(at, _)| *at);
-        answers.into_iter().map(|(_, answer)| answer).collect()
+        self.in_time(answers.into_iter().map(|(_, answer)| answer).collect())
     }
 
     fn looks_at_everything(&self, search: &Search) -> bool {
@@ -236,31 +265,38 @@ impl SearchTicket {
     }
 
     fn new_scan(search: &Search) -> Scan {
-        let groups = search.group.as_ref().map(|grouping| Groups {
-            path: grouping.path.clone(),
-            size: grouping.size,
-            min_score: search.min_score,
-            best: HashMap::new(),
-        });
-        Scan { query: search.query.clone(), top: TopK::new(search.offset + search.k, search.min_score), groups }
+        let wanted = search.offset + search.k;
+        let groups = search.group.as_ref().map(|grouping| Groups::new(&grouping.path, search.min_score, wanted));
+        Scan { query: search.query.clone(), top: TopK::new(wanted, search.min_score), groups }
     }
 
     /// O(vectors x dim) for each, all in one pass.
     fn scan_everything(&self, searches: &[&Search], is_cheap: bool) -> Vec<SearchAnswer> {
         let (slots, vectors) = (self.collection.read(Collection::slot_count), self.vectors);
-        let scans: Vec<Scan> = searches.iter().map(|search| Self::new_scan(search)).collect();
         let rows = (SLICE_COST / (self.collection.spec().dim * searches.len() + 1)).clamp(16, SLICE_ROWS_MAX);
         let slices: Vec<_> = (0..slots).step_by(rows).map(|start| start..(start + rows).min(slots)).collect();
         let scan_slice = |mut scans: Vec<Scan>, slice: std::ops::Range<usize>| {
-            self.collection.read(|c| c.scan(slice, self.at, &mut scans));
+            if !self.is_over() {
+                self.collection.read(|c| c.scan(slice, self.at, &mut scans));
+                scans.iter_mut().for_each(Scan::take_in);
+            }
             scans
         };
         let merge = |a: Vec<Scan>, b: Vec<Scan>| a.into_iter().zip(b).map(|(a, b)| merge_scans(a, b)).collect();
-        let scans = if is_cheap {
-            slices.into_iter().fold(scans, scan_slice)
-        } else {
-            slices.into_par_iter().fold(|| scans.clone(), scan_slice).reduce(|| scans.clone(), merge)
+        let pass = |scans: Vec<Scan>| {
+            if is_cheap {
+                slices.iter().cloned().fold(scans, scan_slice)
+            } else {
+                slices.par_iter().cloned().fold(|| scans.clone(), scan_slice).reduce(|| scans.clone(), merge)
+            }
         };
+        let mut scans = pass(searches.iter().map(|search| Self::new_scan(search)).collect());
+        let (places, again): (Vec<usize>, Vec<Scan>) = (searches.iter().zip(&scans).enumerate())
+            .filter_map(|(place, (search, scan))| Some((place, second_pass(search, scan)?)))
+            .unzip();
+        if !again.is_empty() {
+            places.into_iter().zip(pass(again)).for_each(|(place, scan)| scans[place] = scan);
+        }
         let plan = Plan {
             way: Way::Exact,
             given_up: None,
@@ -280,7 +316,10 @@ impl SearchTicket {
         let Some(live) = &self.live else { return RoaringBitmap::new() };
         // What is not in the index is noted first: a slot indexed meanwhile is then looked at here all the same.
         let unindexed = self.collection.read(|c| c.not_indexed(live));
-        let selection = select(filter, &|look| self.collection.read(|c| look(c.meta_index())));
+        let nothing = MetaIndex::default();
+        let selection = select(filter, &|look| {
+            self.collection.read(|c| look(if self.is_over() { &nothing } else { c.meta_index() }));
+        });
         let mut slots = selection.slots & live;
         if !unindexed.is_empty() {
             slots -= &unindexed;
@@ -297,10 +336,10 @@ impl SearchTicket {
     /// Those slots whose metadata, parsed, satisfies a filter.
     fn check(&self, slots: &RoaringBitmap, filter: &Filter) -> RoaringBitmap {
         let slots = slots_of(slots);
-        let check = |slice: &[u32]| {
-            let mut slice = slice.to_vec();
-            self.collection.read(|c| c.retain_matching(&mut slice, filter, self.at));
-            slice
+        let check = |slice: &[u32]| -> Vec<u32> {
+            let metas = self.collection.read(|c| c.metas_at(slice, self.at));
+            let each = slice.iter().zip(metas);
+            each.filter(|(_, meta)| !self.is_over() && filter.matches(&meta.parse())).map(|(&slot, _)| slot).collect()
         };
         let kept: Vec<Vec<u32>> = if slots.len() <= 4 * SLICE_METAS {
             slots.chunks(SLICE_METAS).map(check).collect()
@@ -311,16 +350,15 @@ impl SearchTicket {
     }
 
     /// How many vectors satisfied a filter when this began.
-    #[must_use]
-    pub fn count_matching(&self, filter: &Filter) -> usize {
-        usize::try_from(self.select(filter).len()).unwrap_or(usize::MAX)
+    pub fn count_matching(&self, filter: &Filter) -> Result<usize, Rejection> {
+        self.in_time(usize::try_from(self.select(filter).len()).unwrap_or(usize::MAX))
     }
 
     /// The ids of the vectors that satisfied a filter when this began and are still there.
-    #[must_use]
-    pub fn ids_matching(&self, filter: &Filter) -> Vec<VectorId> {
-        let slots = slots_of(&self.select(filter));
-        slots.chunks(SLICE_ROWS_MAX).flat_map(|slice| self.collection.read(|c| c.ids_of(slice))).collect()
+    pub fn ids_matching(&self, filter: &Filter) -> Result<Vec<VectorId>, Rejection> {
+        let slots = self.in_time(slots_of(&self.select(filter)))?;
+        let ids = slots.chunks(SLICE_ROWS_MAX).flat_map(|slice| self.collection.read(|c| c.ids_of(slice)));
+        Ok(ids.collect())
     }
 
     fn run_one(&self, search: &Search) -> SearchAnswer {
@@ -467,15 +505,23 @@ impl SearchTicket {
         let slots = slots_of(selected);
         let rows = (SLICE_COST / self.collection.spec().dim).clamp(16, SLICE_ROWS_MAX);
         let scan_slice = |mut scan: Scan, slice: &[u32]| {
-            self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
+            if !self.is_over() {
+                self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
+                scan.take_in();
+            }
             scan
         };
-        let empty = || Self::new_scan(search);
-        let scan = if slots.len() * self.collection.spec().dim < INLINE_COST {
-            slots.chunks(rows).fold(empty(), scan_slice)
-        } else {
-            slots.par_chunks(rows).fold(empty, scan_slice).reduce(empty, merge_scans)
+        let pass = |scan: Scan| {
+            if slots.len() * self.collection.spec().dim < INLINE_COST {
+                slots.chunks(rows).fold(scan, scan_slice)
+            } else {
+                slots.par_chunks(rows).fold(|| scan.clone(), scan_slice).reduce(|| scan.clone(), merge_scans)
+            }
         };
+        let mut scan = pass(Self::new_scan(search));
+        if let Some(again) = second_pass(search, &scan) {
+            scan = pass(again);
+        }
         SearchAnswer { found: self.finish(search, scan), plan: Plan { scored: slots.len(), ..plan } }
     }
 
@@ -485,14 +531,8 @@ impl SearchTicket {
             let wanted = best.get(search.offset..).unwrap_or_default();
             return Found::Hits(self.hits(search, &wanted[..wanted.len().min(search.k)]));
         };
-        let mut groups: Vec<(Candidate, String, serde_json::Value, TopK)> = groups
-            .best
-            .into_iter()
-            .filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top)))
-            .collect();
-        groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
-        let wanted = groups.into_iter().skip(search.offset).take(search.k);
-        Found::Groups(wanted.map(|(_, _, value, top)| (value, self.hits(search, &top.into_sorted()))).collect())
+        let wanted = groups.into_sorted().skip(search.offset).take(search.k);
+        Found::Groups(wanted.map(|(value, top)| (value, self.hits(search, &top.into_sorted()))).collect())
     }
 
     /// A few under one hold of the lock: their numbers may have to come from disk.
@@ -588,6 +628,13 @@ fn slots_of(bitmap: &RoaringBitmap) -> Vec<u32> {
     let filled = bitmap.iter().next_many(&mut slots).len();
     slots.truncate(filled);
     slots
+}
+
+/// Which values have the best vectors is known after one pass; where each is to have more than its best, another finds those.
+fn second_pass(search: &Search, first: &Scan) -> Option<Scan> {
+    let size = search.group.as_ref().map(|grouping| grouping.size).filter(|&size| size > 1)?;
+    let groups = first.groups.clone()?.emptied(size);
+    Some(Scan { groups: Some(groups), ..SearchTicket::new_scan(search) })
 }
 
 fn merge_scans(a: Scan, b: Scan) -> Scan {

@@ -20,7 +20,7 @@ use super::answers::RetryAnswer;
 use super::codec::{Events, Record};
 use super::collections::no_room;
 use super::command::{Command, Committed, Key, Op};
-use super::recovery::Preparer;
+use super::prepare::Preparer;
 use super::state::{Decider, Decision, Overlay, apply_beside_readers};
 use super::wal::{AppendError, Wal};
 use crate::config::Fsync;

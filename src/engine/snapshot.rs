@@ -10,6 +10,7 @@ use super::Inner;
 use super::answers::{Remembered, RetryAnswer};
 use super::codec::{Entries, Entry, decode_answer, decode_entry, encode_answer, encode_entry, put_spec, spec};
 use super::command::{Committed, Key};
+use super::prefixes::Prefixes;
 use super::state::State;
 use super::view::View;
 use super::wal::Gap;
@@ -122,7 +123,7 @@ fn take_locked(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
         let revision = inner.state.read().revision();
         return Ok(Taken { revision, bytes: 0, took_ms: millis(started) });
     };
-    let view = View::begin(&inner.state, vec![String::new()], false);
+    let view = View::begin(&inner.state, Prefixes::from_iter([""]), false);
     let (header, revision, replay_after) = header(inner, &view);
     // In the relaxed modes the log may be behind what is applied; a snapshot must not be ahead of it. Behind the header: that a
     // collection is not listed, as it was deleted since, must not be lost either.

@@ -19,6 +19,7 @@ use super::view::Views;
 use crate::error::Rejection;
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
+use crate::vector::filter::Filter;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -305,7 +306,8 @@ pub struct Overlay {
     vectors: Overlaid<(Revision, VectorId), Option<(Revision, VectorMeta)>>,
     collections: Overlaid<CollectionName, Option<(CollectionSpec, Revision)>>,
     answers: Overlaid<Box<str>, Arc<Remembered>>,
-    /// Bytes by which keys and vectors will have grown, below zero where deletes outweigh writes.
+    /// Bytes by which keys and vectors will have grown, below zero where deletes outweigh writes. Those of a deleted collection are not
+    /// in it.
     growth: isize,
     /// The same before the last decided command.
     growth_before: isize,
@@ -633,12 +635,12 @@ impl Decider<'_> {
                 self.write_vector(write, collection, id, vector, meta, if_revision, events)
             }
             Op::DeleteVector { collection, id, if_revision } => {
-                let (_, created) = self.shape(&collection)?;
+                let shape = self.shape(&collection)?;
                 let (revision, meta) = self
-                    .vector(&collection, created, &id)
+                    .vector(&collection, shape.1, &id)
                     .ok_or_else(|| Rejection::VectorNotFound(id.as_str().to_owned()))?;
                 check_revision(if_revision, revision)?;
-                self.delete_vector(&collection, created, &id, &meta, events);
+                self.delete_vector(&collection, shape, &id, &meta, events);
                 Ok(Outcome::VectorDeleted { id, revision: self.next })
             }
             Op::DeleteVectors { collection, selection } => self.delete_vectors(&collection, selection, events),
@@ -700,6 +702,10 @@ impl Decider<'_> {
                 "there are {} collections, as many as this server may have files open for; delete some, or put what belongs together into one and filter",
                 self.collections_max
             )));
+        }
+        // Those that were deleted have their files open until these are removed: another quarter of all there may be.
+        if self.state.collections.len() + self.state.dropped.lock().len() + planned >= 2 * self.collections_max {
+            return Err(Rejection::Overloaded("the files of deleted collections are being removed; retry in a moment"));
         }
         self.check_budget(COLLECTION_OVERHEAD_BYTES, 0)?;
         self.overlay.set_collection(&collection, Some((spec, self.next)));
@@ -772,7 +778,7 @@ impl Decider<'_> {
         if let Some(vector) = &vector {
             vector.check(spec)?;
         }
-        let bytes = spec.dim * size_of::<f32>() + ENTRY_OVERHEAD_BYTES + id.as_str().len() + meta.text().len();
+        let bytes = vector_bytes(spec, &id, &meta);
         let freed = old.as_ref().map_or(0, |(_, old)| bytes + old.text().len() - meta.text().len());
         self.check_budget(bytes, freed)?;
         self.overlay.set_vector(created, &id, Some((self.next, meta.clone())));
@@ -784,11 +790,12 @@ impl Decider<'_> {
     fn delete_vector(
         &mut self,
         collection: &CollectionName,
-        created: Revision,
+        (spec, created): (CollectionSpec, Revision),
         id: &VectorId,
         meta: &VectorMeta,
         events: &mut Events,
     ) {
+        self.overlay.growth -= vector_bytes(spec, id, meta).cast_signed();
         self.overlay.set_vector(created, id, None);
         let labels = Labels::of_vector(meta);
         events.push(Event::VectorDeleted { collection: collection.clone(), id: id.clone(), labels });
@@ -800,16 +807,18 @@ impl Decider<'_> {
         selection: VectorSelection,
         events: &mut Events,
     ) -> Result<Outcome, Rejection> {
-        let (_, created) = self.shape(collection)?;
+        let shape = self.shape(collection)?;
         let before = selection.deleted_before;
         let mut deleted = 0;
         let mut missing = Vec::new();
         for id in selection.ids {
-            match self.vector(collection, created, &id) {
+            match self.vector(collection, shape.1, &id) {
                 None => missing.push(id),
-                Some((_, meta)) => {
-                    if selection.filter.as_ref().is_none_or(|f| f.matches(&meta.parse())) {
-                        self.delete_vector(collection, created, &id, &meta, events);
+                Some((revision, meta)) => {
+                    let still_matches =
+                        |(filter, at): &(Filter, Revision)| revision <= *at || filter.matches(&meta.parse());
+                    if selection.filter.as_ref().is_none_or(still_matches) {
+                        self.delete_vector(collection, shape, &id, &meta, events);
                         deleted += 1;
                     }
                 }
@@ -827,6 +836,11 @@ impl Decider<'_> {
 
 /// What an empty collection costs: its first chunk of rows and its bookkeeping.
 const COLLECTION_OVERHEAD_BYTES: usize = 72 << 10;
+
+/// What a vector takes, about.
+fn vector_bytes(spec: CollectionSpec, id: &VectorId, meta: &VectorMeta) -> usize {
+    spec.dim * size_of::<f32>() + ENTRY_OVERHEAD_BYTES + id.as_str().len() + meta.text().len()
+}
 
 struct EntryWrite {
     value: Value,

@@ -180,9 +180,9 @@ impl Job {
         matches!(self.piece, Piece::Populate(_))
     }
 
-    /// Whether it is nothing that anybody waits for.
-    fn is_measuring(&self) -> bool {
-        matches!(self.piece, Piece::Measure(..))
+    /// Whether it is a few slots that links wait for, or their turn.
+    fn is_short(&self) -> bool {
+        matches!(self.piece, Piece::Link(_) | Piece::Repair(..) | Piece::Find(..))
     }
 
     /// Does it and reports. Where it is to be given up ([`Scratch::stopped_by`]), gives what is left of it for another to do.
@@ -267,13 +267,13 @@ impl SharedCollection {
         }
     }
 
-    /// Does a linker's job, if there is one.
+    /// Does a linker's job that this collection's tail waits for, if there is one.
     pub fn help(&self) {
         thread_local! {
             static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
         }
-        // Memory made ready would shorten no tail, nor would a measurement.
-        if let Some(job) = self.background.take_job(|job| !job.is_populating() && !job.is_measuring()) {
+        let will_do = |job: &Job| job.is_short() && std::ptr::eq(&*job.collection, self);
+        if let Some(job) = self.background.take_job(will_do) {
             SCRATCH.with_borrow_mut(|scratch| job.run(scratch));
         }
     }

@@ -10,6 +10,7 @@
 
 use super::codec::{Entries, Entry};
 use super::command::Key;
+use super::prefixes::Prefixes;
 use super::state::{State, entry_bytes};
 use crate::revision::Revision;
 use parking_lot::{Mutex, RwLock};
@@ -32,7 +33,7 @@ const STREAMS_KEPT_BYTES_MAX: usize = 256 << 20;
 pub struct View {
     revision: Revision,
     /// The walk visits the keys that begin with one of these.
-    prefixes: Vec<String>,
+    prefixes: Prefixes,
     /// Whether writers may give the walk up when it would keep too many old entries.
     is_bounded: bool,
     inner: Mutex<Inner>,
@@ -90,7 +91,7 @@ struct Inner {
 
 impl View {
     /// Begins a walk at the state's current revision. One that is bounded may be overrun.
-    pub fn begin(state: &RwLock<State>, prefixes: Vec<String>, is_bounded: bool) -> Arc<Self> {
+    pub fn begin(state: &RwLock<State>, prefixes: Prefixes, is_bounded: bool) -> Arc<Self> {
         // Nothing is applied while this is held, so the revision and what is remembered from here on fit together.
         let state = state.read();
         let inner = Mutex::new(Inner::default());
@@ -111,8 +112,7 @@ impl View {
         if inner.overrun {
             return None;
         }
-        let is_ahead = inner.passed.as_ref().is_none_or(|passed| key > passed)
-            && self.prefixes.iter().any(|p| key.as_str().starts_with(p.as_str()));
+        let is_ahead = inner.passed.as_ref().is_none_or(|passed| key > passed) && self.prefixes.begin(key.as_str());
         if is_ahead && let Vacant(free) = inner.preimages.entry(key.clone()) {
             free.insert(old.cloned());
             inner.bytes += kept_bytes(key, old);
@@ -240,7 +240,7 @@ mod tests {
                 }
             }
             let expected: Vec<_> = state.read().range("", None, 0).map(|(k, e)| (k.clone(), Arc::clone(e))).collect();
-            let view = View::begin(&state, vec![String::new()], false);
+            let view = View::begin(&state, Prefixes::from_iter([""]), false);
             let mut found = Vec::new();
             let mut from = Some(String::new());
             while let Some(at) = from {
@@ -259,7 +259,7 @@ mod tests {
     fn a_slow_walk_is_overrun_rather_than_keeping_everything() {
         let state = RwLock::new(State::default());
         (0..100).for_each(|n| apply(&state, put(n, n as u64 + 1)));
-        let view = View::begin(&state, vec!["k".into()], true);
+        let view = View::begin(&state, Prefixes::from_iter(["k"]), true);
         (0..STREAM_KEPT_MAX).for_each(|n| apply(&state, put(n, n as u64 + 101)));
         assert!(!view.is_overrun());
         apply(&state, put(STREAM_KEPT_MAX, 1));
@@ -282,9 +282,9 @@ mod tests {
         let state = RwLock::new(State::default());
         let many = STREAMS_KEPT_BYTES_MAX >> 20;
         (0..=many).for_each(|n| apply(&state, put_large(n)));
-        let all = View::begin(&state, vec![String::new()], true);
-        let one = View::begin(&state, vec![key(0).as_str().to_owned()], true);
-        let snapshot = View::begin(&state, vec![String::new()], false);
+        let all = View::begin(&state, Prefixes::from_iter([""]), true);
+        let one = View::begin(&state, Prefixes::from_iter([key(0).as_str()]), true);
+        let snapshot = View::begin(&state, Prefixes::from_iter([""]), false);
         (0..=many).for_each(|n| apply(&state, delete(n)));
         assert_eq!([&all, &one, &snapshot].map(|view| view.is_overrun()), [true, false, false]);
         let mut found = Vec::new();
@@ -297,7 +297,7 @@ mod tests {
         let state = RwLock::new(State::default());
         let count = 3 * SLICE_KEYS;
         (0..count).for_each(|n| apply(&state, put(n, n as u64 + 1)));
-        let view = View::begin(&state, vec![String::new()], true);
+        let view = View::begin(&state, Prefixes::from_iter([""]), true);
         // Of these there is nothing in the state any more, and behind them one key.
         (0..count - 1).for_each(|n| apply(&state, delete(n)));
         let mut from = Some(String::new());
@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(all, (0..count).map(key).collect::<Vec<_>>());
 
         (0..4).for_each(|n| apply(&state, put_large(n)));
-        let view = View::begin(&state, vec![String::new()], true);
+        let view = View::begin(&state, Prefixes::from_iter([""]), true);
         let mut found = Vec::new();
         assert!(view.slice(&state, "", "", &mut found).is_some());
         assert_eq!(found.len(), 1);

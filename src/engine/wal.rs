@@ -36,8 +36,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// First bytes of a segment.
 const MAGIC: &[u8; 8] = b"KISSVLOG";
-/// Format version of segments and records.
-/// Records of version 1 carry no answers.
+/// Format version of segments and records. Those of version 1 carry no answers.
 const VERSION: u32 = 2;
 /// Bytes before the first frame.
 pub const SEGMENT_HEADER_BYTES: usize = 64;
@@ -493,24 +492,23 @@ impl Segment {
     }
 
     /// Where to start reading to find the first frame behind the last index entry that is `wanted`.
-    fn seek(&self, wanted: impl Fn(&IndexEntry) -> bool) -> Result<u64, Error> {
+    fn seek(&self, wanted: impl Fn(&IndexEntry) -> bool) -> u64 {
         let mut index = self.index.lock();
-        let walked = index.walked;
-        if walked < self.end.load(Ordering::Acquire) {
-            let mut last = index.entries.last().map(|e| e.at);
-            let entries = &mut index.entries;
-            let stopped = self.walk(walked, 1 << 20, |at, found| {
-                if found.header.kind == Kind::Record && last.is_none_or(|l| at - l >= INDEX_STEP_BYTES) {
+        if index.walked < self.end.load(Ordering::Acquire) {
+            let from = index.walked;
+            // A frame that is damaged is met, and told, by whoever reads that far.
+            let _met_later = self.walk(from, 1 << 20, |at, found| {
+                let last = index.entries.last().map(|entry| entry.at);
+                if found.header.kind == Kind::Record && last.is_none_or(|last| at - last >= INDEX_STEP_BYTES) {
                     let ts_ms = Reader(found.payload).u64("ts").unwrap_or(0);
-                    entries.push(IndexEntry { first_revision: found.header.first_revision, ts_ms, at });
-                    last = Some(at);
+                    index.entries.push(IndexEntry { first_revision: found.header.first_revision, ts_ms, at });
                 }
+                index.walked = at + found.header.frame_bytes() as u64;
                 Ok(true)
-            })?;
-            index.walked = stopped;
+            });
         }
         let behind = index.entries.partition_point(wanted);
-        Ok(behind.checked_sub(1).map_or(SEGMENT_HEADER_BYTES as u64, |i| index.entries[i].at))
+        behind.checked_sub(1).map_or(SEGMENT_HEADER_BYTES as u64, |i| index.entries[i].at)
     }
 }
 
@@ -594,7 +592,7 @@ impl Log {
         known.sort_by_key(|g| g.from);
     }
 
-    /// Records after `revision`, about `bytes_max` of them; `None` when the log no longer reaches back that far.
+    /// Records after `revision`, about `bytes_max` bytes of them; `None` when the log no longer reaches back that far.
     /// `head` is what may be seen. Blocking: reads from the page cache or disk.
     pub fn read_after(&self, revision: Revision, head: Revision, bytes_max: usize) -> Result<Option<History>, Error> {
         let mut reached = revision;
@@ -612,11 +610,10 @@ impl Log {
                 }
                 (Arc::clone(&segments[after - 1]), segments.get(after).map(|s| s.first_revision))
             };
-            let from = segment.seek(|entry| entry.first_revision <= reached.next())?;
-            segment.walk(from, 256 << 10, |_, found| {
-                if bytes >= bytes_max {
-                    return Ok(false);
-                }
+            let from = segment.seek(|entry| entry.first_revision <= reached.next());
+            // The index leads to somewhat before what is asked for.
+            let chunk = bytes_max.saturating_add(INDEX_STEP_BYTES as usize).min(256 << 10);
+            segment.walk(from, chunk, |at, found| {
                 let header = &found.header;
                 if header.kind != Kind::Record {
                     return Ok(true);
@@ -629,11 +626,11 @@ impl Log {
                     return Ok(false);
                 }
                 let record = decode_record(header.first_revision, header.count, found.payload)
-                    .map_err(|e| Error::corrupt(segment.name(), from, e.0))?;
+                    .map_err(|e| Error::corrupt(segment.name(), at, e.0))?;
                 bytes += found.header.frame_bytes();
                 records.push(Arc::new(record));
                 reached = last;
-                Ok(true)
+                Ok(bytes < bytes_max)
             })?;
             if bytes >= bytes_max || reached >= head {
                 break;
@@ -661,7 +658,7 @@ impl Log {
     fn newest_at(&self, ts_ms: u64) -> Result<Option<(Revision, u64)>, Error> {
         let segments = self.segments.read().clone();
         for segment in segments.iter().rev() {
-            let from = segment.seek(|entry| entry.ts_ms <= ts_ms)?;
+            let from = segment.seek(|entry| entry.ts_ms <= ts_ms);
             let mut newest = None;
             segment.walk(from, 256 << 10, |_, found| {
                 if found.header.kind != Kind::Record {
@@ -1687,6 +1684,30 @@ mod tests {
         assert_eq!(seen, [1, 2, 3]);
         let history = opened.log.read_after(Revision(0), Revision(3), usize::MAX).unwrap().unwrap();
         assert_eq!(history.records.len(), 3);
+    }
+
+    #[test]
+    fn what_lies_before_damage_is_read_however_often_the_damage_was_met() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut opened, _) = open(dir.path(), 0).unwrap();
+        for n in 1..=20 {
+            append(&mut opened.wal, &record(n, 1, 100_000));
+        }
+        drop(opened);
+        // Covered by a snapshot, so that it is not read at the start.
+        let (opened, _) = open(dir.path(), 20).unwrap();
+        let first = list_segments(dir.path()).unwrap()[0].clone();
+        let mut bytes = std::fs::read(&first).unwrap();
+        bytes[600_000] ^= 1;
+        std::fs::write(&first, &bytes).unwrap();
+        for _ in 0..3 {
+            let history = opened.log.read_after(Revision(0), Revision(20), 450_000).unwrap().unwrap();
+            assert_eq!(history.records.len(), 5);
+            match opened.log.read_after(Revision(5), Revision(20), 450_000) {
+                Err(Error::Corrupt { offset, .. }) => assert!((500_000..600_000).contains(&offset), "offset {offset}"),
+                other => panic!("damage was overlooked: {other:?}"),
+            }
+        }
     }
 
     #[test]

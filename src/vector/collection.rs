@@ -11,11 +11,11 @@
 use super::chunks::Chunks;
 use super::codes::encode;
 use super::distance::{dot_f64, kernels, l2_squared_f64};
-use super::filter::{Filter, any_at, integer};
+use super::filter::{any_at, integer};
 use super::graph::Graph;
 use super::meta_index::MetaIndex;
 use super::storage::{Growth, NewChunk, RowStore, SlotEntry, SlotLog};
-use super::topk::TopK;
+use super::topk::{Candidate, TopK};
 use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
 use crate::disk::File;
 use crate::error::Error;
@@ -23,6 +23,7 @@ use crate::revision::Revision;
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
 use std::collections::btree_map::Entry;
+use std::collections::hash_map;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
@@ -233,40 +234,110 @@ pub struct Scan {
     pub groups: Option<Groups>,
 }
 
-/// The best vectors for each value of a metadata field. Memory: one list for each value met.
+/// The best vectors for each value of a metadata field, of the values that have the best: in two passes, so that it takes no more
+/// memory than its answer needs, however many values there are.
 #[derive(Clone, Debug)]
 pub struct Groups {
     /// The field's path.
-    pub path: Vec<Box<str>>,
-    /// How many are kept for each value.
-    pub size: usize,
+    path: Vec<Box<str>>,
     /// None below this.
-    pub min_score: Option<f32>,
+    min_score: Option<f32>,
+    /// How many values are wanted.
+    wanted: usize,
+    /// How many vectors are kept for each value: in the first pass one, which tells which values these are.
+    size: usize,
+    /// Whether no value is taken in any more: the second pass.
+    is_closed: bool,
     /// By the value's JSON text.
-    pub best: HashMap<String, (serde_json::Value, TopK)>,
+    best: HashMap<String, (serde_json::Value, TopK)>,
+    /// In the first pass, the worst that was kept when some were forgotten: what is worse changes nothing.
+    floor: Option<Candidate>,
+    /// Met under the collection's lock, and yet to be parsed without it.
+    met: Vec<(Candidate, VectorMeta)>,
 }
 
+/// Values that the first pass keeps beyond the wanted ones, before it forgets the worst.
+const SPARE_GROUPS: usize = 1024;
+
 impl Groups {
-    fn offer(&mut self, meta: &serde_json::Value, score: f32, slot: Slot, id: &VectorId) {
-        let mut values = Vec::new();
-        any_at(meta, &self.path, &mut |value| {
-            match value {
-                serde_json::Value::Array(list) => values.extend(list.iter().cloned()),
-                other => values.push(other.clone()),
+    /// For the first pass.
+    #[must_use]
+    pub fn new(path: &[Box<str>], min_score: Option<f32>, wanted: usize) -> Self {
+        let (path, best, met) = (path.to_vec(), HashMap::new(), Vec::new());
+        Self { path, min_score, wanted, size: 1, is_closed: false, best, floor: None, met }
+    }
+
+    /// For the second pass: the values that the first has found, with nothing in them.
+    #[must_use]
+    pub fn emptied(mut self, size: usize) -> Self {
+        self.forget_worst();
+        let empty = TopK::new(size, self.min_score);
+        self.best.values_mut().for_each(|(_, top)| *top = empty.clone());
+        Self { size, is_closed: true, floor: None, ..self }
+    }
+
+    /// The groups in the order of their best, with the value they share.
+    pub fn into_sorted(mut self) -> impl Iterator<Item = (serde_json::Value, TopK)> {
+        self.forget_worst();
+        let best = self.best.into_iter();
+        let mut groups: Vec<_> =
+            best.filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top))).collect();
+        groups.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+        groups.into_iter().map(|(_, _, value, top)| (value, top))
+    }
+
+    fn meet(&mut self, score: f32, slot: Slot, id: &VectorId, meta: &VectorMeta) {
+        let is_worse = |floor: &Candidate| score < floor.score || (score == floor.score && *id > floor.id);
+        if self.min_score.is_none_or(|min| score >= min) && !self.floor.as_ref().is_some_and(is_worse) {
+            self.met.push((Candidate { score, id: id.clone(), slot }, meta.clone()));
+        }
+    }
+
+    /// Looks at the metadata of what was met.
+    fn take_in(&mut self) {
+        for (candidate, meta) in std::mem::take(&mut self.met) {
+            any_at(&meta.parse(), &self.path.clone(), &mut |value| {
+                match value {
+                    serde_json::Value::Array(list) => list.iter().for_each(|value| self.offer(value, &candidate)),
+                    value => self.offer(value, &candidate),
+                }
+                false
+            });
+            if !self.is_closed && self.best.len() > 2 * self.wanted + SPARE_GROUPS {
+                self.forget_worst();
             }
-            false
-        });
-        values.retain(|v| !v.is_object() && !v.is_array() && !v.is_null());
-        for value in values {
-            // `1` and `1.0` are one value, as for filters.
-            let whole = value.as_number().and_then(integer);
-            let name = whole.map_or_else(|| value.to_string(), |whole| whole.to_string());
-            // Offered twice for an array that repeats a value: the heap would keep both.
-            let (size, min_score) = (self.size, self.min_score);
-            let (_, top) = self.best.entry(name).or_insert_with(|| (value, TopK::new(size, min_score)));
-            if !top.holds(slot) {
-                top.offer(score, slot, id);
-            }
+        }
+    }
+
+    fn offer(&mut self, value: &serde_json::Value, Candidate { score, id, slot }: &Candidate) {
+        // `1` and `1.0` are one value, as for filters.
+        let name = match value {
+            serde_json::Value::Object(_) | serde_json::Value::Array(_) | serde_json::Value::Null => return,
+            serde_json::Value::Number(number) => integer(number).map_or_else(|| value.to_string(), |n| n.to_string()),
+            _ => value.to_string(),
+        };
+        let top = match self.best.entry(name) {
+            hash_map::Entry::Occupied(known) => &mut known.into_mut().1,
+            hash_map::Entry::Vacant(_) if self.is_closed => return,
+            hash_map::Entry::Vacant(free) => &mut free.insert((value.clone(), TopK::new(self.size, self.min_score))).1,
+        };
+        // Offered twice for an array that repeats a value: the heap would keep both.
+        if !top.holds(*slot) {
+            top.offer(*score, *slot, id);
+        }
+    }
+
+    /// Keeps the values that have the best vectors.
+    fn forget_worst(&mut self) {
+        if self.best.len() <= self.wanted {
+            return;
+        }
+        let mut all: Vec<(Candidate, String)> =
+            self.best.iter().filter_map(|(name, (_, top))| Some((top.best()?.clone(), name.clone()))).collect();
+        all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+        self.floor = self.wanted.checked_sub(1).and_then(|last| all.get(last)).map(|(worst, _)| worst.clone());
+        for (_, name) in all.drain(self.wanted.min(all.len())..) {
+            self.best.remove(&name);
         }
     }
 
@@ -274,15 +345,26 @@ impl Groups {
     #[must_use]
     pub fn merge(mut self, other: Self) -> Self {
         for (name, (value, top)) in other.best {
-            match self.best.entry(name) {
-                std::collections::hash_map::Entry::Vacant(free) => drop(free.insert((value, top))),
-                std::collections::hash_map::Entry::Occupied(mut mine) => {
-                    let (value, old) = mine.get().clone();
-                    mine.insert((value, old.merge(top)));
+            let (_, mine) = self.best.entry(name).or_insert_with(|| (value, TopK::new(self.size, self.min_score)));
+            for candidate in top.kept() {
+                if !mine.holds(candidate.slot) {
+                    mine.offer(candidate.score, candidate.slot, &candidate.id);
                 }
             }
         }
+        if !self.is_closed {
+            self.forget_worst();
+        }
         self
+    }
+}
+
+impl Scan {
+    /// Looks at the metadata of what was met under the collection's lock, now that it is not held.
+    pub fn take_in(&mut self) {
+        if let Some(groups) = &mut self.groups {
+            groups.take_in();
+        }
     }
 }
 
@@ -735,9 +817,9 @@ impl Collection {
         &self.live
     }
 
-    /// Of some slots, removes those whose metadata did not satisfy a filter at `at`.
-    pub fn retain_matching(&self, slots: &mut Vec<u32>, filter: &Filter, at: Revision) {
-        slots.retain(|&slot| filter.matches(&self.meta_at(Slot(slot), at).parse()));
+    /// The metadata that some slots had at `at`.
+    pub fn metas_at(&self, slots: &[u32], at: Revision) -> Vec<VectorMeta> {
+        slots.iter().map(|&slot| self.meta_at(Slot(slot), at).clone()).collect()
     }
 
     /// Some live slots, evenly: enough to tell where the vectors lie.
@@ -998,7 +1080,7 @@ impl Collection {
         }
         let score = self.score(&scan.query, slot);
         match &mut scan.groups {
-            Some(groups) => groups.offer(&self.meta_at(slot, at).parse(), score, slot, &state.id),
+            Some(groups) => groups.meet(score, slot, &state.id, self.meta_at(slot, at)),
             None => scan.top.offer(score, slot, &state.id),
         }
     }
@@ -1145,4 +1227,78 @@ impl SlotState {
 
 fn to_slot(index: usize) -> Slot {
     Slot(u32::try_from(index).expect("a collection holds fewer than 2^32 vectors"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// More values than are kept, in several parts, against all values with all their vectors.
+    #[test]
+    fn groups_are_those_of_all_values_though_few_are_kept() {
+        let mut random = 1_u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        let vectors: Vec<(f32, VectorId, Vec<u64>)> = (0..6000)
+            .map(|n| {
+                let score = next(500) as f32 - 250.0;
+                (score, VectorId::new(&format!("{n:05}")).unwrap(), (0..1 + next(3)).map(|_| next(4000)).collect())
+            })
+            .collect();
+        let mut all: BTreeMap<u64, Vec<(f32, &str)>> = BTreeMap::new();
+        for (score, id, values) in &vectors {
+            for value in values.iter().collect::<std::collections::BTreeSet<_>>() {
+                all.entry(*value).or_default().push((*score, id.as_str()));
+            }
+        }
+        let better = |a: &(f32, &str), b: &(f32, &str)| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1));
+        all.values_mut().for_each(|vectors| vectors.sort_by(better));
+        let mut expected: Vec<(u64, Vec<(f32, &str)>)> = all.into_iter().collect();
+        expected.sort_by(|(a_value, a), (b_value, b)| {
+            better(&a[0], &b[0]).then_with(|| a_value.to_string().cmp(&b_value.to_string()))
+        });
+        for (wanted, size, min_score) in
+            [(1, 1, None), (7, 3, None), (40, 2, None), (40, 2, Some(245.0)), (3, 100, None)]
+        {
+            let pass = |empty: Groups| {
+                let parts = vectors.chunks(1500).enumerate().map(|(part, chunk)| {
+                    let mut groups = empty.clone();
+                    for (slices, slice) in chunk.chunks(100).enumerate() {
+                        for (at, (score, id, values)) in slice.iter().enumerate() {
+                            let meta = VectorMeta::new(&json!({ "of": values }).to_string()).unwrap();
+                            groups.meet(*score, Slot((part * 1500 + slices * 100 + at) as u32), id, &meta);
+                        }
+                        groups.take_in();
+                        assert!(groups.best.len() <= 2 * wanted + SPARE_GROUPS);
+                    }
+                    groups
+                });
+                parts.fold(empty.clone(), Groups::merge)
+            };
+            let first = pass(Groups::new(&["of".into()], min_score, wanted));
+            let groups = if size == 1 { first } else { pass(first.emptied(size)) };
+            let found: Vec<(Value, Vec<(f32, String)>)> = groups
+                .into_sorted()
+                .take(wanted)
+                .map(|(value, top)| {
+                    let vectors = top.into_sorted().into_iter().map(|c| (c.score, c.id.as_str().to_owned()));
+                    (value, vectors.collect())
+                })
+                .collect();
+            let is_in = |(score, _): &&(f32, &str)| min_score.is_none_or(|min| *score >= min);
+            let expected: Vec<(Value, Vec<(f32, String)>)> = expected
+                .iter()
+                .map(|(value, vectors)| {
+                    let kept = vectors.iter().filter(is_in).take(size).map(|(score, id)| (*score, (*id).to_owned()));
+                    (json!(value), kept.collect::<Vec<_>>())
+                })
+                .filter(|(_, vectors)| !vectors.is_empty())
+                .take(wanted)
+                .collect();
+            assert_eq!(found, expected, "{wanted} groups of {size}, at least {min_score:?}");
+        }
+    }
 }

@@ -8,7 +8,9 @@
 
 use crate::error::Rejection;
 use serde_json::{Map, Value};
+use smallvec::SmallVec;
 use std::cmp::Ordering;
+use std::collections::HashSet;
 
 /// How deep `$and`, `$or`, `$not` may nest: bounds recursion.
 pub const FILTER_DEPTH_MAX: usize = 16;
@@ -33,10 +35,58 @@ pub(super) enum Node {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Test {
     Eq(Value),
-    In(Vec<Value>),
+    In(Operands),
     Order(Value, &'static [Ordering]),
     Exists,
     Prefix(Box<str>),
+}
+
+/// What `$in` lists. Numbers, strings and the like are looked up at once, however many there are.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Operands {
+    /// As given.
+    pub(super) all: Vec<Value>,
+    plain: HashSet<Plain>,
+    /// Arrays and objects.
+    others: Vec<Value>,
+}
+
+/// A value by which values that are [`equal`] are the same.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Plain {
+    Null,
+    Bool(bool),
+    Whole(i128),
+    /// The bits of a number that is not whole, or beyond what [`integer`] tells.
+    Float(u64),
+    String(Box<str>),
+}
+
+impl Plain {
+    fn of(value: &Value) -> Option<Self> {
+        Some(match value {
+            Value::Null => Self::Null,
+            Value::Bool(value) => Self::Bool(*value),
+            Value::Number(number) => match integer(number) {
+                Some(whole) => Self::Whole(whole),
+                None => Self::Float(number.as_f64()?.to_bits()),
+            },
+            Value::String(text) => Self::String(text.as_str().into()),
+            Value::Array(_) | Value::Object(_) => return None,
+        })
+    }
+}
+
+impl Operands {
+    fn new(all: Vec<Value>) -> Self {
+        let plain = all.iter().filter_map(Plain::of).collect();
+        let others = all.iter().filter(|value| value.is_array() || value.is_object()).cloned().collect();
+        Self { all, plain, others }
+    }
+
+    fn contains(&self, value: &Value) -> bool {
+        Plain::of(value).is_some_and(|plain| self.plain.contains(&plain)) || self.others.iter().any(|o| equal(value, o))
+    }
 }
 
 impl Filter {
@@ -64,7 +114,7 @@ impl Filter {
                     path.iter().all(|name| name.parse::<usize>().is_err())
                         && match test {
                             Test::Eq(value) | Test::Order(value, _) => is_plain(value),
-                            Test::In(values) => values.iter().all(is_plain),
+                            Test::In(values) => values.all.iter().all(is_plain),
                             Test::Exists => true,
                             Test::Prefix(prefix) => prefix.len() <= super::meta_index::STRING_KEY_BYTES,
                         }
@@ -78,6 +128,20 @@ impl Filter {
     #[must_use]
     pub fn matches(&self, meta: &Value) -> bool {
         holds(&self.0, meta)
+    }
+
+    /// Values it may compare each value of a metadata object with.
+    #[must_use]
+    pub fn conditions(&self) -> usize {
+        fn count(node: &Node) -> usize {
+            match node {
+                Node::All(nodes) | Node::Any(nodes) => nodes.iter().map(count).sum(),
+                Node::Not(node) => count(node),
+                Node::Field(_, Test::In(operands)) => 1 + operands.others.len(),
+                Node::Field(..) => 1,
+            }
+        }
+        count(&self.0)
     }
 
     pub(super) fn root(&self) -> &Node {
@@ -140,6 +204,12 @@ fn parse_field(path: &[Box<str>], operand: &Value, depth: usize, budget: &mut us
     let field = |test| Node::Field(path.to_vec(), test);
     let operators = match operand {
         Value::Object(map) if map.keys().any(|k| k.starts_with('$')) => map,
+        literal if has_operator(literal) => {
+            return Err(Rejection::invalid(format!(
+                "an operator stands directly below a path: {{\"a.b\":{{\"$gt\":1}}}} rather than {{\"a\":{{\"b\":{{\"$gt\":1}}}}}}, at {:?}",
+                path.join(".")
+            )));
+        }
         literal => return Ok(field(Test::Eq(literal.clone()))),
     };
     let list = |name: &str, operand: &Value, budget: &mut usize| -> Result<Vec<Value>, Rejection> {
@@ -153,8 +223,8 @@ fn parse_field(path: &[Box<str>], operand: &Value, depth: usize, budget: &mut us
         all.push(match name.as_str() {
             "$eq" => field(Test::Eq(operand.clone())),
             "$ne" => Node::Not(Box::new(field(Test::Eq(operand.clone())))),
-            "$in" => field(Test::In(list(name, operand, budget)?)),
-            "$nin" => Node::Not(Box::new(field(Test::In(list(name, operand, budget)?)))),
+            "$in" => field(Test::In(Operands::new(list(name, operand, budget)?))),
+            "$nin" => Node::Not(Box::new(field(Test::In(Operands::new(list(name, operand, budget)?))))),
             "$gt" | "$gte" | "$lt" | "$lte" => {
                 if !operand.is_number() && !operand.is_string() {
                     return Err(Rejection::invalid(format!("{name} takes a number or a string")));
@@ -193,6 +263,15 @@ fn parse_field(path: &[Box<str>], operand: &Value, depth: usize, budget: &mut us
     Ok(if all.len() == 1 { all.remove(0) } else { Node::All(all) })
 }
 
+/// Whether an object in it has a name that only operators have.
+fn has_operator(literal: &Value) -> bool {
+    match literal {
+        Value::Object(map) => map.iter().any(|(name, value)| name.starts_with('$') || has_operator(value)),
+        Value::Array(list) => list.iter().any(has_operator),
+        _ => false,
+    }
+}
+
 fn holds(node: &Node, meta: &Value) -> bool {
     match node {
         Node::All(nodes) => nodes.iter().all(|n| holds(n, meta)),
@@ -211,14 +290,37 @@ fn holds(node: &Node, meta: &Value) -> bool {
 
 /// Calls `test` for each value at the path until one holds. Elements of arrays on the way are each followed.
 pub fn any_at(value: &Value, path: &[Box<str>], test: &mut impl FnMut(&Value) -> bool) -> bool {
-    let Some((name, rest)) = path.split_first() else {
-        return test(value);
-    };
+    any_from(value, path, 1, test)
+}
+
+/// The same for a value that was come to with the names at some places of the path, as bits, still to follow. A name may be a
+/// position and a field at once: value by value, none is visited twice, whatever the path and however arrays nest.
+fn any_from(value: &Value, path: &[Box<str>], places: u32, test: &mut impl FnMut(&Value) -> bool) -> bool {
+    let end = 1 << path.len();
+    if places & end != 0 && test(value) {
+        return true;
+    }
+    let places = places & !end;
+    let mut left = (0..path.len()).filter(|place| places & 1 << place != 0);
     match value {
-        Value::Object(map) => map.get(&**name).is_some_and(|v| any_at(v, rest, test)),
-        Value::Array(list) => {
-            let by_index = name.parse::<usize>().ok().and_then(|i| list.get(i)).is_some_and(|v| any_at(v, rest, test));
-            by_index || list.iter().any(|v| v.is_object() && any_at(v, path, test))
+        Value::Object(map) => left.any(|place| {
+            let same = |&other: &usize| places & 1 << other != 0 && path[other] == path[place];
+            // Those of one name go on together, with the first.
+            (0..place).find(same).is_none()
+                && map.get(&*path[place]).is_some_and(|value| {
+                    let next = (place..path.len()).filter(same).fold(0, |next, place| next | 2 << place);
+                    any_from(value, path, next, test)
+                })
+        }),
+        Value::Array(list) if places != 0 => {
+            let positions: SmallVec<[(usize, u32); 1]> =
+                left.filter_map(|place| Some((path[place].parse().ok()?, 2 << place))).collect();
+            list.iter().enumerate().any(|(at, element)| {
+                let through = if element.is_object() { places } else { 0 };
+                let next =
+                    positions.iter().filter(|(position, _)| *position == at).fold(through, |next, (_, to)| next | to);
+                next != 0 && any_from(element, path, next, test)
+            })
         }
         _ => false,
     }
@@ -229,7 +331,7 @@ impl Test {
     pub(super) fn wants_absent(&self) -> bool {
         match self {
             Self::Eq(operand) => operand.is_null(),
-            Self::In(operands) => operands.iter().any(Value::is_null),
+            Self::In(operands) => operands.plain.contains(&Plain::Null),
             _ => false,
         }
     }
@@ -242,7 +344,7 @@ impl Test {
         match self {
             Self::Exists => true,
             Self::Eq(operand) => each(&|v| equal(v, operand)),
-            Self::In(operands) => each(&|v| operands.iter().any(|o| equal(v, o))),
+            Self::In(operands) => each(&|v| operands.contains(v)),
             Self::Order(operand, wanted) => each(&|v| compare(v, operand).is_some_and(|o| wanted.contains(&o))),
             Self::Prefix(prefix) => each(&|v| v.as_str().is_some_and(|s| s.starts_with(&**prefix))),
         }
@@ -285,7 +387,77 @@ pub(super) fn integer(number: &serde_json::Number) -> Option<i128> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::json;
+
+    /// What a path means, said as plainly as it can be, however long that takes.
+    fn values_at<'a>(value: &'a Value, path: &[Box<str>], found: &mut Vec<&'a Value>) {
+        let Some((name, rest)) = path.split_first() else { return found.push(value) };
+        match value {
+            Value::Object(map) => map.get(&**name).into_iter().for_each(|value| values_at(value, rest, found)),
+            Value::Array(list) => {
+                let at = name.parse::<usize>().ok().and_then(|at| list.get(at));
+                at.into_iter().for_each(|value| values_at(value, rest, found));
+                list.iter().filter(|value| value.is_object()).for_each(|value| values_at(value, path, found));
+            }
+            _ => {}
+        }
+    }
+
+    fn nested() -> impl Strategy<Value = Value> {
+        let name = prop::sample::select(vec!["0", "1", "a"]);
+        any::<u8>().prop_map(Value::from).prop_recursive(6, 40, 4, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map(name.clone().prop_map(str::to_owned), inner, 0..3)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_path_leads_to_each_of_its_values_once(
+            value in nested(), path in prop::collection::vec(prop::sample::select(vec!["0", "1", "a"]), 1..6),
+        ) {
+            let path: Vec<Box<str>> = path.into_iter().map(Into::into).collect();
+            let mut expected = Vec::new();
+            values_at(&value, &path, &mut expected);
+            let mut expected: Vec<_> = expected.into_iter().map(std::ptr::from_ref).collect();
+            expected.sort_unstable();
+            expected.dedup();
+            let mut found = Vec::new();
+            any_at(&value, &path, &mut |value| {
+                found.push(std::ptr::from_ref(value));
+                false
+            });
+            found.sort_unstable();
+            prop_assert_eq!(found, expected);
+        }
+
+        #[test]
+        fn a_list_holds_what_equals_one_of_it(list in prop::collection::vec(nested(), 0..5), value in nested()) {
+            let operands = Operands::new(list.clone());
+            for value in list.iter().chain([&value, &json!(1.5), &json!(1), &json!(1.0), &json!(null), &json!("a")]) {
+                prop_assert_eq!(operands.contains(value), list.iter().any(|one| equal(one, value)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_of_positions_does_not_fan_out() {
+        let mut value = json!(1);
+        for _ in 0..30 {
+            value = json!([{ "0": value }]);
+        }
+        let path = vec![Box::from("0"); PATH_NAMES_MAX];
+        let mut seen = 0;
+        any_at(&value, &path, &mut |_| {
+            seen += 1;
+            false
+        });
+        assert!(seen <= PATH_NAMES_MAX + 1, "{seen} values of a path that has {PATH_NAMES_MAX}");
+    }
 
     #[test]
     fn filters_match_as_a_user_of_mongo_expects() {

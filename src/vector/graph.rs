@@ -350,8 +350,11 @@ impl Graph {
     /// makes the graph unfit for searches for as long as it exists: they stay exact.
     pub fn note_figures(&self, figures: super::nodes::Figures) {
         let is_normal = figures.square == 0.0 && figures.scale == 0.0 || figures.square.is_normal();
-        if !is_normal || figures.square > SQUARE_MAX {
-            self.is_unfit.store(true, Ordering::Relaxed);
+        if (!is_normal || figures.square > SQUARE_MAX) && !self.is_unfit.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                dim = self.nodes.dim(),
+                "a vector's squared length is beyond f32: searches of its collection look at everything until it is gone and the server starts again"
+            );
         }
     }
 

@@ -565,7 +565,7 @@ impl Evaluation<'_> {
         let mut found = match test {
             Test::Exists => Bounds::exact(self.set(&name, |f| &f.exists)),
             Test::Eq(operand) => self.equal(&name, operand),
-            Test::In(operands) => operands.iter().fold(Bounds::default(), |all, o| all.or(&self.equal(&name, o))),
+            Test::In(operands) => operands.all.iter().fold(Bounds::default(), |all, o| all.or(&self.equal(&name, o))),
             Test::Order(operand, wanted) => self.order(&name, &[(operand, wanted)]),
             Test::Prefix(prefix) => self.prefix(&name, prefix),
         };
