@@ -637,6 +637,7 @@ fn second_pass(search: &Search, first: &Scan) -> Option<Scan> {
     Some(Scan { groups: Some(groups), ..SearchTicket::new_scan(search) })
 }
 
-fn merge_scans(a: Scan, b: Scan) -> Scan {
-    Scan { top: a.top.merge(b.top), groups: a.groups.zip(b.groups).map(|(a, b)| a.merge(b)), ..a }
+fn merge_scans(mut a: Scan, b: Scan) -> Scan {
+    a.top.add(b.top);
+    Scan { groups: a.groups.zip(b.groups).map(|(a, b)| a.merge(b)), ..a }
 }

@@ -345,11 +345,10 @@ impl Groups {
     #[must_use]
     pub fn merge(mut self, other: Self) -> Self {
         for (name, (value, top)) in other.best {
-            let (_, mine) = self.best.entry(name).or_insert_with(|| (value, TopK::new(self.size, self.min_score)));
-            for candidate in top.kept() {
-                if !mine.holds(candidate.slot) {
-                    mine.offer(candidate.score, candidate.slot, &candidate.id);
-                }
+            // No slot is in two parts.
+            match self.best.entry(name) {
+                hash_map::Entry::Vacant(free) => drop(free.insert((value, top))),
+                hash_map::Entry::Occupied(mut mine) => mine.get_mut().1.add(top),
             }
         }
         if !self.is_closed {

@@ -90,11 +90,10 @@ impl TopK {
     }
 
     /// Takes in what another part of the scan kept.
-    pub fn merge(mut self, other: Self) -> Self {
+    pub fn add(&mut self, other: Self) {
         for candidate in other.heap {
             self.offer(candidate.score, candidate.slot, &candidate.id);
         }
-        self
     }
 
     /// Best first.
