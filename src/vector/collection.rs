@@ -504,7 +504,7 @@ impl Collection {
 
     /// Bytes that so many slots take whatever lives in them: rows, bookkeeping, and their part of the graph.
     fn bytes_of(&self, slots: usize) -> usize {
-        let graph = self.graph.as_ref().map_or(0, |graph| graph.nodes().bytes_of(slots));
+        let graph = self.graph.as_ref().map_or(0, |graph| graph.nodes().bytes_of(slots) + graph.nodes().table_bytes());
         slots * (self.rows.stride() + SLOT_OVERHEAD_BYTES) + graph
     }
 

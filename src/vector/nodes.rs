@@ -111,6 +111,12 @@ impl Nodes {
         self.tables().map(of_table).sum()
     }
 
+    /// Bytes of where the memory is noted, however many slots there are.
+    #[must_use]
+    pub fn table_bytes(&self) -> usize {
+        self.tables().map(|(chunks, _)| size_of_val(chunks)).sum()
+    }
+
     /// Those in use, each with the bytes that a slot takes there.
     fn tables(&self) -> impl Iterator<Item = (&[OnceLock<MmapRaw>], usize)> {
         let tables: [(&[_], _); 4] = [
@@ -391,6 +397,7 @@ mod tests {
         let nodes = Nodes::new(384);
         let slot = 192 + 192 + TRAILER_BYTES + LINKS_BYTES;
         assert_eq!(nodes.bytes_of(0), 0);
+        assert_eq!(nodes.table_bytes(), 4 * CHUNKS_MAX * size_of::<OnceLock<MmapRaw>>());
         assert_eq!(nodes.bytes_of(3000), 3000 * slot);
         // Three parts begin a fourth page, the trailers fill half of their first.
         assert_eq!(nodes.bytes_of(33_000), (3 * 4 + 1) * HUGE_BYTES);
