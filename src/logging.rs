@@ -28,12 +28,16 @@ pub fn dropped_lines() -> u64 {
 /// Begins to log as configured. What it gives ends the thread when it is dropped, once everything is written.
 pub fn start(config: &Config) -> anyhow::Result<WorkerGuard> {
     let not_a_filter = || format!("log_level = {:?} (RUST_LOG) is not a tracing filter such as info", config.log_level);
-    // A word that is no level would be taken for a module, of which everything is logged, and of all others nothing.
-    let is_level_or_module = |part: &str| {
+    // A word that is no level is a module, of which everything is logged, and of all others nothing: so a mistyped level would be.
+    let is_meant = |part: &str| {
         let part = part.trim();
-        part.contains(['=', '[', ':']) || part.starts_with("kiss_vdb") || part.parse::<LevelFilter>().is_ok()
+        part.contains('=') || part.starts_with("kiss_vdb") || part.parse::<LevelFilter>().is_ok()
     };
-    ensure!(config.log_level.split(',').all(is_level_or_module), not_a_filter());
+    ensure!(
+        config.log_level.split(',').any(is_meant),
+        "log_level = {:?} (RUST_LOG) names no level: write info, or hyper=info for a module",
+        config.log_level
+    );
     let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level).with_context(not_a_filter)?;
     let stderr = NonBlockingBuilder::default().buffered_lines_limit(LINES_MAX).thread_name("log");
     let (stderr, thread) = stderr.finish(std::io::stderr());

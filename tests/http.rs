@@ -712,10 +712,13 @@ async fn updates_of_much_metadata_come_in_smaller_batches() {
         let items: Vec<Value> = (0..count).map(|n| json!({"id": n.to_string(), "meta": {"seen": true}})).collect();
         format!("POST /v1/vector/v/update {}", json!({ "items": items }))
     };
+    let of_one: Vec<Value> = (0..200).map(|n| json!({"id": "0", "meta": {"n": n}})).collect();
+    let again = format!("POST /v1/vector/v/update {}", json!({ "items": of_one }));
     check(
         c,
         vec![
             row("too much", touch(150), 413, json!({"code":"payload_too_large","limit_bytes":8 << 20})),
+            row("too much of one", again, 413, json!({"code":"payload_too_large"})),
             row("half of it", touch(75), 200, json!({})),
             row("done to those", r#"POST /v1/vector/v/count {"filters":{"seen":true}}"#, 200, json!({"count":75})),
         ],

@@ -44,6 +44,8 @@ const ANSWER_BYTES_MAX: usize = ANSWER_NUMBERS_MAX * NUMBER_BYTES;
 const NUMBER_BYTES: usize = 12;
 /// Most scores one request may ask to keep: `queries` times (`offset` + `k`). Bounds memory for a search.
 const KEPT_MAX: usize = 500_000;
+/// Bytes of a hit beside its id, numbers and metadata.
+const HIT_BYTES: usize = 40;
 
 fn name(path: Result<Path<String>, axum::extract::rejection::PathRejection>) -> ApiResult<CollectionName> {
     let Path(text) = path.map_err(|_| invalid("the collection's name in the path is not UTF-8"))?;
@@ -652,15 +654,20 @@ fn hit_count(found: &Found) -> usize {
     }
 }
 
-/// Bytes of the metadata that hits carry.
-fn meta_bytes(answers: &[SearchAnswer], body: &SearchBody<'_>) -> usize {
-    let of_hits = |hits: &[Hit]| hits.iter().map(|hit| hit.meta.text().len()).sum::<usize>();
+/// Bytes of what hits carry beside numbers, about.
+fn hit_bytes(answers: &[SearchAnswer], body: &SearchBody<'_>) -> usize {
     let of_answer = |(at, answer): (usize, &SearchAnswer)| {
         let query = body.queries.as_ref().map_or(body, |queries| &queries[at].0);
+        let of_hit = |hit: &Hit| {
+            let meta = if query.include_meta == Some(true) { hit.meta.text().len() } else { 0 };
+            HIT_BYTES + hit.id.as_str().len() + meta
+        };
+        let of_hits = |hits: &[Hit]| hits.iter().map(of_hit).sum::<usize>();
         match &answer.found {
-            _ if query.include_meta != Some(true) => 0,
             Found::Hits(hits) => of_hits(hits),
-            Found::Groups(groups) => groups.iter().map(|(_, hits)| of_hits(hits)).sum(),
+            Found::Groups(groups) => {
+                groups.iter().map(|(value, hits)| value.as_str().map_or(0, str::len) + of_hits(hits)).sum()
+            }
         }
     };
     answers.iter().enumerate().map(of_answer).sum()
@@ -683,6 +690,11 @@ impl SearchBody<'_> {
             None => vec![self.prepare(shared)?],
             Some(queries) => self.prepare_each(queries, shared)?,
         };
+        let kept = |search: &Search| (search.offset + search.k) * search.group.as_ref().map_or(1, |group| group.size);
+        if prepared.iter().map(kept).sum::<usize>() > KEPT_MAX {
+            let what = "a search, or all queries together, keep at most";
+            return Err(Rejection::invalid(format!("{what} {KEPT_MAX} hits: offset + k, times group_size, each")));
+        }
         let carried: usize = prepared.iter().filter(|s| s.include_vector).map(hits_max).sum();
         if carried * shared.spec().dim > ANSWER_NUMBERS_MAX {
             let detail = "with include_vector an answer carries at most";
@@ -707,9 +719,6 @@ impl SearchBody<'_> {
             prepared
         };
         let prepared = queries.iter().enumerate().map(prepare).collect::<Result<Vec<_>, _>>()?;
-        if prepared.iter().map(|s| s.offset + s.k).sum::<usize>() > KEPT_MAX {
-            return Err(Rejection::invalid(format!("queries together keep at most {KEPT_MAX} hits (offset + k each)")));
-        }
         if prepared.iter().filter(|s| s.group.is_some()).count() > GROUPED_MAX {
             return Err(Rejection::invalid(format!("at most {GROUPED_MAX} of queries may have group_by")));
         }
@@ -730,10 +739,10 @@ pub async fn search(State(app): State<App>, path: NamePath, head: Head, body: Pa
     let mut out = String::with_capacity(1024);
     out.push('{');
     let numbers = answers.iter().map(|answer| number_count(&answer.found)).sum::<usize>();
-    let text_bytes = numbers * NUMBER_BYTES + meta_bytes(&answers, &body);
+    let text_bytes = numbers * NUMBER_BYTES + hit_bytes(&answers, &body);
     if text_bytes > ANSWER_BYTES_MAX {
         return Err(invalid(format!(
-            "with its metadata the answer would be larger than {ANSWER_BYTES_MAX} bytes; ask for fewer hits, or without include_meta"
+            "the answer would be larger than {ANSWER_BYTES_MAX} bytes; ask for fewer hits, or without include_meta"
         )));
     }
     let _room = app.answers.room(text_bytes)?;

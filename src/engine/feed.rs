@@ -276,12 +276,12 @@ impl Read {
             if frames.len() >= self.frames_max || bytes >= self.bytes_max || reached >= head {
                 break;
             }
-            let Some(history) = log.read_after(reached, head, self.bytes_max)? else {
-                if reached == self.after {
-                    return Ok(None);
-                }
-                // Just now dropped; what was found goes out first.
-                break;
+            let history = match log.read_after(reached, head, self.bytes_max) {
+                Ok(Some(history)) => history,
+                // Just now dropped, or damaged: what lies before it goes out first.
+                Ok(None) | Err(_) if reached > self.after => break,
+                Ok(None) => return Ok(None),
+                Err(error) => return Err(error),
             };
             let after = std::mem::replace(&mut reached, history.reached);
             'records: for record in &history.records {

@@ -60,7 +60,7 @@ use answers::Retry;
 use clock::Clock;
 use codec::{Entries, Entry};
 use collections::SharedCollection;
-use command::{Command, Committed, Op, VectorWrite};
+use command::{Command, Committed, Op};
 use feed::{EventFilter, Feed};
 use frame::{Ephemeral, push_fmt};
 use linker::Background;
@@ -107,9 +107,6 @@ const STARVED_AFTER: Duration = Duration::from_millis(500);
 const SLOW_PATCH_BYTES: usize = 256 << 10;
 /// As much as this takes as long as a vector.
 const PATCHED_BYTES_LIKE_A_VECTOR: usize = 16 << 10;
-
-/// Metadata that the updates of one command may write again, beside what they bring: two tenths of a second of the writer's time.
-const UPDATED_META_BYTES_MAX: usize = 8 << 20;
 
 /// Collections there may be, however many files may be open.
 const COLLECTIONS_MAX: usize = 10_000;
@@ -301,7 +298,6 @@ impl Engine {
     /// has no room for more in its tail; others do not.
     pub async fn submit(&self, command: Command) -> Result<Committed, Rejection> {
         self.wait_for_room(&command).await?;
-        self.check_updates(&command)?;
         let (reply, answer) = oneshot::channel();
         let slowness = self.slowness(&command);
         self.queue.try_send(Request::Commit((command, reply), slowness)).map_err(|e| match e {
@@ -326,22 +322,6 @@ impl Engine {
         }
         let bytes = self.patched_bytes(command);
         if bytes > SLOW_PATCH_BYTES { bytes / PATCHED_BYTES_LIKE_A_VECTOR } else { 0 }
-    }
-
-    /// An update of a vector writes all of its metadata again, however little of it changes.
-    fn check_updates(&self, command: &Command) -> Result<(), Rejection> {
-        let mut bytes = 0;
-        for op in &command.ops {
-            let Op::WriteVector { write: VectorWrite::Update, collection, id, .. } = op else { continue };
-            // What there is no collection or vector for is refused by the writer.
-            let Ok(collection) = self.collection(collection.as_str()) else { continue };
-            bytes += collection.read(|c| c.peek(id.as_str()).map_or(0, |(_, meta)| meta.text().len()));
-        }
-        if bytes > UPDATED_META_BYTES_MAX {
-            let what = "metadata that these updates write again (send them in smaller batches)";
-            return Err(Rejection::PayloadTooLarge { what, limit_bytes: UPDATED_META_BYTES_MAX });
-        }
-        Ok(())
     }
 
     /// Bytes that a command's patches read and write, each a value: as large as it is now, or as the command itself makes it.

@@ -195,9 +195,9 @@ impl SearchTicket {
     /// What these searches cost, about, in numbers multiplied.
     fn cost(&self, searches: &[Search]) -> usize {
         let dim = self.collection.spec().dim;
-        let (slots, text_bytes, unindexed) = self.collection.read(|c| {
-            let unindexed = self.live.as_ref().map_or(0, |live| c.not_indexed_len(live));
-            (c.slot_count(), c.text_bytes_average(), usize::try_from(unindexed).unwrap_or(usize::MAX))
+        let (slots, text_bytes, not_indexed_bytes) = self.collection.read(|c| {
+            let not_indexed_bytes = self.live.as_ref().map_or(0, |live| c.not_indexed_bytes(live));
+            (c.slot_count(), c.text_bytes_average(), not_indexed_bytes)
         });
         // Parsing a byte of metadata costs as much as some tens of numbers.
         const META_BYTE_COST: usize = 32;
@@ -214,12 +214,12 @@ impl SearchTicket {
         };
         let parsed = |search: &Search| match &search.filter {
             Some(filter) => {
-                let parsed = if filter.is_indexable() { unindexed } else { slots };
+                let parsed = if filter.is_indexable() { not_indexed_bytes } else { slots * (text_bytes + 16) };
                 // Each byte may be a value that each condition looks at.
                 let looked_at = META_BYTE_COST + filter.conditions() * CONDITION_COST;
                 // In the index, a range over many values is many sets.
                 let in_index = filter.conditions() * slots.min(RANGE_VALUES);
-                parsed.saturating_mul((text_bytes + 16) * looked_at) + in_index
+                parsed.saturating_mul(looked_at).saturating_add(in_index)
             }
             None => 0,
         };
@@ -247,7 +247,11 @@ impl SearchTicket {
             [] => Vec::new(),
             [(at, search)] => vec![(*at, self.run_one(search))],
             _ if is_cheap() => alone.iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
-            _ => alone.par_iter().map(|(at, search)| (*at, self.run_one(search))).collect(),
+            // Those that are not begun in time are left out, and all are refused.
+            _ => {
+                let in_time = |(at, search): &(usize, &Search)| (!self.is_over()).then(|| (*at, self.run_one(search)));
+                alone.par_iter().filter_map(in_time).collect()
+            }
         };
         if !together.is_empty() {
             let (places, searches): (Vec<usize>, Vec<&Search>) = together.into_iter().unzip();
@@ -266,7 +270,8 @@ impl SearchTicket {
 
     fn new_scan(search: &Search) -> Scan {
         let wanted = search.offset + search.k;
-        let groups = search.group.as_ref().map(|grouping| Groups::new(&grouping.path, search.min_score, wanted));
+        let groups =
+            search.group.as_ref().map(|grouping| Groups::new(&grouping.path, search.min_score, wanted, grouping.size));
         Scan { query: search.query.clone(), top: TopK::new(wanted, search.min_score), groups }
     }
 
@@ -274,11 +279,12 @@ impl SearchTicket {
     fn scan_everything(&self, searches: &[&Search], is_cheap: bool) -> Vec<SearchAnswer> {
         let (slots, vectors) = (self.collection.read(Collection::slot_count), self.vectors);
         let rows = (SLICE_COST / (self.collection.spec().dim * searches.len() + 1)).clamp(16, SLICE_ROWS_MAX);
+        let rows = if searches.iter().any(|search| search.group.is_some()) { self.grouped_rows(rows) } else { rows };
         let slices: Vec<_> = (0..slots).step_by(rows).map(|start| start..(start + rows).min(slots)).collect();
         let scan_slice = |mut scans: Vec<Scan>, slice: std::ops::Range<usize>| {
             if !self.is_over() {
                 self.collection.read(|c| c.scan(slice, self.at, &mut scans));
-                scans.iter_mut().for_each(Scan::take_in);
+                scans.iter_mut().for_each(|scan| scan.take_in(|| self.is_over()));
             }
             scans
         };
@@ -309,6 +315,11 @@ impl SearchTicket {
         };
         let answer = |(search, scan): (&&Search, Scan)| SearchAnswer { found: self.finish(search, scan), plan };
         searches.iter().zip(scans).map(answer).collect()
+    }
+
+    /// Rows of a slice whose metadata is parsed: few where that is much, so that all threads have some.
+    fn grouped_rows(&self, rows: usize) -> usize {
+        (SLICE_COST / (self.collection.read(Collection::text_bytes_average) + 16)).clamp(16, rows)
     }
 
     /// The slots that were live when the search began and satisfy a filter.
@@ -504,10 +515,11 @@ impl SearchTicket {
     fn scan_selected(&self, search: &Search, selected: &RoaringBitmap, plan: Plan) -> SearchAnswer {
         let slots = slots_of(selected);
         let rows = (SLICE_COST / self.collection.spec().dim).clamp(16, SLICE_ROWS_MAX);
+        let rows = if search.group.is_some() { self.grouped_rows(rows) } else { rows };
         let scan_slice = |mut scan: Scan, slice: &[u32]| {
             if !self.is_over() {
                 self.collection.read(|c| c.scan_slots(slice, self.at, &mut scan));
-                scan.take_in();
+                scan.take_in(|| self.is_over());
             }
             scan
         };
@@ -630,10 +642,9 @@ fn slots_of(bitmap: &RoaringBitmap) -> Vec<u32> {
     slots
 }
 
-/// Which values have the best vectors is known after one pass; where each is to have more than its best, another finds those.
 fn second_pass(search: &Search, first: &Scan) -> Option<Scan> {
-    let size = search.group.as_ref().map(|grouping| grouping.size).filter(|&size| size > 1)?;
-    let groups = first.groups.clone()?.emptied(size);
+    let groups = first.groups.as_ref().zip(search.group.as_ref());
+    let groups = groups.and_then(|(groups, grouping)| groups.clone().emptied(grouping.size))?;
     Some(Scan { groups: Some(groups), ..SearchTicket::new_scan(search) })
 }
 

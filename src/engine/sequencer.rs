@@ -429,6 +429,7 @@ impl Sequencer {
             memory_left,
             collections_max: self.inner.collections_max,
             record_bytes_max: self.inner.record_bytes_max,
+            rewritten: 0,
             next: head.next(),
             bytes: 0,
         };

@@ -144,7 +144,7 @@ fn take_locked(inner: &Inner, pace: Pace) -> Result<Taken, Error> {
 /// Removes the files of deleted collections and, in memory, the oldest history. A kept snapshot may still list such a
 /// collection; recovery knows that its files may be missing when the log deletes it later.
 pub(crate) fn tidy(inner: &Inner) {
-    let dropped = inner.state.read().take_dropped();
+    let dropped = inner.state.read().dropped();
     if !dropped.is_empty() && inner.sync_log().is_err() {
         // A crash could still undo the deletion: the files stay, the next start removes them.
         return;
@@ -157,6 +157,7 @@ pub(crate) fn tidy(inner: &Inner) {
         {
             tracing::warn!(%error, dir = %dir.display(), "cannot remove a deleted collection; the next start will");
         }
+        inner.state.read().forget_dropped(&collection);
     }
     if inner.paths.is_none() {
         let revision = inner.state.read().revision();

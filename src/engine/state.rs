@@ -19,7 +19,6 @@ use super::view::Views;
 use crate::error::Rejection;
 use crate::faults::{self, Bug};
 use crate::revision::Revision;
-use crate::vector::filter::Filter;
 use crate::vector::{CollectionName, CollectionSpec, Vector, VectorId, VectorMeta};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -174,6 +173,16 @@ impl State {
     }
 
     /// Deleted collections whose files can be removed.
+    pub fn dropped(&self) -> Vec<Arc<SharedCollection>> {
+        self.dropped.lock().clone()
+    }
+
+    /// Their files are removed, or left to the next start.
+    pub fn forget_dropped(&self, collection: &SharedCollection) {
+        self.dropped.lock().retain(|dropped| !std::ptr::eq(&**dropped, collection));
+    }
+
+    /// As [`State::dropped`], and forgets them all.
     pub fn take_dropped(&self) -> Vec<Arc<SharedCollection>> {
         std::mem::take(&mut self.dropped.lock())
     }
@@ -394,9 +403,19 @@ pub struct Decider<'a> {
     pub record_bytes_max: usize,
     /// The revision the next event would get.
     pub next: Revision,
+    /// Bytes of metadata that updates of this command write again.
+    pub rewritten: usize,
     /// About how many bytes were decided so far, also for commands that were refused then.
     pub bytes: usize,
 }
+
+/// An update of a vector writes all of its metadata again, however little of it changes: so much those of one command may, two tenths
+/// of a second of the writer's time.
+const REWRITTEN_BYTES_MAX: usize = 8 << 20;
+
+/// Bytes of metadata times conditions that a delete by filter may look at again, as they changed since it selected: a tenth of a
+/// second of the writer's time.
+const RECHECKED_MAX: usize = 32 << 20;
 
 /// How far ahead of what is decided the processor fetches.
 const PREFETCHED_OPS: usize = 4;
@@ -432,6 +451,7 @@ impl Decider<'_> {
     /// Decides a command: all of its operations or none. A rejection leaves the overlay as it was.
     pub fn decide(&mut self, command: Command) -> Result<Decision, Rejection> {
         self.overlay.begin();
+        self.rewritten = 0;
         let first = self.next;
         let mut bytes = 0;
         let count = command.ops.len();
@@ -703,8 +723,8 @@ impl Decider<'_> {
                 self.collections_max
             )));
         }
-        // Those that were deleted have their files open until these are removed: another quarter of all there may be.
-        if self.state.collections.len() + self.state.dropped.lock().len() + planned >= 2 * self.collections_max {
+        // Those that were deleted have their files open until these are removed.
+        if self.state.collections.len() + self.state.dropped.lock().len() + planned >= self.collections_max {
             return Err(Rejection::Overloaded("the files of deleted collections are being removed; retry in a moment"));
         }
         self.check_budget(COLLECTION_OVERHEAD_BYTES, 0)?;
@@ -766,6 +786,13 @@ impl Decider<'_> {
             (VectorWrite::Update, None) => return Err(Rejection::VectorNotFound(id.as_str().to_owned())),
             _ => check_revision(if_revision, old.as_ref().map_or(Revision::ZERO, |(revision, _)| *revision))?,
         }
+        if let (VectorWrite::Update, Some((_, old))) = (write, &old) {
+            self.rewritten += old.text().len();
+            if self.rewritten > REWRITTEN_BYTES_MAX {
+                let what = "metadata that these updates write again (send them in smaller batches)";
+                return Err(Rejection::PayloadTooLarge { what, limit_bytes: REWRITTEN_BYTES_MAX });
+            }
+        }
         let meta = match (write, &old, meta) {
             (VectorWrite::Update, Some((_, old)), None) => old.clone(),
             (VectorWrite::Update, Some((_, old)), Some(patch)) => {
@@ -811,13 +838,20 @@ impl Decider<'_> {
         let before = selection.deleted_before;
         let mut deleted = 0;
         let mut missing = Vec::new();
+        let mut rechecked = 0;
         for id in selection.ids {
             match self.vector(collection, shape.1, &id) {
                 None => missing.push(id),
                 Some((revision, meta)) => {
-                    let still_matches =
-                        |(filter, at): &(Filter, Revision)| revision <= *at || filter.matches(&meta.parse());
-                    if selection.filter.as_ref().is_none_or(still_matches) {
+                    let changed = selection.filter.as_ref().filter(|(_, at)| revision > *at);
+                    if let Some((filter, _)) = changed {
+                        rechecked += meta.text().len() * (1 + filter.conditions());
+                        if rechecked > RECHECKED_MAX {
+                            let detail = "what the filter matches is being changed by others; try again";
+                            return Err(Rejection::Overloaded(detail));
+                        }
+                    }
+                    if changed.is_none_or(|(filter, _)| filter.matches(&meta.parse())) {
                         self.delete_vector(collection, shape, &id, &meta, events);
                         deleted += 1;
                     }
@@ -881,6 +915,7 @@ mod tests {
                 memory_left: None,
                 collections_max: 1,
                 record_bytes_max: usize::MAX,
+                rewritten: 0,
                 next,
                 bytes: 0,
             };

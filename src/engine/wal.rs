@@ -613,7 +613,7 @@ impl Log {
             let from = segment.seek(|entry| entry.first_revision <= reached.next());
             // The index leads to somewhat before what is asked for.
             let chunk = bytes_max.saturating_add(INDEX_STEP_BYTES as usize).min(256 << 10);
-            segment.walk(from, chunk, |at, found| {
+            let walked = segment.walk(from, chunk, |at, found| {
                 let header = &found.header;
                 if header.kind != Kind::Record {
                     return Ok(true);
@@ -631,7 +631,14 @@ impl Log {
                 records.push(Arc::new(record));
                 reached = last;
                 Ok(bytes < bytes_max)
-            })?;
+            });
+            if let Err(error) = walked {
+                if records.is_empty() {
+                    return Err(error);
+                }
+                // What lies before damage is read; who goes on from there meets it.
+                break;
+            }
             if bytes >= bytes_max || reached >= head {
                 break;
             }
@@ -1701,8 +1708,10 @@ mod tests {
         bytes[600_000] ^= 1;
         std::fs::write(&first, &bytes).unwrap();
         for _ in 0..3 {
-            let history = opened.log.read_after(Revision(0), Revision(20), 450_000).unwrap().unwrap();
-            assert_eq!(history.records.len(), 5);
+            for bytes_max in [450_000, usize::MAX] {
+                let history = opened.log.read_after(Revision(0), Revision(20), bytes_max).unwrap().unwrap();
+                assert_eq!((history.records.len(), history.reached), (5, Revision(5)));
+            }
             match opened.log.read_after(Revision(5), Revision(20), 450_000) {
                 Err(Error::Corrupt { offset, .. }) => assert!((500_000..600_000).contains(&offset), "offset {offset}"),
                 other => panic!("damage was overlooked: {other:?}"),

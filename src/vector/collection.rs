@@ -16,7 +16,7 @@ use super::graph::Graph;
 use super::meta_index::MetaIndex;
 use super::storage::{Growth, NewChunk, RowStore, SlotEntry, SlotLog};
 use super::topk::{Candidate, TopK};
-use super::{CollectionSpec, Hit, Metric, Slot, VectorId, VectorMeta};
+use super::{CollectionSpec, Hit, META_BYTES_MAX, Metric, Slot, VectorId, VectorMeta};
 use crate::disk::File;
 use crate::error::Error;
 use crate::revision::Revision;
@@ -234,8 +234,9 @@ pub struct Scan {
     pub groups: Option<Groups>,
 }
 
-/// The best vectors for each value of a metadata field, of the values that have the best: in two passes, so that it takes no more
-/// memory than its answer needs, however many values there are.
+/// The best vectors for each value of a metadata field, of the values that have the best. Takes as much memory as some more values than
+/// are wanted, however many there are: where the first pass had to forget some, it tells which are wanted, and a second finds their
+/// vectors.
 #[derive(Clone, Debug)]
 pub struct Groups {
     /// The field's path.
@@ -244,8 +245,9 @@ pub struct Groups {
     min_score: Option<f32>,
     /// How many values are wanted.
     wanted: usize,
-    /// How many vectors are kept for each value: in the first pass one, which tells which values these are.
+    /// How many vectors are kept for each value: one, once some were forgotten.
     size: usize,
+    has_forgotten: bool,
     /// Whether no value is taken in any more: the second pass.
     is_closed: bool,
     /// By the value's JSON text.
@@ -262,23 +264,26 @@ const SPARE_GROUPS: usize = 1024;
 impl Groups {
     /// For the first pass.
     #[must_use]
-    pub fn new(path: &[Box<str>], min_score: Option<f32>, wanted: usize) -> Self {
+    pub fn new(path: &[Box<str>], min_score: Option<f32>, wanted: usize, size: usize) -> Self {
         let (path, best, met) = (path.to_vec(), HashMap::new(), Vec::new());
-        Self { path, min_score, wanted, size: 1, is_closed: false, best, floor: None, met }
+        let (has_forgotten, is_closed, floor) = (false, false, None);
+        Self { path, min_score, wanted, size, has_forgotten, is_closed, best, floor, met }
     }
 
-    /// For the second pass: the values that the first has found, with nothing in them.
+    /// For a second pass, if it takes one to find `size` for each: the wanted values, with nothing in them.
     #[must_use]
-    pub fn emptied(mut self, size: usize) -> Self {
+    pub fn emptied(mut self, size: usize) -> Option<Self> {
+        if !self.has_forgotten || size == self.size {
+            return None;
+        }
         self.forget_worst();
         let empty = TopK::new(size, self.min_score);
         self.best.values_mut().for_each(|(_, top)| *top = empty.clone());
-        Self { size, is_closed: true, floor: None, ..self }
+        Some(Self { size, is_closed: true, floor: None, ..self })
     }
 
     /// The groups in the order of their best, with the value they share.
-    pub fn into_sorted(mut self) -> impl Iterator<Item = (serde_json::Value, TopK)> {
-        self.forget_worst();
+    pub fn into_sorted(self) -> impl Iterator<Item = (serde_json::Value, TopK)> {
         let best = self.best.into_iter();
         let mut groups: Vec<_> =
             best.filter_map(|(name, (value, top))| Some((top.best()?.clone(), name, value, top))).collect();
@@ -293,19 +298,28 @@ impl Groups {
         }
     }
 
-    /// Looks at the metadata of what was met.
-    fn take_in(&mut self) {
+    /// Looks at the metadata of what was met, until it is over.
+    fn take_in(&mut self, is_over: impl Fn() -> bool) {
+        let path = std::mem::take(&mut self.path);
         for (candidate, meta) in std::mem::take(&mut self.met) {
-            any_at(&meta.parse(), &self.path.clone(), &mut |value| {
+            if is_over() {
+                break;
+            }
+            any_at(&meta.parse(), &path, &mut |value| {
                 match value {
                     serde_json::Value::Array(list) => list.iter().for_each(|value| self.offer(value, &candidate)),
                     value => self.offer(value, &candidate),
                 }
                 false
             });
-            if !self.is_closed && self.best.len() > 2 * self.wanted + SPARE_GROUPS {
-                self.forget_worst();
-            }
+            self.forget_some();
+        }
+        self.path = path;
+    }
+
+    fn forget_some(&mut self) {
+        if !self.is_closed && self.best.len() > 2 * self.wanted + SPARE_GROUPS {
+            self.forget_worst();
         }
     }
 
@@ -327,11 +341,9 @@ impl Groups {
         }
     }
 
-    /// Keeps the values that have the best vectors.
+    /// Keeps the values that have the best vectors, and of each the best: what it had more may go on in one that is forgotten.
     fn forget_worst(&mut self) {
-        if self.best.len() <= self.wanted {
-            return;
-        }
+        self.keep_one();
         let mut all: Vec<(Candidate, String)> =
             self.best.iter().filter_map(|(name, (_, top))| Some((top.best()?.clone(), name.clone()))).collect();
         all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
@@ -344,6 +356,7 @@ impl Groups {
     /// Takes in what another part of the scan kept.
     #[must_use]
     pub fn merge(mut self, other: Self) -> Self {
+        let other_has_forgotten = other.has_forgotten;
         for (name, (value, top)) in other.best {
             // No slot is in two parts.
             match self.best.entry(name) {
@@ -351,18 +364,27 @@ impl Groups {
                 hash_map::Entry::Occupied(mut mine) => mine.get_mut().1.add(top),
             }
         }
-        if !self.is_closed {
-            self.forget_worst();
+        if other_has_forgotten || self.has_forgotten {
+            self.keep_one();
         }
+        self.forget_some();
         self
+    }
+
+    fn keep_one(&mut self) {
+        self.has_forgotten = true;
+        if self.size > 1 && !self.is_closed {
+            self.size = 1;
+            self.best.values_mut().for_each(|(_, top)| top.keep_one());
+        }
     }
 }
 
 impl Scan {
     /// Looks at the metadata of what was met under the collection's lock, now that it is not held.
-    pub fn take_in(&mut self) {
+    pub fn take_in(&mut self, is_over: impl Fn() -> bool) {
         if let Some(groups) = &mut self.groups {
-            groups.take_in();
+            groups.take_in(is_over);
         }
     }
 }
@@ -798,10 +820,18 @@ impl Collection {
         (&self.unindexed | &self.unindexable) & slots
     }
 
-    /// How many these are: no slot is among both.
+    /// Bytes of the metadata of these; where there are many, as much as they may have.
     #[must_use]
-    pub fn not_indexed_len(&self, slots: &RoaringBitmap) -> u64 {
-        self.unindexed.intersection_len(slots) + self.unindexable.intersection_len(slots)
+    pub fn not_indexed_bytes(&self, slots: &RoaringBitmap) -> usize {
+        const FEW: u64 = 64;
+        let count = self.unindexed.intersection_len(slots) + self.unindexable.intersection_len(slots);
+        match count {
+            0 => 0,
+            1..=FEW => {
+                self.not_indexed(slots).iter().map(|slot| self.slots[slot as usize].meta.text().len() + 16).sum()
+            }
+            _ => usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(META_BYTES_MAX),
+        }
     }
 
     /// Whether the index is behind, or dead slots wait to be freed.
@@ -1270,15 +1300,15 @@ mod tests {
                             let meta = VectorMeta::new(&json!({ "of": values }).to_string()).unwrap();
                             groups.meet(*score, Slot((part * 1500 + slices * 100 + at) as u32), id, &meta);
                         }
-                        groups.take_in();
+                        groups.take_in(|| false);
                         assert!(groups.best.len() <= 2 * wanted + SPARE_GROUPS);
                     }
                     groups
                 });
                 parts.fold(empty.clone(), Groups::merge)
             };
-            let first = pass(Groups::new(&["of".into()], min_score, wanted));
-            let groups = if size == 1 { first } else { pass(first.emptied(size)) };
+            let first = pass(Groups::new(&["of".into()], min_score, wanted, size));
+            let groups = first.clone().emptied(size).map_or(first, pass);
             let found: Vec<(Value, Vec<(f32, String)>)> = groups
                 .into_sorted()
                 .take(wanted)

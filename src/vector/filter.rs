@@ -296,6 +296,9 @@ pub fn any_at(value: &Value, path: &[Box<str>], test: &mut impl FnMut(&Value) ->
 /// The same for a value that was come to with the names at some places of the path, as bits, still to follow. A name may be a
 /// position and a field at once: value by value, none is visited twice, whatever the path and however arrays nest.
 fn any_from(value: &Value, path: &[Box<str>], places: u32, test: &mut impl FnMut(&Value) -> bool) -> bool {
+    if places.is_power_of_two() {
+        return any_from_one(value, path, places, test);
+    }
     let end = 1 << path.len();
     if places & end != 0 && test(value) {
         return true;
@@ -319,6 +322,23 @@ fn any_from(value: &Value, path: &[Box<str>], places: u32, test: &mut impl FnMut
                 let through = if element.is_object() { places } else { 0 };
                 let next =
                     positions.iter().filter(|(position, _)| *position == at).fold(through, |next, (_, to)| next | to);
+                next != 0 && any_from(element, path, next, test)
+            })
+        }
+        _ => false,
+    }
+}
+
+/// The same where one place is left, as nearly always.
+fn any_from_one(value: &Value, path: &[Box<str>], place: u32, test: &mut impl FnMut(&Value) -> bool) -> bool {
+    let Some(name) = path.get(place.trailing_zeros() as usize) else { return test(value) };
+    match value {
+        Value::Object(map) => map.get(&**name).is_some_and(|value| any_from_one(value, path, place << 1, test)),
+        Value::Array(list) => {
+            let position = name.parse::<usize>().ok();
+            list.iter().enumerate().any(|(at, element)| {
+                let next = if position == Some(at) { place << 1 } else { 0 };
+                let next = if element.is_object() { next | place } else { next };
                 next != 0 && any_from(element, path, next, test)
             })
         }

@@ -71,6 +71,13 @@ impl TopK {
         self.heap.iter().any(|c| c.slot == slot)
     }
 
+    /// Forgets all but the best, and keeps one from now on.
+    pub fn keep_one(&mut self) {
+        self.limit = self.limit.min(1);
+        let best = self.heap.drain().min();
+        self.heap.extend(best);
+    }
+
     /// What is kept, in no order.
     pub fn kept(&self) -> impl ExactSizeIterator<Item = &Candidate> {
         self.heap.iter()
