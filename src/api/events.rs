@@ -611,6 +611,11 @@ async fn history(
                 }
                 app.answers.grow(&mut room, out.len())?;
             }
+            // What came before goes out first; who asks for what comes next is told.
+            Ok(Some(Step::Reset(_, reached))) if count > 0 => {
+                subscription.move_to(reached);
+                break;
+            }
             Ok(Some(Step::Reset(ResetReason::Compacted, _))) => return Err(compacted().into()),
             // The log is damaged there; the server's log says where.
             Ok(Some(Step::Reset(..))) => return Err(ApiError::Internal),
