@@ -119,11 +119,6 @@ fn build(
     let background = Background::new();
     let state = load(file, paths, contents, &background, go_on)?;
     let revision = state.revision();
-    for collection in state.take_dropped() {
-        if let Some(dir) = collection.dir() {
-            snapshot::remove_collection(dir).map_err(Error::io("cannot remove", dir))?;
-        }
-    }
     let mut vectors = 0;
     for collection in state.collections().values() {
         collection.checkpoint(|| revision, || Ok(()))?;
@@ -209,6 +204,12 @@ fn load(
                     preparer.prepare(state, record.first_revision, &record.events)?;
                     preparer.hand_over(state);
                     state.apply(&record);
+                    // At once: there could be more of them than files that may be open.
+                    for collection in state.take_dropped() {
+                        if let Some(dir) = collection.dir() {
+                            snapshot::remove_collection(dir).map_err(Error::io("cannot remove", dir))?;
+                        }
+                    }
                 }
             }
             (Block::End(_), Some(_)) => break,

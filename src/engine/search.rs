@@ -642,6 +642,7 @@ fn slots_of(bitmap: &RoaringBitmap) -> Vec<u32> {
     slots
 }
 
+/// What finds the vectors of each group, where the first pass had to forget some.
 fn second_pass(search: &Search, first: &Scan) -> Option<Scan> {
     let groups = first.groups.as_ref().zip(search.group.as_ref());
     let groups = groups.and_then(|(groups, grouping)| groups.clone().emptied(grouping.size))?;
